@@ -1,0 +1,36 @@
+"""Every fine-tuning method at a glance.
+
+``AnyMethod`` is the registry: a union discriminated by ``name``. To add a method, write its file and add its
+class to the union.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods.dora import Dora
+from ftune.methods.full import Full
+from ftune.methods.lora import Lora
+from ftune.methods.optimizer import OptimizerSpec
+from ftune.methods.qlora import QLora
+
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Context",
+    "Linear",
+    "Method",
+    "ModelShape",
+    "OptimizerSpec",
+    "Problem",
+]
+
+AnyMethod = Annotated[Full | Lora | QLora | Dora, Field(discriminator="name")]
+
+METHODS: dict[str, type[Method]] = {
+    cls.model_fields["name"].default: cls for cls in get_args(get_args(AnyMethod)[0])
+}
+"""Method name to class, in the order of the union."""

@@ -1,0 +1,246 @@
+"""The Method protocol: what a fine-tuning method says of itself, and what it does.
+
+A method is frozen recipe data plus verbs. The fields are checked without torch; the verbs import torch and peft
+when they are called. Everything else in ftune (planner, loop, checkpoint, merge, evaluation) speaks to a method
+through this class alone, so a new method is one file and one line in the union of ``ftune.methods``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from ftune.methods.optimizer import OptimizerSpec, build_optimizer, state_bytes_per_element
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+__all__ = ["Context", "Linear", "Method", "ModelShape", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A recipe that parses but cannot work: where, why, and what to do instead.
+
+    ``loc`` is the path of keys from the recipe's root, as in pydantic's errors.
+    """
+
+    loc: tuple[str | int, ...]
+    message: str
+    help: str | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know of its run when it builds.
+
+    Attributes:
+        total_steps: Optimizer updates of the whole run (AdaLoRA's schedule needs it).
+        seed: The run's seed; anything random that a method makes must depend on it alone.
+        dtype: The dtype in which the base model computes.
+        device: Where the model lives.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        base_name: How the base model is named in files that leave the machine; never a local path.
+        revision: The hub revision of the base model, where it has one.
+    """
+
+    total_steps: int
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    gradient_checkpointing: bool = False
+    base_name: str = ""
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear projection of the base model: its qualified name and its two sizes."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of the weight, without bias."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a base model, read from its configuration: no weights needed.
+
+    Attributes:
+        model_type: The architecture's name in transformers (``llama``, ``qwen2``, ...).
+        linears: Every linear projection inside the blocks; the output head is not among them.
+        parameters: All parameters, tied ones counted once.
+        embedding: Elements of the input embedding.
+        head: Elements of the output head, 0 when it is tied to the embedding.
+        norms: Elements of all norm weights.
+        hidden: Width of the residual stream.
+        intermediate: Width of the feed-forward block.
+        layers: Number of blocks.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab: Rows of the embedding.
+    """
+
+    model_type: str
+    linears: tuple[Linear, ...]
+    parameters: int
+    embedding: int
+    head: int
+    norms: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(BaseModel):
+    """One fine-tuning method: frozen recipe data plus the verbs acting on it.
+
+    The class variables are what ``ftune methods`` prints and what the recipe layer checks; a subclass adds
+    ``name: Literal["..."]`` and its own fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paper: ClassVar[str]
+    """Where the method comes from, e.g. ``arXiv:2106.09685``."""
+    summary: ClassVar[str]
+    """One line for people: what it trains."""
+    formula: ClassVar[str]
+    """The forward pass in one line."""
+    typical_share: ClassVar[str]
+    """Trainable share of a 7B model at the defaults, e.g. ``0.6 %``."""
+    default_learning_rate: ClassVar[float] = 2e-4
+    mergeable: ClassVar[bool] = True
+    not_mergeable_because: ClassVar[str] = ""
+    quantizable: ClassVar[bool] = False
+    """Whether the base weights can be 4-bit under it."""
+    packable: ClassVar[bool] = True
+    """Whether several documents may share a row (false for methods that prepend virtual tokens)."""
+    artifact: ClassVar[str] = "adapter"
+    """Directory under the run that holds what was trained: ``adapter`` or ``model``."""
+
+    # --- while parsing: no torch ---
+
+    def problems(self, recipe: Any) -> Iterator[Problem]:
+        """Yield what cannot work in this recipe because of this method."""
+        yield from ()
+
+    # --- building ---
+
+    def quantization_config(self, dtype: torch.dtype) -> Any | None:
+        """The ``BitsAndBytesConfig`` with which the base weights are quantized, or None."""
+        return None
+
+    def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the base weights are kept while the model computes in ``dtype``."""
+        return dtype
+
+    def configure(self, config: Any) -> None:
+        """Change the model's configuration before the model is built (LongLoRA's RoPE scaling)."""
+
+    def adapt(self, model: nn.Module, context: Context) -> nn.Module:
+        """Turn a freshly loaded base model into the one that trains.
+
+        After it, exactly the parameters this method trains require grad, in fp32.
+        """
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+        """AdamW over everything that requires grad; matrices decay, vectors do not."""
+        rate = spec.learning_rate or self.default_learning_rate
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (decayed if self.decays(name, parameter) else kept).append(parameter)
+        groups = [
+            {"params": decayed, "lr": rate, "weight_decay": spec.weight_decay},
+            {"params": kept, "lr": rate, "weight_decay": 0.0},
+        ]
+        return build_optimizer([group for group in groups if group["params"]], spec)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies to a parameter: to matrices, never to norms, biases or magnitudes."""
+        return parameter.ndim >= 2
+
+    # --- in the loop ---
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A term added to the training loss once an update, never to the evaluation loss."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Act after ``optimizer.step()`` and before the gradients are cleared; returns numbers to log."""
+        return {}
+
+    def vitals(self, model: nn.Module) -> dict[str, float]:
+        """Numbers that prove the method is at work, taken after the last update."""
+        return {}
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside trainable parameters and optimizer state."""
+        return {}
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Restore what ``state`` returned."""
+
+    # --- what it leaves behind ---
+
+    def save(self, model: nn.Module, out: Path, context: Context) -> None:
+        """Write what was trained into ``out``, in the form other tools load."""
+        raise NotImplementedError
+
+    def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
+        """Put what ``save`` wrote onto a freshly loaded base model; nothing requires grad afterwards."""
+        raise NotImplementedError
+
+    def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        """A context in which the model computes as the base does, or None where it cannot (full)."""
+        return None
+
+    def merge(self, model: nn.Module, context: Context) -> nn.Module:
+        """Fold the trained part into the base weights, in fp32; returns a plain transformers model.
+
+        ``model`` comes from ``load`` and may be changed in place.
+        """
+        raise NotImplementedError(self.not_mergeable_because)
+
+    # --- arithmetic for the planner: shapes only ---
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """How many parameters ``adapt`` makes trainable on a model of this shape."""
+        raise NotImplementedError
+
+    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Bytes of the base weights as they lie in memory during training."""
+        return shape.parameters * dtype_bytes
+
+    def adapter_bytes(self, shape: ModelShape) -> int:
+        """Bytes of the trainable parameters that are not themselves base weights."""
+        return 4 * self.trainable_parameters(shape)
+
+    def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:
+        """Bytes of optimizer state."""
+        return int(self.trainable_parameters(shape) * state_bytes_per_element(optimizer))
+
+    def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Bytes of activations that the method keeps for the backward pass, above the base model's own."""
+        return 0

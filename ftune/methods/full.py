@@ -1,0 +1,63 @@
+"""Full fine-tuning: every weight of the model is trained, in fp32, computing in the model's dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ftune.methods.base import Context, Method, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Full"]
+
+
+class Full(Method):
+    """Train every parameter. The weights stay fp32 (pure bf16 loses small updates); autocast computes."""
+
+    paper: ClassVar[str] = "-"
+    summary: ClassVar[str] = "every weight of the model"
+    formula: ClassVar[str] = "h = (W + dW) x"
+    typical_share: ClassVar[str] = "100 %"
+    default_learning_rate: ClassVar[float] = 2e-5
+    artifact: ClassVar[str] = "model"
+
+    name: Literal["full"] = Field("full", description="Full fine-tuning.")
+
+    def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """fp32 always: these are the master weights."""
+        import torch
+
+        return torch.float32
+
+    def adapt(self, model: nn.Module, context: Context) -> nn.Module:
+        """Let every parameter require grad."""
+        return model.requires_grad_(True)
+
+    def save(self, model: nn.Module, out: Path, context: Context) -> None:
+        """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""
+        from ftune.methods._shared import save_whole_model
+
+        save_whole_model(model, out, context.dtype)
+
+    def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
+        """Copy the saved weights over the base model's."""
+        from ftune.methods._shared import load_whole_model
+
+        return load_whole_model(base, directory).requires_grad_(False)
+
+    def merge(self, model: nn.Module, context: Context) -> nn.Module:
+        """The model is already whole: return it in fp32."""
+        return model.float()
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Everything."""
+        return shape.parameters
+
+    def adapter_bytes(self, shape: ModelShape) -> int:
+        """None: what is trained is the base model itself."""
+        return 0
