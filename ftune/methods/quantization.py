@@ -22,7 +22,7 @@ class Quantization(BaseModel):
 
     type: Literal["nf4", "fp4"] = Field("nf4", description="nf4 (normal float, the paper's) or fp4.")
     double: bool = Field(True, description="Quantize the quantization scales too (saves 0.37 bit a weight).")
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What dequantized weights are multiplied in. auto: the model's dtype."
     )
 

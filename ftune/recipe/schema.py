@@ -46,7 +46,7 @@ class ModelSpec(_Block):
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     gguf_file: str | None = Field(None, description="Name of a .gguf file inside the hub repository or directory.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(

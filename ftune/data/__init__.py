@@ -1,0 +1,12 @@
+"""Rows, tokens, masks and batches: from a data source to what a forward pass takes.
+
+::
+
+    sources   files and hub data sets → Rows, each row with its file and line
+    formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
+    chat      Conversation → text and the character spans that are trained
+    tokenize  Rows → Split: token ids, labels, counts
+    packing   lengths → which documents share a row
+    batches   order of the rows, micro-batches, tensors
+    show      examples for a terminal, trained tokens apart from masked ones
+"""

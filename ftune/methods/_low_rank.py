@@ -1,0 +1,111 @@
+"""What LoRA, QLoRA and DoRA have in common: their fields, their targets and PEFT's files.
+
+A method file adds what is its own; it does not subclass another method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ftune.methods import _shared
+from ftune.methods.base import Context, Method, ModelShape, Problem
+from ftune.methods.quantization import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["LowRank"]
+
+
+class LowRank(Method):
+    """Fields and verbs of every method that adds ``scale * B A`` to a frozen matrix through PEFT."""
+
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the update is alpha / rank. Default: 2 x rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="all-linear, a list of module names (a suffix is enough: q_proj), or a regular expression "
+        "matched against the whole name.",
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).")
+    quantization: Quantization | None = Field(None, description="Keep the frozen base weights in 4 bits.")
+
+    @property
+    def scaled_alpha(self) -> float:
+        """The alpha in force: as written, or twice the rank."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    def problems(self, recipe: Any) -> Iterator[Problem]:
+        """Yield target lists that cannot match anything."""
+        yield from _shared.target_problems(self.target_modules)
+
+    def quantization_config(self, dtype: torch.dtype) -> Any | None:
+        """4-bit base weights when the recipe has a quantization block."""
+        return self.quantization.config(dtype) if self.quantization else None
+
+    def lora_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``peft.LoraConfig`` that are this method's own."""
+        return {}
+
+    def adapt(self, model: nn.Module, context: Context) -> nn.Module:
+        """Freeze the base and attach ``A`` and ``B`` in fp32 to every target.
+
+        Raises:
+            ModelError: A target matches no linear projection inside the blocks.
+        """
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.scaled_alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.rslora,
+            **self.lora_settings(),
+            **_shared.peft_settings(model, self.target_modules, context),
+        )
+        return _shared.attach(model, config, context)
+
+    def save(self, model: nn.Module, out: Path, context: Context) -> None:
+        """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+        _shared.save_peft(model, out, context)
+
+    def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
+        """Attach a saved PEFT adapter, frozen."""
+        return _shared.load_peft(base, directory)
+
+    def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        """PEFT's own switch: the base computes alone."""
+        return _shared.disable_adapter(model)
+
+    def merge(self, model: nn.Module, context: Context) -> nn.Module:
+        """Add the update to the weights it was trained against, dequantized first where they are 4-bit."""
+        return _shared.merge_peft(model)
+
+    def vitals(self, model: nn.Module) -> dict[str, float]:
+        """How many projections are adapted, and how large the trained update is against its base."""
+        return _shared.update_vitals(model) | _shared.quantization_vitals(model)
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """``rank * (in + out)`` for each target."""
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for linear in _shared.match_targets(shape.linears, self.target_modules)
+        )
+
+    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """4-bit for the projections inside the blocks when quantized; the rest in the model's dtype."""
+        return _shared.quantized_base_bytes(shape, self.quantization, dtype_bytes)
+
+    def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """The input that ``A`` saves, and ``xA`` that ``B`` saves, in the dtype the model computes in.
+
+        Projections with the same input (q, k, v; gate, up) share one saved tensor.
+        """
+        return _shared.low_rank_saved_bytes(shape.linears, self.target_modules, self.rank, dtype_bytes)

@@ -1,0 +1,386 @@
+"""Helpers that several methods call: find targets, attach and save PEFT adapters, merge, count.
+
+Every function here takes what it needs as arguments; none knows which method calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ftune.errors import ModelError, RunFailed
+from ftune.methods.base import Context, Linear, ModelShape, Problem
+from ftune.methods.quantization import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Targets = str | tuple[str, ...]
+
+# Projections that read the same tensor, so that autograd keeps it once for all of them.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+# --- targets -----------------------------------------------------------------------------------------------
+
+
+def list_linears(model: nn.Module) -> tuple[Linear, ...]:
+    """Every linear projection of a model but its output head, in order.
+
+    Works on the meta device too. ``transformers`` keeps GPT-2's weights as ``Conv1D``, transposed.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = cast(Any, model).get_output_embeddings()
+    found = []
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            found.append(Linear(name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            found.append(Linear(name, module.nx, module.nf))
+    return tuple(found)
+
+
+def match_targets(linears: Sequence[Linear], targets: Targets) -> list[Linear]:
+    """The projections that ``target_modules`` names, with PEFT's rules.
+
+    A list matches whole names or their last components; a string other than ``all-linear`` is a regular
+    expression over the whole name.
+
+    Raises:
+        ModelError: An entry matches no linear projection inside the blocks.
+    """
+    if targets == "all-linear":
+        return list(linears)
+    if isinstance(targets, str):
+        matched = [linear for linear in linears if re.fullmatch(targets, linear.name)]
+        if not matched:
+            raise ModelError(f"target_modules: {targets!r} matches no linear layer", help=_available(linears))
+        return matched
+
+    def fits(name: str, target: str) -> bool:
+        return name == target or name.endswith("." + target)
+
+    for target in targets:
+        if not any(fits(linear.name, target) for linear in linears):
+            raise ModelError(f"target_modules: `{target}` is no linear layer of this model", help=_available(linears))
+    return [linear for linear in linears if any(fits(linear.name, target) for target in targets)]
+
+
+def _available(linears: Sequence[Linear]) -> str:
+    leaves = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
+    return "the model has " + ", ".join(leaves)
+
+
+def target_problems(targets: Targets) -> Iterator[Problem]:
+    """Yield what is wrong with ``target_modules`` before any model is known."""
+    loc = ("method", "target_modules")
+    if isinstance(targets, str):
+        if targets in ("all_linear", "all"):
+            yield Problem(loc, f"`{targets}` is no module name", "did you mean `all-linear`?")
+            return
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield Problem(loc, f"not a regular expression: {error}", "or give a list of module names")
+        return
+    if not targets:
+        yield Problem(loc, "no target at all: the method would train nothing", "use `all-linear`")
+    for index, target in enumerate(targets):
+        if target in ("embed_tokens", "wte", "lm_head"):
+            yield Problem(
+                (*loc, index),
+                f"`{target}` is an embedding or the output head; a low-rank update of tied weights cannot be merged",
+                "target the linear layers inside the blocks",
+            )
+
+
+# --- attaching ---------------------------------------------------------------------------------------------
+
+
+def peft_settings(model: nn.Module, targets: Targets, context: Context) -> dict[str, Any]:
+    """Keyword arguments that every PEFT configuration over linear layers shares.
+
+    Raises:
+        ModelError: A target matches nothing.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    matched = {linear.name for linear in match_targets(list_linears(model), targets)}
+    kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name in matched}
+    return {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "fan_in_fan_out": True in kinds,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def attach(model: nn.Module, config: Any, context: Context) -> nn.Module:
+    """Wrap a model with PEFT: the base frozen, the adapter in fp32, its start drawn from the seed alone."""
+    import torch
+    from peft import get_peft_model
+
+    # PEFT draws from the global generator; the loop reseeds it before every forward pass.
+    torch.manual_seed(context.seed)
+    wrapped = cast("nn.Module", get_peft_model(cast(Any, model), config))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    # Under autocast the adapter's products run in the compute dtype anyway; casting its input to fp32 first
+    # would only save a second, larger copy of it for the backward pass.
+    return cast_inputs(wrapped, enabled=context.dtype == torch.float32)
+
+
+def cast_inputs(model: nn.Module, *, enabled: bool) -> nn.Module:
+    """Whether PEFT layers cast their input to the adapter's dtype."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            cast(Any, module).cast_input_dtype_enabled = enabled
+    return model
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's tensors, with the names PEFT saves."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(cast(Any, model), save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def require_same_initial(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Hold that a resumed PiSSA or OLoRA run took the same matrices out of its base.
+
+    Raises:
+        RunFailed: The decomposition came out differently, so the frozen residual is another one.
+    """
+    import torch
+
+    mine: dict[str, Tensor] = getattr(model, "_ftune_initial", {})
+    stored = {key.removeprefix("initial."): value for key, value in state.items()}
+    if mine.keys() != stored.keys() or any(not torch.equal(mine[key], stored[key]) for key in mine):
+        raise RunFailed(
+            "the decomposition of the base weights differs from the one this run started with",
+            help="resume on the machine and with the library versions that began the run",
+        )
+
+
+# --- saving and loading ------------------------------------------------------------------------------------
+
+
+def save_peft(model: nn.Module, out: Path, context: Context, initial: dict[str, Tensor] | None = None) -> None:
+    """Save an adapter in PEFT's format, naming the base model without a local path.
+
+    Args:
+        model: The wrapped model.
+        out: An existing, empty directory.
+        context: Gives the public name and revision of the base.
+        initial: The adapter at the start, when it was taken out of the base weights: the saved adapter is then
+            the difference, of rank 2r, and fits the untouched base.
+    """
+    from peft.utils import CONFIG_NAME
+    from safetensors.torch import save_file
+
+    peft_model = cast(Any, model)
+    config = peft_model.peft_config["default"]
+    config.base_model_name_or_path = context.base_name or None
+    config.revision = context.revision
+    settings: dict[str, Any] = {"save_embedding_layers": False}
+    with tempfile.TemporaryDirectory() as scratch:
+        if initial is not None:
+            start = Path(scratch)
+            save_file(initial, start / "adapter_model.safetensors", metadata={"format": "pt"})
+            (start / CONFIG_NAME).write_text(json.dumps(_plain_config(config)))
+            settings["path_initial_model_for_weight_conversion"] = str(start)
+        peft_model.save_pretrained(str(out), **settings)
+    # PEFT's card names local paths; the run writes its own.
+    (out / "README.md").unlink(missing_ok=True)
+    path = out / CONFIG_NAME
+    # PEFT keeps sets in its configuration: sorted, two runs of one recipe write the same bytes.
+    path.write_text(json.dumps(_plain_config(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    data: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    return {key: sorted(value) if isinstance(value, list | set) else value for key, value in data.items()}
+
+
+def load_peft(base: nn.Module, directory: Path) -> nn.Module:
+    """Attach an adapter saved by ``save_peft``; nothing requires grad."""
+    from peft import PeftModel
+
+    wrapped = cast("nn.Module", PeftModel.from_pretrained(cast(Any, base), str(directory)))
+    return wrapped.requires_grad_(False)
+
+
+def disable_adapter(model: nn.Module) -> AbstractContextManager[Any]:
+    """PEFT's context in which the base computes alone."""
+    return cast("AbstractContextManager[Any]", cast(Any, model).disable_adapter())
+
+
+def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
+    """Save a transformers model in ``dtype`` without changing the one in memory."""
+    whole = cast(Any, model)
+    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    before = whole.config.dtype
+    try:
+        whole.config.dtype = dtype
+        whole.save_pretrained(str(out), state_dict=state)
+    finally:
+        whole.config.dtype = before
+
+
+def load_whole_model(base: nn.Module, directory: Path) -> nn.Module:
+    """Copy the weights of a saved model over ``base``, which keeps its dtype.
+
+    Raises:
+        ModelError: The directory holds another architecture.
+    """
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state |= load_file(file)
+    missing, unexpected = base.load_state_dict(state, strict=False)
+    cast(Any, base).tie_weights()
+    tied = set(getattr(base, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise ModelError(f"{directory} does not hold the weights of this model: {[*missing, *unexpected][:3]}")
+    return base
+
+
+# --- merging -----------------------------------------------------------------------------------------------
+
+
+def merge_peft(model: nn.Module) -> nn.Module:
+    """Merge a PEFT adapter in fp32 into the weights it was trained against.
+
+    4-bit layers are dequantized first, so that the merged model is the one that was trained: merging onto the
+    original weights gives another model (peft#2105), merging in 4 bits rounds the update away.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    peft_model = cast(Any, model)
+    if any(is_4bit(module) for module in model.modules()):
+        state, config = adapter_state(model), peft_model.peft_config["default"]
+        plain = dequantize(peft_model.unload())
+        config.init_lora_weights = True
+        peft_model = get_peft_model(cast(Any, plain), config)
+        set_peft_model_state_dict(peft_model, state)
+    merged = peft_model.float().merge_and_unload(safe_merge=True)
+    return cast("nn.Module", merged)
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether a module is bitsandbytes' 4-bit linear layer (PEFT's wrapper around one is not)."""
+    # By name: importing bitsandbytes to ask would cost seconds in runs that never use it.
+    return any(
+        cls.__name__ == "Linear4bit" and cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__
+    )
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every 4-bit linear layer by a plain one that holds exactly what it multiplied with, in fp32."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, module in list(model.named_modules()):
+        if not is_4bit(module):
+            continue
+        layer = cast(Any, module)
+        plain = torch.nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device=layer.weight.device
+        )
+        plain.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        if layer.bias is not None:
+            plain.bias.data = layer.bias.data.float()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    whole = cast(Any, model)
+    for attribute in ("is_loaded_in_4bit", "is_quantized"):
+        if hasattr(whole, attribute):
+            setattr(whole, attribute, False)
+    whole.hf_quantizer = None
+    whole.quantization_method = None
+    if getattr(whole.config, "quantization_config", None) is not None:
+        del whole.config.quantization_config
+    return model
+
+
+# --- vitals ------------------------------------------------------------------------------------------------
+
+
+def update_vitals(model: nn.Module) -> dict[str, float]:
+    """How many layers carry an update, and the largest and mean norm of B, which starts at zero."""
+    norms = [
+        float(parameter.detach().float().norm())
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name
+    ]
+    return {
+        "adapted_layers": float(len(norms)),
+        "lora_b_norm_mean": sum(norms) / max(1, len(norms)),
+        "lora_b_norm_min": min(norms, default=0.0),
+    }
+
+
+def magnitude_vitals(model: nn.Module) -> dict[str, float]:
+    """How far DoRA's magnitudes moved from the row norms of the base weights, as a mean share of them."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    shares = []
+    for module in model.modules():
+        magnitudes = getattr(module, "lora_magnitude_vector", None)
+        if not magnitudes:
+            continue
+        layer = cast(Any, module)
+        weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+        norms = torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1)
+        trained = magnitudes["default"].weight.detach().float()
+        shares.append(float(((trained - norms).abs() / norms.clamp_min(1e-12)).mean()))
+    return {"magnitude_change_mean": sum(shares) / max(1, len(shares))}
+
+
+def quantization_vitals(model: nn.Module) -> dict[str, float]:
+    """How many layers are 4-bit, and the bytes of their packed weights; empty when none is."""
+    layers = [module for module in model.modules() if is_4bit(module)]
+    if not layers:
+        return {}
+    packed = sum(cast(Any, layer).weight.numel() * cast(Any, layer).weight.element_size() for layer in layers)
+    return {"quantized_layers": float(len(layers)), "quantized_bytes": float(packed)}
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------
+
+
+def quantized_base_bytes(shape: ModelShape, quantization: Quantization | None, dtype_bytes: int) -> int:
+    """Bytes of the base weights when the projections inside the blocks may be 4-bit."""
+    if quantization is None:
+        return shape.parameters * dtype_bytes
+    quantized = sum(linear.elements for linear in shape.linears)
+    return int((shape.parameters - quantized) * dtype_bytes + quantized * quantization.bits_per_weight / 8)
+
+
+def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:
+    """Bytes a token that the low-rank products keep for the backward pass: each distinct input, and ``xA``."""
+    elements = 0
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for linear in match_targets(linears, targets):
+        parent, _, leaf = linear.name.rpartition(".")
+        group = next((names for names in _SAME_INPUT if leaf in names), (leaf,))
+        elements += rank
+        if (parent, group) not in seen:
+            seen.add((parent, group))
+            elements += linear.in_features
+    return elements * dtype_bytes

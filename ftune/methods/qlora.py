@@ -1,0 +1,27 @@
+"""QLoRA: LoRA over a base model in 4 bits. A name for ``lora`` with a ``quantization`` block."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ftune.methods._low_rank import LowRank
+from ftune.methods.quantization import Quantization
+
+__all__ = ["QLora"]
+
+
+class QLora(LowRank):
+    """Train LoRA over NF4 weights (Dettmers et al., arXiv:2305.14314)."""
+
+    paper: ClassVar[str] = "arXiv:2305.14314"
+    summary: ClassVar[str] = "LoRA over base weights kept in 4 bits"
+    formula: ClassVar[str] = "h = dequant(NF4(W)) x + (alpha/r) B A x"
+    typical_share: ClassVar[str] = "0.1-1 %"
+    quantizable: ClassVar[bool] = True
+
+    name: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base.")
+    quantization: Quantization = Field(  # type: ignore[assignment]
+        Quantization(), description="How the base weights are quantized."
+    )

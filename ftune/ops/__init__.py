@@ -1,0 +1,1 @@
+"""Pure tensor code and arithmetic: no recipe, no model, no state."""

@@ -1,0 +1,208 @@
+"""The base model: its configuration, tokenizer and weights, from a hub, a directory or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from ftune.errors import ModelError
+from ftune.methods import Method
+from ftune.methods._shared import is_4bit, list_linears
+from ftune.recipe.locate import Located, locate_model
+from ftune.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["choose_device", "choose_dtype", "load_base", "load_config", "load_tokenizer"]
+
+
+def choose_device() -> torch.device:
+    """The accelerator that torch sees, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as the recipe says, or bfloat16 where the device has instructions for it."""
+    import torch
+
+    if name != "auto":
+        return cast("torch.dtype", getattr(torch, name))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _source(spec: ModelSpec, located: Located) -> dict[str, Any]:
+    """Keyword arguments of every ``from_pretrained`` that say where to read."""
+    source: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if located.revision:
+        source["revision"] = located.revision
+    if located.gguf_file:
+        source["gguf_file"] = located.gguf_file
+    return source
+
+
+@contextlib.contextmanager
+def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be read into one sentence."""
+    try:
+        yield
+    except (OSError, ConnectionError) as error:
+        # transformers raises OSError for a miss, for no network and for a gated repository alike.
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot read the {what} of model `{spec.id}`: {first}",
+            help="check the id and the network; HF_HUB_OFFLINE=1 reads the local cache only",
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"cannot read the {what} of model `{spec.id}`: {error}") from error
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The model's transformers configuration; no weights are read."""
+    from transformers import AutoConfig
+
+    located = locate_model(spec)
+    with _explained(spec, "configuration"):
+        return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's fast tokenizer, with a padding token.
+
+    Raises:
+        ModelError: It cannot be read, or it is no fast tokenizer (masks need character offsets).
+    """
+    from transformers import AutoTokenizer
+
+    located = locate_model(spec)
+    with _explained(spec, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of `{spec.id}` has no fast version, so no character offsets")
+    if tokenizer.pad_token_id is None:
+        # Padding is never in the loss and never attended to: any token serves.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load the base weights as the method wants them: in its dtype, quantized or not, nothing trained yet.
+
+    Args:
+        spec: The recipe's model block.
+        method: Says in which dtype and with which quantization, and may change the configuration.
+        dtype: What the model computes in.
+        device: Where it goes.
+
+    Raises:
+        ModelError: The weights cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    located = locate_model(spec)
+    config = load_config(spec)
+    method.configure(config)
+    quantization = method.quantization_config(dtype)
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": method.base_dtype(dtype),
+        "attn_implementation": spec.attention,
+        **_source(spec, located),
+    }
+    if located.gguf_file:
+        # One call cannot both read GGUF and quantize to NF4: the dense model comes first.
+        settings["quantization_config"] = GgufConfig(dequantize=True)
+    elif quantization is not None:
+        settings["quantization_config"] = quantization
+        settings["device_map"] = {"": device}
+    with _explained(spec, "weights"), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(located.path_or_id, **settings)
+    if located.gguf_file:
+        _forget_gguf(model)
+        if quantization is not None:
+            quantize(model, quantization, device)
+    for module in model.modules():
+        if is_4bit(module):
+            # On CPUs with AVX512-BF16 the first evaluation forward repacks the weights in place, after which
+            # training loses gradients and dequantizing returns garbage.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    if quantization is None:
+        model.to(device=device, dtype=method.base_dtype(dtype))
+    # Generation settings left over from pretraining (sampling without do_sample) make save_pretrained refuse.
+    return cast("nn.Module", torch.nn.Module.train(model))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _forget_gguf(model: Any) -> None:
+    """Drop the traces of the GGUF file: dequantized, the model is an ordinary one that can be saved."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None)
+    model.is_quantized = False
+
+
+def quantize(model: Any, config: Any, device: torch.device) -> None:
+    """Quantize the projections inside the blocks of a dense model in place, as ``from_pretrained`` would.
+
+    Args:
+        model: A dense transformers model; its dtype is the one NF4 is taken from.
+        config: A ``BitsAndBytesConfig``.
+        device: Where the quantized layers go.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for linear in list_linears(model):
+        layer = model.get_submodule(linear.name)
+        packed = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            device="meta",
+        )
+        packed.weight = Params4bit(
+            layer.weight.data,
+            requires_grad=False,
+            quant_type=config.bnb_4bit_quant_type,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+        )
+        packed.bias = layer.bias
+        parent, _, leaf = linear.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed.to(device))
+    model.to(device)
+    model.is_loaded_in_4bit = True
+    model.is_quantized = True
+    model.config.quantization_config = config

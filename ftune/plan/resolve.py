@@ -1,0 +1,277 @@
+"""The one ordered construction: tokenizer, data, total steps, then base model, adapter, optimizer.
+
+The order is fixed because later parts need earlier ones: a method may need the total number of steps before it
+can wrap the model (AdaLoRA), and the steps are known once the data is tokenized and packed. ``resolve`` needs no
+weights; ``build`` loads them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftune.data.packing import pack
+from ftune.data.tokenize import Split, Splits, load_splits
+from ftune.methods import Context, ModelShape
+from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_config, load_tokenizer
+from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
+from ftune.plan.shapes import read_shape
+from ftune.recipe.locate import locate_model
+from ftune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["Plan", "build", "resolve"]
+
+Rows = tuple[tuple[int, ...], ...]
+"""Rows of a split: each the indices of the examples that share it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the weights are loaded.
+
+    Attributes:
+        recipe: The recipe, unchanged.
+        tokenizer: The model's tokenizer, with the recipe's chat template.
+        splits: Tokenized training and held-out examples.
+        rows: Training rows; one example each without packing.
+        eval_rows: Held-out rows, likewise.
+        world_size: Processes that share an update.
+        steps_per_epoch: Updates in one pass over the rows.
+        total_steps: Updates in the run.
+        warmup_steps: Updates before the peak learning rate.
+        shape: The base model's sizes.
+        context: What the method may know.
+        memory: Predicted bytes, itemised.
+    """
+
+    recipe: Recipe
+    tokenizer: Any
+    splits: Splits
+    rows: Rows
+    eval_rows: Rows
+    world_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    shape: ModelShape
+    context: Context
+    memory: MemoryEstimate
+
+    @property
+    def global_batch(self) -> int:
+        """Rows in one optimizer update, over all processes."""
+        training = self.recipe.training
+        return training.micro_batch_size * training.gradient_accumulation_steps * self.world_size
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens in each training row."""
+        return row_lengths(self.splits.train, self.rows)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as JSON-able data: what is printed, and what ``run.json`` keeps."""
+        return _summary(self)
+
+
+def row_lengths(split: Split, rows: Rows) -> list[int]:
+    """Tokens in each row of a split."""
+    return [sum(len(split.examples[index].input_ids) for index in row) for row in rows]
+
+
+def make_rows(split: Split, recipe: Recipe) -> Rows:
+    """Share rows between examples where the recipe packs, else give each its own."""
+    if not recipe.packing:
+        return tuple((index,) for index in range(len(split.examples)))
+    lengths = [len(example.input_ids) for example in split.examples]
+    return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
+
+
+def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
+    """Decide everything that needs no weights.
+
+    Raises:
+        ModelError: The configuration or the tokenizer cannot be read, or a target matches nothing.
+        DataError: The data cannot be read or cannot be trained on.
+    """
+    device = choose_device()
+    dtype = choose_dtype(recipe.model.dtype, device)
+    located = locate_model(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
+    rows = make_rows(splits.train, recipe)
+    eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
+
+    training, schedule = recipe.training, recipe.schedule
+    global_batch = training.micro_batch_size * training.gradient_accumulation_steps * world_size
+    steps_per_epoch = math.ceil(len(rows) / global_batch)
+    by_epochs = math.ceil((training.epochs or 1.0) * steps_per_epoch)
+    if training.max_steps is None:
+        total_steps = by_epochs
+    else:
+        total_steps = training.max_steps if training.epochs is None else min(training.max_steps, by_epochs)
+    warmup = schedule.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(schedule.warmup_ratio * total_steps)
+
+    config = load_config(recipe.model)
+    shape = read_shape(config)
+    lengths = row_lengths(splits.train, rows)
+    memory = estimate(
+        recipe.method,
+        shape,
+        optimizer=recipe.optimizer.name,
+        dtype_bytes=dtype.itemsize,
+        rows=training.micro_batch_size,
+        length=max(lengths),
+        target_tokens=training.micro_batch_size * _most_targets(splits.train, rows),
+        gradient_checkpointing=training.gradient_checkpointing,
+        attention=recipe.model.attention,
+        device_type=device.type,
+        packed=any(len(row) > 1 for row in rows),
+    )
+    return Plan(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        splits=splits,
+        rows=rows,
+        eval_rows=eval_rows,
+        world_size=world_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=min(warmup, total_steps),
+        shape=shape,
+        context=Context(
+            total_steps=total_steps,
+            seed=training.seed,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=training.gradient_checkpointing,
+            base_name=located.public_name,
+            revision=located.revision,
+        ),
+        memory=memory,
+    )
+
+
+def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
+    """Load the base model, let the method adapt it, and make its optimizer.
+
+    Raises:
+        ModelError: The weights cannot be read or do not fit the method.
+    """
+    recipe, context = plan.recipe, plan.context
+    base = load_base(recipe.model, recipe.method, context.dtype, context.device)
+    model = recipe.method.adapt(base, context)
+    if context.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model, recipe.method.optimizer(model, recipe.optimizer)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute each block in the backward pass, without the reentrant form (exact, and needs no input grads)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _most_targets(split: Split, rows: Rows) -> int:
+    """Supervised tokens in the row that has most."""
+    return max(sum(int((split.examples[index].labels[1:] != -100).sum()) for index in row) for row in rows)
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    recipe, train, held_out = plan.recipe, plan.splits.train, plan.splits.eval
+    training, context, method = recipe.training, plan.context, recipe.method
+    trainable = method.trainable_parameters(plan.shape)
+    total = plan.shape.parameters + (trainable if method.artifact == "adapter" else 0)
+    lengths = plan.row_lengths
+    available = available_bytes(context.device.type)
+    fits = plan.memory.total <= available
+    return {
+        "model": {
+            "id": recipe.model.id,
+            "type": plan.shape.model_type,
+            "parameters": plan.shape.parameters,
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "vocab": plan.shape.vocab,
+        },
+        "method": {
+            "name": recipe.method.name,  # type: ignore[attr-defined]
+            "trainable": trainable,
+            "share": trainable / total,
+            "settings": method.model_dump(mode="json", exclude={"name"}),
+        },
+        "data": {
+            "format": train.format,
+            "rows": train.rows,
+            "examples": len(train.examples),
+            "tokens": train.tokens,
+            "target_tokens": train.target_tokens,
+            "truncated": train.truncated,
+            "skipped": train.skipped,
+            "no_target": train.no_target,
+            "ends_with_eos": train.ends_with_eos,
+            "max_length": recipe.data.max_length,
+            "packing": recipe.packing,
+            "rows_packed": len(plan.rows),
+            "fill": sum(lengths) / (len(lengths) * recipe.data.max_length),
+            "longest": train.longest,
+            "eval_rows": held_out.rows if held_out else 0,
+            "eval_tokens": held_out.tokens if held_out else 0,
+            "fingerprint": train.fingerprint,
+            "eval_fingerprint": held_out.fingerprint if held_out else None,
+        },
+        "training": {
+            "steps": plan.total_steps,
+            "epochs": plan.total_steps / plan.steps_per_epoch,
+            "global_batch": plan.global_batch,
+            "micro_batch_size": training.micro_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "world_size": plan.world_size,
+            "learning_rate": recipe.learning_rate,
+            "optimizer": recipe.optimizer.name,
+            "schedule": recipe.schedule.name,
+            "warmup_steps": plan.warmup_steps,
+        },
+        "memory": plan.memory.as_dict(),
+        "device": {"type": context.device.type, "name": device_name(context.device), "available": available},
+        "fits": fits,
+        "advice": [] if fits else what_to_change(plan.memory, available, recipe),
+        "warnings": _warnings(plan),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What works, but perhaps not as meant."""
+    train, recipe = plan.splits.train, plan.recipe
+    found = []
+    if train.truncated:
+        share = train.truncated / train.rows
+        found.append(f"{train.truncated} of {train.rows} examples ({share:.0%}) are cut at data.max_length")
+    if train.no_target:
+        found.append(f"{train.no_target} examples are left out: nothing in them is trained on")
+    if train.ends_with_eos is not None and train.ends_with_eos < 0.5:
+        found.append(
+            f"only {train.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
+            "the model may not learn to stop"
+        )
+    if recipe.model.trust_remote_code:
+        found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
+    if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:
+        found.append(f"all {plan.total_steps} steps are warm-up: the learning rate never reaches its peak")
+    return found

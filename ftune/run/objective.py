@@ -1,0 +1,59 @@
+"""The objective: a batch in, the sum of its token losses out.
+
+One module holds model, head and loss, because under DDP every parameter must be used inside ``forward``.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ftune.data.batches import Batch
+
+__all__ = ["Objective", "autocast"]
+
+
+def autocast(dtype: torch.dtype, device_type: str) -> AbstractContextManager[Any]:
+    """The context in which a model computes in ``dtype`` while its trained weights stay fp32."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Objective(nn.Module):
+    """The causal language-modelling loss, summed over target tokens.
+
+    Args:
+        model: A transformers causal model, adapted or not.
+        dtype: What it computes in; the loss itself is always fp32.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies of the batch's target tokens: fp32, shape ().
+
+        A label at position i is predicted from position i - 1. The head runs only on positions that predict a
+        target in some row; labels of -100 are no targets. A batch without targets gives 0 with a graph, so that
+        ranks that ran out of data still take part in the gradient exchange.
+        """
+        targets_BT = batch.labels[:, 1:]
+        # No targets at all: one position keeps the graph alive, and its loss is masked out below.
+        positions = (targets_BT != -100).any(dim=0).nonzero().flatten()
+        if positions.numel() == 0:
+            positions = positions.new_zeros(1)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+        with autocast(self.dtype, batch.input_ids.device.type):
+            logits_BKV = self.model(**inputs, logits_to_keep=positions).logits
+        targets_BK = targets_BT[:, positions]
+        return F.cross_entropy(
+            logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=-100, reduction="sum"
+        )
