@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -41,6 +41,10 @@ class LowRank(Method):
     def scaled_alpha(self) -> float:
         """The alpha in force: as written, or twice the rank."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    def resolved(self) -> Self:
+        """With alpha written out."""
+        return self.model_copy(update={"alpha": self.scaled_alpha})
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""

@@ -5,6 +5,7 @@ Every function here takes what it needs as arguments; none knows which method ca
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -272,9 +273,9 @@ def merge_peft(model: nn.Module) -> nn.Module:
 
     peft_model = cast(Any, model)
     if any(is_4bit(module) for module in model.modules()):
-        state, config = adapter_state(model), peft_model.peft_config["default"]
+        state, config = adapter_state(model), copy.deepcopy(peft_model.peft_config["default"])
         plain = dequantize(peft_model.unload())
-        config.init_lora_weights = True
+        config.base_model_name_or_path = None
         peft_model = get_peft_model(cast(Any, plain), config)
         set_peft_model_state_dict(peft_model, state)
     merged = peft_model.float().merge_and_unload(safe_merge=True)

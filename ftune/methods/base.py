@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -142,6 +142,10 @@ class Method(BaseModel):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield what cannot work in this recipe because of this method."""
         yield from ()
+
+    def resolved(self) -> Self:
+        """This method with every derived setting written out, as ``run.json`` keeps it."""
+        return self
 
     # --- building ---
 

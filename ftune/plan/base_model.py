@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftune.errors import ModelError
@@ -80,8 +81,12 @@ def load_config(spec: ModelSpec) -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
     """The model's fast tokenizer, with a padding token.
+
+    Args:
+        spec: The recipe's model block.
+        chat_template: A Jinja file whose content replaces the tokenizer's own template.
 
     Raises:
         ModelError: It cannot be read, or it is no fast tokenizer (masks need character offsets).
@@ -96,6 +101,8 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     if tokenizer.pad_token_id is None:
         # Padding is never in the loss and never attended to: any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
 
 

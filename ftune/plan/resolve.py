@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Plan", "build", "resolve"]
+__all__ = ["Plan", "build", "context_of", "resolve"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""
@@ -36,7 +36,7 @@ class Plan:
     """Everything that is decided before the weights are loaded.
 
     Attributes:
-        recipe: The recipe, unchanged.
+        recipe: The recipe with everything derived written out (dtype, learning rate, packing, alpha).
         tokenizer: The model's tokenizer, with the recipe's chat template.
         splits: Tokenized training and held-out examples.
         rows: Training rows; one example each without packing.
@@ -101,8 +101,8 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    located = locate_model(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
+    recipe = _written_out(recipe, dtype)
+    tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
     rows = make_rows(splits.train, recipe)
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
@@ -146,16 +146,34 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
         total_steps=total_steps,
         warmup_steps=min(warmup, total_steps),
         shape=shape,
-        context=Context(
-            total_steps=total_steps,
-            seed=training.seed,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=training.gradient_checkpointing,
-            base_name=located.public_name,
-            revision=located.revision,
-        ),
+        context=context_of(recipe, device, dtype, total_steps),
         memory=memory,
+    )
+
+
+def _written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    """The recipe with every derived value in place, so that it means the same on another machine."""
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}),
+            "method": recipe.method.resolved(),
+            "data": recipe.data.model_copy(update={"packing": recipe.packing}),
+            "optimizer": recipe.optimizer.model_copy(update={"learning_rate": recipe.learning_rate}),
+        }
+    )
+
+
+def context_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, total_steps: int = 1) -> Context:
+    """What the recipe's method may know."""
+    located = locate_model(recipe.model)
+    return Context(
+        total_steps=total_steps,
+        seed=recipe.training.seed,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        base_name=located.public_name,
+        revision=located.revision,
     )
 
 
@@ -180,7 +198,7 @@ def enable_checkpointing(model: Any) -> None:
 
 def _most_targets(split: Split, rows: Rows) -> int:
     """Supervised tokens in the row that has most."""
-    return max(sum(int((split.examples[index].labels[1:] != -100).sum()) for index in row) for row in rows)
+    return max(sum(split.examples[index].target_tokens for index in row) for row in rows)
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
@@ -200,28 +218,29 @@ def _summary(plan: Plan) -> dict[str, Any]:
             "vocab": plan.shape.vocab,
         },
         "method": {
-            "name": recipe.method.name,  # type: ignore[attr-defined]
+            "name": recipe.method.name,
+            "artifact": method.artifact,
             "trainable": trainable,
             "share": trainable / total,
             "settings": method.model_dump(mode="json", exclude={"name"}),
         },
         "data": {
             "format": train.format,
-            "rows": train.rows,
+            "rows": train.stats.rows,
             "examples": len(train.examples),
-            "tokens": train.tokens,
-            "target_tokens": train.target_tokens,
-            "truncated": train.truncated,
-            "skipped": train.skipped,
-            "no_target": train.no_target,
-            "ends_with_eos": train.ends_with_eos,
+            "tokens": train.stats.tokens,
+            "target_tokens": train.stats.target_tokens,
+            "truncated": train.stats.truncated,
+            "skipped": train.stats.skipped,
+            "no_target": train.stats.no_target,
+            "ends_with_eos": train.stats.ends_with_eos,
             "max_length": recipe.data.max_length,
             "packing": recipe.packing,
             "rows_packed": len(plan.rows),
             "fill": sum(lengths) / (len(lengths) * recipe.data.max_length),
-            "longest": train.longest,
-            "eval_rows": held_out.rows if held_out else 0,
-            "eval_tokens": held_out.tokens if held_out else 0,
+            "longest": train.stats.longest,
+            "eval_rows": held_out.stats.rows if held_out else 0,
+            "eval_tokens": held_out.stats.tokens if held_out else 0,
             "fingerprint": train.fingerprint,
             "eval_fingerprint": held_out.fingerprint if held_out else None,
         },
@@ -260,14 +279,14 @@ def _warnings(plan: Plan) -> list[str]:
     """What works, but perhaps not as meant."""
     train, recipe = plan.splits.train, plan.recipe
     found = []
-    if train.truncated:
-        share = train.truncated / train.rows
-        found.append(f"{train.truncated} of {train.rows} examples ({share:.0%}) are cut at data.max_length")
-    if train.no_target:
-        found.append(f"{train.no_target} examples are left out: nothing in them is trained on")
-    if train.ends_with_eos is not None and train.ends_with_eos < 0.5:
+    if train.stats.truncated:
+        share = train.stats.truncated / train.stats.rows
+        found.append(f"{train.stats.truncated} of {train.stats.rows} examples ({share:.0%}) are cut at data.max_length")
+    if train.stats.no_target:
+        found.append(f"{train.stats.no_target} examples are left out: nothing in them is trained on")
+    if train.stats.ends_with_eos < 0.5 and train.stats.truncated < train.stats.examples:
         found.append(
-            f"only {train.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
+            f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
     if recipe.model.trust_remote_code:

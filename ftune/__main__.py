@@ -1,0 +1,5 @@
+"""``python -m ftune``."""
+
+from ftune.cli import main
+
+main()

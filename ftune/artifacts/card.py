@@ -1,0 +1,68 @@
+"""The model card: ``README.md`` beside the adapter, with what was trained on what and how it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["write_card"]
+
+
+def write_card(directory: Path, record: dict[str, Any]) -> None:
+    """Write the card of a run.
+
+    Names the base model and the data as the recipe does, but of a local path its last component only.
+
+    Args:
+        directory: The adapter's or model's directory.
+        record: What ``run.json`` keeps.
+    """
+    plan, measured, resolved = record["plan"], record["measured"], record["resolved"]
+    method, data, training = plan["method"], plan["data"], plan["training"]
+    base = _public(plan["model"]["id"])
+    front: dict[str, Any] = {"library_name": "peft" if method["artifact"] == "adapter" else "transformers"}
+    if "/" in base and "://" not in base:
+        front["base_model"] = base
+    front["tags"] = ["ftune", method["name"]]
+    rows = [
+        ("Base model", base),
+        ("Method", f"{method['name']} ({_settings(method['settings'])})" if method["settings"] else method["name"]),
+        ("Trained parameters", f"{method['trainable']:,} ({method['share']:.2%})"),
+        ("Data", f"{_public(resolved['data']['train']['path'])}: {data['examples']:,} examples, "
+                 f"{data['tokens']:,} tokens, {data['target_tokens']:,} of them in the loss"),
+        ("Updates", f"{training['steps']:,} of {training['global_batch']} rows, {training['epochs']:.2g} epochs"),
+        ("Learning rate", f"{training['learning_rate']:g}, {training['schedule']}, {training['optimizer']}"),
+        ("Training loss", _number(measured.get("first_loss")) + " → " + _number(measured.get("loss"))),
+        ("Held-out loss", _number(measured.get("held_out_loss"))),
+        ("Seed", str(record["seed"])),
+        ("Computed in", f"{plan['model']['dtype']} on {record['device']['name']}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    (directory / "README.md").write_text(
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {base.rsplit('/', 1)[-1]}, tuned by {method['name']}\n\n"
+        f"Made with ftune. {_how_to_load(method['artifact'], base)}\n\n| | |\n|---|---|\n{table}\n",
+        encoding="utf-8",
+    )
+
+
+def _public(name: str) -> str:
+    """A name that says nothing of the machine: hub ids and package:// as they are, paths by their last part."""
+    local = name.startswith(("/", ".", "~")) or name.endswith((".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt"))
+    return Path(name).name if local and "://" not in name else name
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, 0.0))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _how_to_load(artifact: str, base: str) -> str:
+    if artifact == "model":
+        return "Load it with `AutoModelForCausalLM.from_pretrained(DIRECTORY)`."
+    return f"Load it with `PeftModel.from_pretrained(model, DIRECTORY)` over `{base}`."

@@ -1,0 +1,124 @@
+"""Evaluation: held-out loss and task metrics, the tuned model beside its base."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from ftune.artifacts.generate import greedy
+from ftune.artifacts.metrics import find_metric
+from ftune.artifacts.tuned import Target, load_plain, load_tuned
+from ftune.data.tokenize import GenerationItem, generation_items
+from ftune.errors import DataError
+from ftune.plan.resolve import Plan, resolve
+from ftune.run.files import write_json
+from ftune.run.loop import held_out_loss
+from ftune.run.objective import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+__all__ = ["evaluate"]
+
+SAMPLES = 5  # generated answers kept for people to read
+
+
+def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
+    """Measure a run on its held-out split; the base model too when asked, or alone when there is no run.
+
+    The base is the tuned model with its adapter switched off. Where a method cannot be switched off (full
+    fine-tuning), the base is measured before the trained weights are put onto it.
+
+    Args:
+        target: A run, or a recipe without one.
+        base: Measure the base model beside the tuned one.
+
+    Returns:
+        ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``.
+
+    Raises:
+        DataError: The recipe holds nothing out.
+    """
+    from accelerate import Accelerator
+    import torch
+
+    recipe, run = target.recipe, target.run
+    if recipe.data.eval is None and not recipe.data.eval_fraction:
+        raise DataError(
+            "the recipe holds no data out, so there is nothing to evaluate on",
+            help="add `data.eval: FILE` or `data.eval_fraction: 0.1`",
+        )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    plan = resolve(recipe)
+    items = _generation_items(plan)
+    result: dict[str, Any] = {
+        "run": str(run.root) if run else None,
+        "method": plan.summary()["method"]["name"],
+        "model": recipe.model.id,
+        "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
+        "generated": len(items),
+    }
+    answers: dict[str, list[str]] = {}
+
+    def measure(who: str, model: nn.Module) -> None:
+        result[who], answers[who] = _measure(model, plan, items, accelerator)
+
+    model = load_plain(plan)
+    if run is None:
+        measure("base", model)
+    else:
+        switchable = recipe.method.artifact == "adapter"
+        if base and not switchable:
+            measure("base", model)
+        model = load_tuned(model, plan, run)
+        measure("tuned", model)
+        if base and switchable:
+            switched_off = recipe.method.switched_off(model)
+            assert switched_off is not None
+            with switched_off:
+                measure("base", model)
+    result["samples"] = [
+        {"row": item.row, "reference": item.reference, **{who: texts[i] for who, texts in answers.items()}}
+        for i, item in enumerate(items[:SAMPLES])
+    ]
+    if run is not None:
+        write_json(run.eval_path, result)
+    return result
+
+
+def _generation_items(plan: Plan) -> list[GenerationItem]:
+    if not plan.recipe.evaluation.metrics:
+        return []
+    held_out, limit = plan.splits.eval, plan.recipe.evaluation.max_examples
+    assert held_out is not None
+    return generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, limit)
+
+
+def _measure(
+    model: nn.Module, plan: Plan, items: list[GenerationItem], accelerator: Accelerator
+) -> tuple[dict[str, Any], list[str]]:
+    """Loss, perplexity and metrics of one model, and its answers."""
+    spec, dtype = plan.recipe.evaluation, plan.context.dtype
+    began = time.perf_counter()
+    loss, count = held_out_loss(Objective(model, dtype), plan, accelerator)
+    numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": count}
+    answers: list[str] = []
+    if items:
+        answers = greedy(
+            model.eval(),
+            plan.tokenizer,
+            [item.prompt_ids for item in items],
+            dtype=dtype,
+            batch_size=spec.batch_size,
+            max_new_tokens=spec.max_new_tokens,
+        )
+        numbers["metrics"] = {}
+        for metric in spec.metrics:
+            score = find_metric(metric)
+            values = [score(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
+            numbers["metrics"][metric.name] = sum(values) / len(values)
+    numbers["seconds"] = time.perf_counter() - began
+    return numbers, answers
+

@@ -1,0 +1,79 @@
+"""Greedy answers to held-out prompts, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ftune.run.objective import autocast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["end_token_ids", "greedy"]
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if tokenizer.eos_token_id is not None:
+        listed = [*listed, tokenizer.eos_token_id]
+    return sorted(set(listed))
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Answer each prompt greedily.
+
+    Args:
+        model: A causal model in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, generation prompt included.
+        dtype: What the model computes in.
+        batch_size: Prompts generated together; those of similar length share a batch.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens, stripped.
+    """
+    device = next(model.parameters()).device
+    ends = end_token_ids(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(prompts[index]) for index in chosen)
+        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            # On the left, so that every prompt ends where its answer begins.
+            ids[row, longest - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
+            mask[row, longest - len(prompts[index]) :] = 1
+        with autocast(dtype, device.type):
+            output = cast(Any, model).generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends or None,
+            )
+        for row, index in enumerate(chosen):
+            answers[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True).strip()
+    return answers

@@ -1,0 +1,94 @@
+"""What commands print when they are done: plain text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ftune.run.sinks.progress import human_bytes, human_time
+
+__all__ = ["evaluation_table", "merge_summary", "table", "training_summary"]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell, two spaces apart; the columns in ``right`` are right-aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def training_summary(record: dict[str, Any], output_dir: str) -> str:
+    """Three lines after training: what was reached, predicted against measured memory, and the vitals."""
+    measured, method = record["measured"], record["plan"]["method"]
+    held_out = measured.get("held_out_loss")
+    lines = [
+        f"done: {measured['steps']} steps in {human_time(measured['wall_seconds'])}, "
+        f"{measured['tokens_per_second']:,.0f} tokens/s, loss {measured['first_loss']:.4f} -> {measured['loss']:.4f}"
+        + (f", held-out {held_out:.4f}" if held_out is not None else ""),
+        f"peak memory {human_bytes(measured['peak_bytes'])}, predicted "
+        f"{human_bytes(measured['predicted_peak_bytes'])} ({measured['predicted_over_measured']:.2f} x)",
+    ]
+    if record["vitals"]:
+        vitals = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in record["vitals"].items())
+        lines.append(f"vitals: {vitals}")
+    lines.append(f"saved: {output_dir}/{method['artifact']}")
+    return "\n".join(lines)
+
+
+def evaluation_table(result: dict[str, Any], width: int) -> str:
+    """Base and tuned side by side, with the difference; then a few answers."""
+    who = [name for name in ("base", "tuned") if name in result]
+    names = ["held-out loss", "perplexity", *result[who[0]].get("metrics", {})]
+
+    def value(model: str, name: str) -> float:
+        numbers = result[model]
+        if name == "held-out loss":
+            return float(numbers["loss"])
+        return float(numbers["perplexity"] if name == "perplexity" else numbers["metrics"][name])
+
+    def show(number: float, name: str, sign: str = "") -> str:
+        if name in ("held-out loss", "perplexity"):
+            return f"{number:{sign}.3f}"
+        return f"{100 * number:{sign}.1f}" + (" pt" if sign else " %")
+
+    rows = []
+    for name in names:
+        row = [name, *(show(value(model, name), name) for model in who)]
+        if len(who) == 2:
+            row.append(show(value("tuned", name) - value("base", name), name, "+"))
+        rows.append(row)
+    head = ["", *who, *(["change"] if len(who) == 2 else [])]
+    text = table(head, rows, right=range(1, len(head)))
+    counts = f"{result['examples']} held-out examples"
+    if result["generated"]:
+        counts += f", {result['generated']} answers generated greedily"
+    text += f"\n\n{counts}"
+    for sample in result["samples"][:3]:
+        text += f"\n\n  reference  {_clip(sample['reference'], width - 13)}"
+        for name in who:
+            text += f"\n  {name:9}  {_clip(sample[name], width - 13)}"
+    return text
+
+
+def merge_summary(report: dict[str, Any]) -> str:
+    """Where the merged model is and how close it is to what was trained."""
+    found, effect = report["merged_vs_adapter"], report["base_vs_adapter"]
+    rows = [
+        [name, f"{d['max_error']:.2g}", f"{d['kl']:.2g}", f"{100 * d['top1']:.1f} %"]
+        for name, d in (("merged, from disk", found), ("base model", effect))
+    ]
+    return (
+        f"merged: {report['out']} ({report['dtype']}, {human_bytes(report['bytes'])})\n"
+        f"in fp32, before rounding, the largest difference of a logit is {report['merge_error']:.2g}\n\n"
+        + table(["against the tuned model", "max |dlogit|", "KL, nats/token", "same top token"], rows, right=(1, 2, 3))
+        + f"\n\n{report['tokens_compared']} tokens of real text compared"
+    )
+
+
+def _clip(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: max(1, width - 1)] + "…"

@@ -1,0 +1,155 @@
+"""The run directory: its layout, and ``run.json``.
+
+::
+
+    RUN/run.json          recipe as written and as resolved, plan, measured, vitals, versions, device, status
+    RUN/metrics.jsonl     one event a line
+    RUN/checkpoints/      step-N/, each complete
+    RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
+    RUN/eval.json         what `ftune eval` measured
+    RUN/merged/           what `ftune merge` made
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import ftune
+from ftune.errors import RunDirError
+from ftune.recipe.schema import Recipe
+from ftune.run.files import write_json
+
+__all__ = ["RunDir", "package_versions"]
+
+_OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "merged", "eval.json", "tracking")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of ftune, Python and the packages that decide a run's numbers; those not installed are left out."""
+    versions = {"ftune": ftune.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory at ``root``."""
+
+    root: Path
+
+    @property
+    def metrics(self) -> Path:
+        """``metrics.jsonl``."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints' directory."""
+        return self.root / "checkpoints"
+
+    @property
+    def record_path(self) -> Path:
+        """``run.json``."""
+        return self.root / "run.json"
+
+    @property
+    def eval_path(self) -> Path:
+        """``eval.json``."""
+        return self.root / "eval.json"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.record_path.is_file()
+
+    def read(self) -> dict[str, Any]:
+        """The content of ``run.json``.
+
+        Raises:
+            RunDirError: There is none, or it is not JSON.
+        """
+        try:
+            data: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirError(
+                f"{self.root} is no run directory: it has no run.json",
+                help="give the output_dir of a recipe that was trained",
+            ) from None
+        except ValueError as error:
+            raise RunDirError(f"{self.record_path} is damaged: {error}") from error
+        return data
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was made with, as resolved.
+
+        Raises:
+            RunDirError: It was written by another version whose recipes differ.
+        """
+        try:
+            # As JSON, where a list is what a tuple is written as.
+            return Recipe.model_validate_json(json.dumps(self.read()["resolved"]))
+        except (ValidationError, KeyError) as error:
+            raise RunDirError(f"the recipe in {self.record_path} does not fit this version of ftune: {error}") from error
+
+    def artifact(self, recipe: Recipe) -> Path:
+        """Where the trained adapter or model is.
+
+        Raises:
+            RunDirError: The run is not finished.
+        """
+        path = self.root / recipe.method.artifact
+        if not path.is_dir():
+            status = self.read().get("status", "unknown")
+            raise RunDirError(
+                f"{self.root} has no {recipe.method.artifact}/ yet: the run is {status}",
+                help="finish it with `ftune train RECIPE --resume`",
+            )
+        return path
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Replace ``run.json``."""
+        write_json(self.record_path, record)
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the directory ready for a run.
+
+        Raises:
+            RunDirError: It holds another run, or files that are not a run's.
+        """
+        if self.exists() and overwrite and not resume:
+            for name in _OURS:
+                path = self.root / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif self.exists() and not resume:
+            raise RunDirError(
+                f"{self.root} already holds a run",
+                help="--resume continues it, --overwrite replaces it, or choose another output_dir",
+            )
+        elif not self.exists() and self.root.is_dir() and any(self.root.iterdir()):
+            raise RunDirError(
+                f"{self.root} is not empty and is no run directory",
+                help="choose another output_dir; ftune does not delete what it did not make",
+            )
+        self.root.mkdir(parents=True, exist_ok=True)

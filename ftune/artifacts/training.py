@@ -1,0 +1,291 @@
+"""Run a recipe into a run directory."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftune.artifacts.card import write_card
+from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.plan.resolve import Plan, build, resolve
+from ftune.recipe.load import Loaded
+from ftune.recipe.schema import Recipe
+from ftune.run.checkpoint import Checkpoints
+from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd
+from ftune.run.files import new_directory
+from ftune.run.loop import Loop
+from ftune.run.memory import PeakMeter
+from ftune.run.objective import Objective
+from ftune.run.signals import StopRequest
+from ftune.run.sinks.jsonl import JsonlSink, truncate_after
+from ftune.run.sinks.progress import ProgressSink, human_bytes
+from ftune.run.sinks.tracker import TrackerSink, flatten
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["train"]
+
+_LOCAL_SINKS = ("progress", "jsonl")
+# Blocks that may differ between start and resume: they do not change what is trained.
+_FREE_TO_CHANGE = ("checkpoint", "evaluation", "tracking", "output_dir")
+
+
+@dataclass
+class _Tally:
+    """A sink that adds up what ``run.json`` reports as measured."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    first_loss: float | None = None
+    last: StepEnd | None = None
+    evals: list[EvalEnd] = field(default_factory=list)
+
+    def receive(self, event: Event) -> None:
+        if isinstance(event, StepEnd):
+            self.tokens += event.tokens
+            self.seconds += event.seconds
+            self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
+            self.first_loss = event.loss if self.first_loss is None else self.first_loss
+            self.last = event
+        elif isinstance(event, EvalEnd):
+            self.evals.append(event)
+
+    def close(self) -> None:
+        pass
+
+    def measured(self, predicted: int) -> dict[str, Any]:
+        """Figures of this process's part of the run."""
+        if self.last is None:
+            return {}
+        return {
+            "steps": self.last.step,
+            "loss": self.last.loss,
+            "first_loss": self.first_loss,
+            "held_out_loss": self.evals[-1].loss if self.evals else None,
+            "tokens": self.tokens,
+            "training_seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "predicted_peak_bytes": predicted,
+            "predicted_over_measured": predicted / self.peak_bytes if self.peak_bytes else None,
+        }
+
+
+def train(
+    loaded: Loaded,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a recipe; returns the record that ``run.json`` keeps.
+
+    Args:
+        loaded: The recipe and its text.
+        resume: Continue from the newest whole checkpoint of this run directory; start when there is none.
+        overwrite: Replace a run that the directory holds.
+        show_plan: Called with the plan before any weights are loaded.
+        progress: Whether progress may be written to standard error.
+
+    Raises:
+        FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
+    """
+    recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir))
+    accelerator = _accelerator(recipe, run)
+    main = accelerator.is_main_process
+    if main:
+        run.prepare(overwrite=overwrite, resume=resume)
+    accelerator.wait_for_everyone()
+    plan = resolve(recipe, world_size=accelerator.num_processes)
+    summary = plan.summary()
+    before = run.read() if resume and run.exists() else None
+    if before is not None:
+        _require_same(before, plan, summary, run)
+        if before.get("status") == "finished":
+            raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
+    if main:
+        show_plan(summary)
+
+    record: dict[str, Any] = {
+        "recipe": loaded.text,
+        "overrides": list(loaded.overrides),
+        "resolved": plan.recipe.model_dump(mode="json"),
+        "plan": summary,
+        "measured": {},
+        "vitals": {},
+        "versions": package_versions(),
+        "device": summary["device"] | {"processes": accelerator.num_processes},
+        "seed": recipe.training.seed,
+        "status": "running",
+        "started": _now(),
+    }
+    sinks: list[Sink] = []
+    tally = _Tally()
+    began = time.perf_counter()
+    status = "failed"
+    try:
+        with StopRequest() as stop:
+            model, optimizer = build(plan)
+            checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
+            if main:
+                _rehearse(plan, model, run)
+            start, notes, found = _restore(checkpoints, plan, model, optimizer, resume)
+            if main:
+                truncate_after(run.metrics, start)
+                run.write(record)
+                sinks = _sinks(plan.recipe, run, accelerator, progress)
+            sinks.append(tally)
+
+            def emit(event: Event) -> None:
+                for sink in sinks:
+                    sink.receive(event)
+
+            for note in notes:
+                print(f"warning: {note}", file=sys.stderr)
+            emit(RunStart(start, plan.total_steps))
+            if found is not None:
+                emit(Resumed(start, found.name))
+            objective = Objective(model, plan.context.dtype)
+            facts = {"fingerprint": summary["data"]["fingerprint"], "total_steps": plan.total_steps}
+            loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, facts)
+            loop.run(start)
+            if main:
+                with new_directory(run.root / recipe.method.artifact) as out:
+                    _save_artifact(plan, model, out)
+                    record["vitals"] = recipe.method.vitals(model)
+                    record["measured"] = tally.measured(plan.memory.total)
+                    record["measured"]["wall_seconds"] = time.perf_counter() - began
+                    write_card(out, record)
+                emit(Saved(plan.total_steps, recipe.method.artifact))
+            status = "finished"
+    except Interrupted as interrupted:
+        status = "interrupted"
+        interrupted.help = f"continue with `ftune train {loaded.path} --resume`"
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        if main and run.exists():
+            last = tally.last.step if tally.last else 0
+            record |= {"status": status, "ended": _now()}
+            record["measured"] = record["measured"] or tally.measured(plan.memory.total)
+            for sink in sinks:
+                sink.receive(RunEnd(last, status))
+                sink.close()
+            run.write(record)
+        accelerator.wait_for_everyone() if status == "finished" else None
+    return record
+
+
+def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
+    """Make the Accelerator, and hold that it sees the processes that were launched."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+    import torch
+
+    trackers = [name for name in recipe.tracking if name not in _LOCAL_SINKS]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_dir=str(run.root / "tracking") if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))],
+    )
+    if accelerator.num_processes != world:
+        raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
+    return accelerator
+
+
+def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:
+    sinks: list[Sink] = []
+    if "jsonl" in recipe.tracking:
+        sinks.append(JsonlSink(run.metrics))
+    if progress and "progress" in recipe.tracking:
+        sinks.append(ProgressSink(sys.stderr, live=sys.stderr.isatty()))
+    if any(name not in _LOCAL_SINKS for name in recipe.tracking):
+        sinks.append(TrackerSink(accelerator, run.root.name, flatten(recipe.model_dump(mode="json"))))
+    return sinks
+
+
+def _save_artifact(plan: Plan, model: nn.Module, out: Path) -> None:
+    plan.recipe.method.save(model, out, plan.context)
+    plan.tokenizer.save_pretrained(str(out))
+
+
+def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
+    """Save once before the first step, so that a run does not fail at its end.
+
+    Raises:
+        RunFailed: What is trained cannot be saved, or the disk is too small for the checkpoints.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-rehearsal-") as scratch:
+            _save_artifact(plan, model, Path(scratch))
+    except Exception as error:
+        raise RunFailed(f"the result of this run could not be saved: {error}") from error
+    trained = plan.recipe.method.trainable_parameters(plan.shape) * 4
+    one = trained + plan.recipe.method.optimizer_bytes(plan.shape, plan.recipe.optimizer.name)
+    needed = one * (plan.recipe.checkpoint.keep + 1) + trained
+    free = shutil.disk_usage(run.root).free
+    if needed > free:
+        raise RunFailed(
+            f"checkpoints need {human_bytes(needed)}, and {human_bytes(free)} are free at {run.root}",
+            help="lower checkpoint.keep, or choose another output_dir",
+        )
+
+
+def _restore(
+    checkpoints: Checkpoints, plan: Plan, model: nn.Module, optimizer: Optimizer, resume: bool
+) -> tuple[int, list[str], Path | None]:
+    """Load the newest whole checkpoint; returns the step, warnings and where it was."""
+    if not resume:
+        return 0, [], None
+    path, notes = checkpoints.newest()
+    if path is None:
+        return 0, [*notes, "no checkpoint to resume from: starting at step 0"], None
+    restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
+    return restored.step, notes, path
+
+
+def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir) -> None:
+    """Hold that a resumed run is the one that was started.
+
+    Raises:
+        RunDirError: The recipe or the data changed.
+    """
+    old, new = flatten(before.get("resolved", {})), flatten(plan.recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
+    ]
+    for name in ("fingerprint", "eval_fingerprint"):
+        if before.get("plan", {}).get("data", {}).get(name) != summary["data"][name]:
+            changed.append("the content of the data files")
+            break
+    if changed:
+        raise RunDirError(
+            f"{run.root} was started with another recipe:\n  " + "\n  ".join(changed),
+            help="restore the recipe, or train anew with --overwrite",
+        )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,58 @@
+"""A model as a run left it, or as it was before: loaded once, for evaluation, chat and merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftune.artifacts.run_dir import RunDir
+from ftune.errors import RunDirError
+from ftune.plan.base_model import load_base
+from ftune.plan.resolve import Plan
+from ftune.recipe import load_checked
+from ftune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Target", "find_target", "load_plain", "load_tuned"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command was pointed at: a recipe, and its finished run where there is one."""
+
+    recipe: Recipe
+    run: RunDir | None
+
+
+def find_target(path: Path) -> Target:
+    """Understand RUN_OR_RECIPE: a run directory, or a recipe whose run is looked for in its output_dir.
+
+    Raises:
+        RunDirError: The path is neither.
+        RecipeError: The recipe has mistakes.
+    """
+    if path.is_dir():
+        run = RunDir(path)
+        return Target(run.recipe(), run)
+    if not path.exists():
+        raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
+    recipe = load_checked(path)[0].recipe
+    run = RunDir(Path(recipe.output_dir))
+    if run.exists() and (run.root / recipe.method.artifact).is_dir():
+        return Target(run.recipe(), run)
+    return Target(recipe, None)
+
+
+def load_plain(plan: Plan) -> nn.Module:
+    """The base model, loaded as the method loads it, untrained, in evaluation mode."""
+    recipe, context = plan.recipe, plan.context
+    return load_base(recipe.model, recipe.method, context.dtype, context.device).eval()
+
+
+def load_tuned(base: nn.Module, plan: Plan, run: RunDir) -> nn.Module:
+    """Put what a run trained onto its base model, in evaluation mode."""
+    recipe = plan.recipe
+    return recipe.method.load(base, run.artifact(recipe), plan.context).to(plan.context.device).eval()

@@ -1,0 +1,318 @@
+"""The command line: parse, call one function, print.
+
+Only typer, pydantic and yaml are imported here; a command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import ftune
+from ftune.errors import FtuneError, RecipeError
+
+if TYPE_CHECKING:
+    from ftune.recipe import Loaded
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ftune",
+    help="Fine-tune a language model from a recipe; evaluate, merge and talk to what comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (a recipe's output_dir).")]
+RunOrRecipe = Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory, or a recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_steps=20. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; exits 0, 1 (failed), 2 (the user's mistake), 130 or 143 (interrupted)."""
+    try:
+        code = app(standalone_mode=False)
+    except FtuneError as error:
+        # A recipe's reports are painted where they are made.
+        text = error.render()
+        print(text if isinstance(error, RecipeError) else _paint(text), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(0)
+    except Exception as error:
+        # typer's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _paint(text: str) -> str:
+    """Colour ``error:`` and ``help:`` for a terminal."""
+    if not _color(sys.stderr):
+        return text
+    return text.replace("error:", "\x1b[1;31merror:\x1b[0m").replace("help:", "\x1b[1;36mhelp:\x1b[0m")
+
+
+def _color(stream: Any) -> bool:
+    return bool(stream.isatty()) and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _load(path: Path, overrides: list[str] | None) -> Loaded:
+    """Load and check a recipe; what is only doubtful is printed to standard error."""
+    from ftune.recipe import load_checked
+
+    loaded, warnings = load_checked(path, overrides or (), color=_color(sys.stderr))
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return loaded
+
+
+@contextlib.contextmanager
+def _libraries() -> Iterator[None]:
+    """Quieten libraries whose notices are not the user's business; ftune reports what matters itself."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"ftune {ftune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method: see `ftune methods`.")] = "lora",
+    model: Annotated[str, typer.Option(help="Hub id, directory, .gguf file or package://NAME/FILE.gguf.")] = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+    data: Annotated[str, typer.Option(help="Training data: a file, a directory or a hub data set.")] = (
+        "data/train.jsonl"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: METHOD.yaml. `-` prints.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write an annotated recipe for a method: every field, with its default and what it does."""
+    from ftune.recipe.template import annotated_recipe
+
+    text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}")
+    if out == Path("-"):
+        print(text, end="")
+        return
+    path = out or Path(f"{method}.yaml")
+    if path.exists() and not force:
+        raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    data: Annotated[bool, typer.Option("--data", help="Show three examples, trained tokens apart.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe: every mistake at once, each with its place."""
+    loaded = _load(recipe, overrides)
+    if data:
+        _show_data(loaded.recipe)
+    if as_json:
+        _print_json({"valid": True, "recipe": loaded.recipe.model_dump(mode="json")})
+    elif not data:
+        print(f"{recipe}: valid ({loaded.recipe.method.name} on {loaded.recipe.model.id})")
+
+
+def _show_data(recipe: Any) -> None:
+    with _libraries():
+        from ftune.data.show import show_examples
+        from ftune.data.tokenize import load_splits
+        from ftune.plan.base_model import load_tokenizer
+
+        tokenizer = load_tokenizer(recipe.model)
+        splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
+        print(show_examples(splits.train, tokenizer, 3, color=_color(sys.stdout)))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do and need, without loading weights."""
+    loaded = _load(recipe, overrides)
+    with _libraries():
+        from ftune.plan.resolve import resolve
+
+        summary = resolve(loaded.recipe).summary()
+    _print_json(summary) if as_json else _print_plan(summary)
+
+
+def _print_plan(summary: dict[str, Any], stream: Any = None) -> None:
+    from ftune.plan.table import render_plan
+
+    print(render_plan(summary, _width()), file=stream or sys.stdout, flush=True)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe into its output_dir."""
+    if resume and overwrite:
+        raise FtuneError("--resume and --overwrite exclude each other")
+    loaded = _load(recipe, overrides)
+    with _libraries():
+        from ftune.artifacts.training import train as run_recipe
+
+        record = run_recipe(
+            loaded,
+            resume=resume,
+            overwrite=overwrite,
+            show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
+        )
+    if as_json:
+        _print_json({key: value for key, value in record.items() if key != "recipe"})
+        return
+    from ftune.artifacts.report import training_summary
+
+    print(training_summary(record, loaded.recipe.output_dir))
+
+
+@app.command("eval")
+def evaluate(
+    target: RunOrRecipe,
+    base: Annotated[bool, typer.Option("--base", help="Measure the base model too, side by side.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure held-out loss, perplexity and task metrics; of a recipe without a run, those of its base model."""
+    from ftune.artifacts.report import evaluation_table
+
+    with _libraries():
+        from ftune.artifacts.evaluate import evaluate as measure
+        from ftune.artifacts.tuned import find_target
+
+        result = measure(find_target(target), base=base)
+    _print_json(result) if as_json else print(evaluation_table(result, _width()))
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default RUN/merged.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or bfloat16; default: what the run computed in.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold what was trained into the base weights, write a plain model, read it back and compare."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
+    from ftune.artifacts.report import merge_summary
+
+    with _libraries():
+        from ftune.artifacts.merge import merge as merge_run
+        from ftune.artifacts.run_dir import RunDir
+
+        report = merge_run(RunDir(run), out, dtype)
+    _print_json(report) if as_json else print(merge_summary(report))
+
+
+@app.command()
+def chat(
+    target: RunOrRecipe,
+    base: Annotated[bool, typer.Option("--base", help="Begin with the base model.")] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; above: sample.")] = 0.0,
+) -> None:
+    """Talk to the tuned model, or to its base, in the terminal."""
+    with _libraries():
+        from ftune.artifacts.chat import HELP, Chat
+        from ftune.artifacts.tuned import find_target
+
+        talk = Chat(find_target(target), max_new_tokens=max_new_tokens, temperature=temperature, base=base)
+        if prompt is not None:
+            talk.answer(prompt, sys.stdout)
+            return
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print(HELP)
+        while True:
+            try:
+                line = input(f"{'base' if talk.base else 'tuned'}> " if interactive else "").strip()
+            except EOFError:
+                return
+            if line.startswith("/"):
+                reply = talk.command(line)
+                if reply is None:
+                    return
+                print(reply)
+            elif line:
+                talk.answer(line, sys.stdout)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List every method: paper, what it trains, what it composes with."""
+    from ftune.artifacts.method_table import method_rows, method_table
+
+    _print_json(method_rows()) if as_json else print(method_table(_width()))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors and other tools."""
+    from ftune.recipe.template import json_schema
+
+    _print_json(json_schema())

@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["new_directory", "remove_leftovers", "sync", "write_json"]
+
+_ASIDE = ".tmp-"
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace a JSON file in one step."""
+    aside = path.with_name(_ASIDE + path.name)
+    aside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Give a directory to write into, which becomes ``target`` when the block ends well.
+
+    Everything in it reaches the disk before the rename. An older ``target`` is replaced. When the block raises,
+    nothing is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{_ASIDE}{target.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
+        old = None
+        if target.exists():
+            # A directory cannot be renamed over a full one: the old one steps aside first.
+            old = target.with_name(f"{_ASIDE}old-{target.name}-{os.getpid()}")
+            os.replace(target, old)
+        os.replace(aside, target)
+        sync(target.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a killed process left half written in ``directory``."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.startswith(_ASIDE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,237 @@
+"""The training loop: the only one.
+
+One update takes the rows of one global batch, in ``gradient_accumulation_steps`` micro-batches on each process.
+Every micro-batch's loss is the sum over its target tokens divided by the target tokens of the whole update, over
+all processes; so the gradient does not depend on how the batch is split. What is random depends on (seed, step,
+micro-step, rank) and on nothing that happened before; so a resumed run equals an uninterrupted one, and no random
+state is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ftune.data.batches import collate, epoch_order, split
+from ftune.errors import Interrupted, RunFailed
+from ftune.ops.lr import lr_scale
+from ftune.plan.resolve import Plan
+from ftune.run.checkpoint import Checkpoints
+from ftune.run.events import EvalEnd, Event, Saved, StepEnd
+from ftune.run.memory import PeakMeter
+from ftune.run.moved import MoveWatch
+from ftune.run.objective import Objective
+from ftune.run.signals import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ftune.data.batches import Batch
+    from ftune.data.tokenize import Split
+
+__all__ = ["Loop", "held_out_loss"]
+
+
+@dataclass
+class Loop:
+    """One run of the loop.
+
+    Attributes:
+        plan: What to train on, how long, in what portions.
+        accelerator: Knows the device and the other processes.
+        objective: Model and loss; wrapped for the exchange of gradients when the loop starts.
+        optimizer: From the method.
+        checkpoints: Where to save.
+        emit: Called with every event, on the main process only.
+        stop: Whether a signal asked to stop.
+        progress: Facts kept with every checkpoint.
+    """
+
+    plan: Plan
+    accelerator: Accelerator
+    objective: Objective
+    optimizer: Optimizer
+    checkpoints: Checkpoints
+    emit: Callable[[Event], None]
+    stop: StopRequest
+    progress: dict[str, Any]
+
+    def run(self, start: int = 0) -> None:
+        """Make updates ``start`` to the last, evaluating and saving when due.
+
+        Raises:
+            RunFailed: A loss or gradient is not finite, or a trained parameter does not move.
+            Interrupted: A signal came; a checkpoint was saved.
+        """
+        plan, recipe, method = self.plan, self.plan.recipe, self.plan.recipe.method
+        model, training = self.objective.model, self.plan.recipe.training
+        wrapped = self.accelerator.prepare_model(self.objective) if plan.world_size > 1 else self.objective
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        watch, meter = MoveWatch(model), PeakMeter(self.accelerator.device)
+        order_of, order = -1, [[0]]
+        wrapped.train()
+        for step in range(start, plan.total_steps):
+            began = time.perf_counter()
+            epoch, index = divmod(step, plan.steps_per_epoch)
+            if epoch != order_of:
+                order_of, order = epoch, epoch_order(
+                    plan.row_lengths, plan.global_batch, training.seed, epoch, group_by_length=not recipe.packing
+                )
+            rows = order[index]
+            tokens, targets = self._count(rows)
+            mine = split(
+                rows,
+                training.micro_batch_size,
+                training.gradient_accumulation_steps,
+                self.accelerator.process_index,
+                plan.world_size,
+            )
+            scale = lr_scale(
+                step, plan.total_steps, plan.warmup_steps, recipe.schedule.name, recipe.schedule.min_lr_ratio
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+
+            total = torch.zeros((), device=self.accelerator.device)
+            for micro_step, micro in enumerate(mine):
+                self._reseed(step, micro_step)
+                last = micro_step == len(mine) - 1
+                # The gradients travel once an update, with the last micro-batch.
+                with nullcontext() if last or plan.world_size == 1 else self.accelerator.no_sync(wrapped):
+                    loss = wrapped(self._batch(micro))
+                    total += loss.detach()
+                    # Gradients are averaged over processes: the factor makes the average a sum.
+                    loss = loss * (plan.world_size / targets)
+                    penalty = method.penalty(model) if last else None
+                    loss = loss if penalty is None else loss + penalty
+                    self.accelerator.backward(loss)
+
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+            if not math.isfinite(norm):
+                raise RunFailed(
+                    f"the gradient norm is {norm} at step {step + 1}, rows {self._row_numbers(rows)}",
+                    help="lower optimizer.learning_rate, or look at these rows of the data",
+                )
+            if training.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(trained, training.max_grad_norm, torch.tensor(norm))
+            self.optimizer.step()
+            # Must run before zero_grad: importance scores read .grad.
+            extra = method.after_step(model, step + 1)
+            watch.after_update(model, last=step + 1 == plan.total_steps)
+            self.optimizer.zero_grad(set_to_none=True)
+
+            loss_sum = float(self.accelerator.reduce(total, "sum"))
+            seconds = time.perf_counter() - began
+            self.emit(
+                StepEnd(
+                    step=step + 1,
+                    loss=loss_sum / targets,
+                    learning_rate=self.optimizer.param_groups[0]["lr"],
+                    grad_norm=norm,
+                    tokens=tokens,
+                    target_tokens=targets,
+                    tokens_per_second=tokens / seconds,
+                    peak_bytes=meter.peak_bytes(),
+                    seconds=seconds,
+                    epoch=(step + 1) / plan.steps_per_epoch,
+                    extra=extra,
+                )
+            )
+            self._after(step + 1)
+
+    def _after(self, step: int) -> None:
+        """Evaluate and save when due, and stop when asked."""
+        recipe, final = self.plan.recipe, step == self.plan.total_steps
+        if self.plan.eval_rows and (final or _due(step, recipe.evaluation.every_steps)):
+            self.evaluate(step)
+        stopping = self._stop_signal()
+        if final or stopping or _due(step, recipe.checkpoint.every_steps):
+            self.save(step)
+        if stopping and not final:
+            raise Interrupted(f"stopped after step {step} of {self.plan.total_steps}", signal_number=stopping)
+
+    def evaluate(self, step: int) -> None:
+        """Measure the held-out loss and emit it."""
+        assert self.plan.splits.eval is not None
+        began = time.perf_counter()
+        loss, count = held_out_loss(self.objective, self.plan, self.accelerator)
+        perplexity = math.exp(min(loss, 700.0))
+        self.emit(EvalEnd(step, loss, perplexity, count, time.perf_counter() - began))
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint on the main process; the others wait."""
+        if self.accelerator.is_main_process:
+            path = self.checkpoints.save(
+                step, self.objective.model, self.plan.recipe.method, self.optimizer, self.progress
+            )
+            self.emit(Saved(step, path.name))
+        self.accelerator.wait_for_everyone()
+
+    def _count(self, rows: list[int]) -> tuple[int, int]:
+        """Real tokens and target tokens of an update; every process knows all rows, so none has to ask."""
+        examples = [self.plan.splits.train.examples[i] for row in rows for i in self.plan.rows[row]]
+        return sum(len(e.input_ids) for e in examples), sum(e.target_tokens for e in examples)
+
+    def _batch(self, micro: list[int]) -> Batch:
+        examples = self.plan.splits.train.examples
+        documents = [[examples[i] for i in self.plan.rows[row]] for row in micro]
+        return collate(documents, self.plan.tokenizer.pad_token_id).to(self.accelerator.device)
+
+    def _row_numbers(self, rows: list[int]) -> list[int]:
+        examples = self.plan.splits.train.examples
+        return sorted({examples[i].row for row in rows for i in self.plan.rows[row]})[:20]
+
+    def _reseed(self, step: int, micro_step: int) -> None:
+        """Make dropout a function of (seed, step, micro-step, rank)."""
+        where = f"{self.plan.recipe.training.seed}/{step}/{micro_step}/{self.accelerator.process_index}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(where.encode(), digest_size=7).digest()))
+
+    def _stop_signal(self) -> int:
+        """The signal that asked to stop, agreed on by all processes, or 0."""
+        if self.plan.world_size == 1:
+            return self.stop.signal_number
+        flag = torch.tensor([self.stop.signal_number], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@torch.no_grad()
+def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) -> tuple[float, int]:
+    """Mean loss for each target token of the held-out split, and the number of those tokens.
+
+    Rows are shared out among the processes; the model is left in training mode if it was.
+    """
+    assert plan.splits.eval is not None
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    was_training = objective.training
+    objective.eval()
+    try:
+        for batch in eval_batches(plan.splits.eval, plan, accelerator.process_index, accelerator.num_processes):
+            loss = objective(batch.to(accelerator.device))
+            total += torch.tensor([float(loss), float(batch.target_tokens)], dtype=torch.float64)
+    finally:
+        objective.train(was_training)
+    loss_sum, count = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
+    return loss_sum / max(1.0, count), int(count)
+
+
+def eval_batches(held_out: Split, plan: Plan, rank: int, world: int) -> list[Batch]:
+    """The held-out rows of one process as batches of rows of similar length."""
+    size = 1 if plan.recipe.packing else plan.recipe.evaluation.batch_size
+    rows = sorted(
+        ([held_out.examples[i] for i in row] for row in plan.eval_rows),
+        key=lambda row: sum(len(example.input_ids) for example in row),
+    )[rank::world]
+    return [collate(rows[i : i + size], plan.tokenizer.pad_token_id) for i in range(0, len(rows), size)]

@@ -1,0 +1,42 @@
+"""Peak memory of this process since a moment."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["PeakMeter"]
+
+
+class PeakMeter:
+    """Measure the peak since the meter was made: allocated bytes on CUDA, resident bytes elsewhere.
+
+    On Linux the kernel's high-water mark is reset, so loading does not count; where that is not allowed, and on
+    other systems, the peak of the whole process is given.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def peak_bytes(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

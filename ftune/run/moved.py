@@ -1,0 +1,83 @@
+"""Did it move? Every parameter meant to train must change, or the run fails."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ftune.errors import RunFailed
+
+__all__ = ["MoveWatch"]
+
+# LoRA's A has no gradient while B is zero, so a parameter may need a second update.
+PATIENCE = 2
+
+
+class MoveWatch:
+    """Hold that each trained parameter gets a gradient and changes within the first updates.
+
+    Args:
+        model: The adapted model, before its first update.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._waiting = {name: _checksum(p) for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = len(self._waiting)
+        self._updates = 0
+        if not self._waiting:
+            raise RunFailed("the method left nothing to train: no parameter requires grad")
+
+    @property
+    def done(self) -> bool:
+        """Whether every parameter has moved."""
+        return not self._waiting
+
+    def after_update(self, model: nn.Module, *, last: bool) -> None:
+        """Look at the parameters after an update, while their gradients are still there.
+
+        Args:
+            model: The adapted model.
+            last: Whether the run ends with this update.
+
+        Raises:
+            RunFailed: A parameter is outside the graph, or did not move in ``PATIENCE`` updates.
+        """
+        if self.done:
+            return
+        self._updates += 1
+        parameters = dict(model.named_parameters())
+        outside = [name for name in self._waiting if parameters[name].grad is None]
+        if outside:
+            raise RunFailed(
+                f"{_some(outside)} got no gradient: trained in name only",
+                help="the model does not use them; narrow method.target_modules",
+            )
+        self._waiting = {
+            name: before for name, before in self._waiting.items() if _checksum(parameters[name]) == before
+        }
+        if self._updates >= PATIENCE or (last and len(self._waiting) == self._trained):
+            resting = list(self._waiting)
+        else:
+            # So early a parameter may rest, but not one whose gradient was there.
+            resting = [name for name in self._waiting if _has_gradient(parameters[name])]
+        if resting:
+            raise RunFailed(
+                f"{_some(resting)} did not move in {self._updates} update{'s' * (self._updates > 1)}",
+                help="raise optimizer.learning_rate, or check that the method suits this model",
+            )
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.count_nonzero())
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more parameters"
+
+
+def _checksum(parameter: Tensor) -> int:
+    """The sum of the parameter's bits, read as integers: any change of any element shows in it."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+    return int(bits.sum(dtype=torch.int64))

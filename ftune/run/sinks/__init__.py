@@ -1,0 +1,1 @@
+"""Where events go: the terminal, ``metrics.jsonl``, and other people's trackers."""

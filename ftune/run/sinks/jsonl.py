@@ -1,0 +1,45 @@
+"""``metrics.jsonl``: one event a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ftune.run.events import Event
+
+__all__ = ["JsonlSink", "truncate_after"]
+
+
+class JsonlSink:
+    """Append each event as one JSON object, flushed at once so that a killed run keeps its lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def receive(self, event: Event) -> None:
+        """Write one line."""
+        # JSON knows no NaN or infinity.
+        data = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.as_dict().items()}
+        self._file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the events after ``step``, and a torn last line: a resumed run makes those steps again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("step", 0) <= step and event.get("event") != "end":
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Progress for people: one live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TextIO
+
+from ftune.run.events import EvalEnd, Event, Resumed, RunStart, Saved, StepEnd
+
+__all__ = ["ProgressSink", "human_bytes", "human_time"]
+
+PLAIN_SECONDS = 10.0  # between plain lines, so that a log stays readable
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes with a binary unit, three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as ``45s``, ``3m05s`` or ``2h07m``."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class ProgressSink:
+    """Write progress to a stream.
+
+    Args:
+        stream: Usually standard error.
+        live: Whether the stream is a terminal, so that a line may be drawn over.
+    """
+
+    def __init__(self, stream: TextIO, *, live: bool) -> None:
+        self._stream = stream
+        self._live = live
+        self._total = 0
+        self._start = 0
+        self._began = time.monotonic()
+        self._printed = 0.0
+        self._drawn = False
+
+    def receive(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, RunStart):
+            self._total, self._start, self._began = event.total_steps, event.step, time.monotonic()
+        elif isinstance(event, StepEnd):
+            self._step(event)
+        elif isinstance(event, EvalEnd):
+            self._line(f"step {event.step}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
+        elif isinstance(event, Saved):
+            self._line(f"step {event.step}: saved {event.path}")
+        elif isinstance(event, Resumed):
+            self._line(f"resumed after step {event.step} from {event.checkpoint}")
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = False
+
+    def _step(self, event: StepEnd) -> None:
+        done = event.step - self._start
+        left = (time.monotonic() - self._began) / done * (self._total - event.step)
+        parts = [
+            f"step {event.step}/{self._total}",
+            f"loss {event.loss:.4f}",
+            f"lr {event.learning_rate:.2e}",
+            f"{event.tokens_per_second:,.0f} tok/s",
+            f"ETA {human_time(left)}",
+            f"peak {human_bytes(event.peak_bytes)}",
+        ]
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            while len("  ".join(parts)) >= width and len(parts) > 2:
+                parts.pop()
+            self._stream.write("\r\x1b[2K" + "  ".join(parts)[: width - 1])
+            self._stream.flush()
+            self._drawn = True
+            return
+        now = time.monotonic()
+        if done == 1 or event.step == self._total or now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            self._line("  ".join(parts))
+
+    def _line(self, text: str) -> None:
+        self._stream.write(("\r\x1b[2K" if self._drawn else "") + text + "\n")
+        self._stream.flush()
+        self._drawn = False

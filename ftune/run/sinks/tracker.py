@@ -1,0 +1,54 @@
+"""Other people's trackers (tensorboard, wandb, mlflow, ...), through accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftune.run.events import EvalEnd, Event, StepEnd
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["TrackerSink"]
+
+
+class TrackerSink:
+    """Log the numbers of steps and evaluations.
+
+    Args:
+        accelerator: Made with ``log_with`` naming the trackers.
+        project: The project's name in them.
+        settings: The resolved recipe, flat: ``{"method.rank": 16, ...}``.
+    """
+
+    def __init__(self, accelerator: Accelerator, project: str, settings: dict[str, Any]) -> None:
+        self._accelerator = accelerator
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        accelerator.init_trackers(project, config=plain)
+
+    def receive(self, event: Event) -> None:
+        """Log one event's numbers."""
+        if isinstance(event, StepEnd | EvalEnd):
+            prefix = "eval" if isinstance(event, EvalEnd) else "train"
+            numbers = {f"{prefix}/{k}": v for k, v in event.as_dict().items() if isinstance(v, int | float)}
+            numbers.pop(f"{prefix}/step")
+            self._accelerator.log(numbers, step=event.step)
+
+    def close(self) -> None:
+        """Let the trackers flush."""
+        self._accelerator.end_training()
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def logging_dir(run: Path) -> Path:
+    """Where trackers that write files write them."""
+    return run / "tracking"

@@ -1,0 +1,156 @@
+"""What every method of the union must do. A new method is under all of these by being in the union."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ftune.methods import METHODS, Method, OptimizerSpec
+from ftune.methods._shared import is_4bit
+from ftune.plan.base_model import load_base
+from ftune.plan.shapes import read_shape
+from ftune.recipe.schema import ModelSpec
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+ADAPTERS = [name for name, cls in METHODS.items() if cls.artifact == "adapter"]
+MERGEABLE = [name for name, cls in METHODS.items() if cls.mergeable]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_dir(tmp_path_factory.mktemp("base"))
+
+
+def load(method: Method, where: Path) -> torch.nn.Module:
+    """The base model as ftune loads it for a method: quantized where the method wants it."""
+    return load_base(ModelSpec(id=str(where)), method, torch.float32, torch.device("cpu"))
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@EVERY
+def test_predicted_parameters_are_the_actual_ones(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    model = method.adapt(load(method, base_dir), tiny.context())
+    assert sum(p.numel() for p in trained(model).values()) == method.trainable_parameters(read_shape(tiny.config()))
+
+
+@EVERY
+def test_what_trains_is_fp32(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    base = load_base(ModelSpec(id=str(base_dir)), method, torch.bfloat16, torch.device("cpu"))
+    model = method.adapt(base, tiny.context(dtype=torch.bfloat16))
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+
+
+@EVERY
+def test_an_update_changes_what_trains_and_nothing_else(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    model = method.adapt(load(method, base_dir), tiny.context())
+    optimizer = method.optimizer(model, OptimizerSpec(learning_rate=1e-2))
+    before = {key: value.detach().clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    ids = tiny.batch()["input_ids"]
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+    names = set(trained(model))
+    for key, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, before[key]) == (key not in names), key
+
+
+@EVERY
+def test_starts_as_the_base(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    expected = tiny.logits(load(method, base_dir))
+    actual = tiny.logits(method.adapt(load(method, base_dir), tiny.context()))
+    assert (actual - expected).abs().max() <= 2e-5
+
+
+@EVERY
+def test_start_depends_on_the_seed_alone(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    torch.manual_seed(1)
+    first = trained(method.adapt(load(method, base_dir), tiny.context()))
+    torch.manual_seed(2)
+    second = trained(method.adapt(load(method, base_dir), tiny.context()))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@EVERY
+def test_saved_and_loaded_gives_the_same_logits(name: str, base_dir: Path, tmp_path: Path) -> None:
+    method, context = tiny.method(name), tiny.context()
+    model = method.adapt(load(method, base_dir), context)
+    tiny.disturb(model)
+    expected = tiny.logits(model)
+    method.save(model, tmp_path, context)
+    again = method.load(load(method, base_dir), tmp_path, context)
+    assert torch.equal(tiny.logits(again), expected)
+    assert not trained(again)
+    assert (expected - tiny.logits(load(method, base_dir))).abs().max() > 1e-2, "the disturbance has no effect"
+
+
+@EVERY
+def test_saved_bytes_are_the_same_twice(name: str, base_dir: Path, tmp_path: Path) -> None:
+    method, context = tiny.method(name), tiny.context()
+    for out in ("a", "b"):
+        (tmp_path / out).mkdir()
+        method.save(method.adapt(load(method, base_dir), context), tmp_path / out, context)
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+        assert str(base_dir).encode() not in file.read_bytes(), f"{file.name} names a local path"
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_merged_gives_the_adapter_s_logits(name: str, base_dir: Path, tmp_path: Path) -> None:
+    method, context = tiny.method(name), tiny.context()
+    model = method.adapt(load(method, base_dir), context)
+    tiny.disturb(model)
+    expected = tiny.logits(model)
+    method.save(model, tmp_path, context)
+    merged = method.merge(method.load(load(method, base_dir), tmp_path, context), context)
+    bound = 1e-4 if any(map(is_4bit, model.modules())) else 2e-5
+    assert (tiny.logits(merged) - expected).abs().max() <= bound
+    assert set(merged.state_dict()) == set(tiny.model().state_dict()), "not a plain model"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_switched_off_it_computes_as_the_base(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    model = method.adapt(load(method, base_dir), tiny.context())
+    tiny.disturb(model)
+    switch = method.switched_off(model)
+    assert switch is not None
+    with switch:
+        off = tiny.logits(model)
+    assert torch.equal(off, tiny.logits(load(method, base_dir)))
+    assert not torch.equal(tiny.logits(model), off)
+
+
+@EVERY
+def test_nothing_decays_towards_zero_that_is_not_a_matrix(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    model = method.adapt(load(method, base_dir), tiny.context())
+    optimizer = method.optimizer(model, OptimizerSpec(weight_decay=0.5))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed, "weight decay reaches nothing"
+    for key, parameter in trained(model).items():
+        if parameter.ndim < 2 or "magnitude" in key:
+            assert id(parameter) not in decayed, key
+
+
+@EVERY
+def test_says_what_it_is(name: str) -> None:
+    cls = METHODS[name]
+    assert cls.paper
+    assert cls.summary
+    assert cls.formula
+    assert cls.typical_share
+    assert cls.mergeable or cls.not_mergeable_because
+    assert cls.model_fields["name"].default == name
