@@ -1,29 +1,31 @@
 """Rows from files and hub data sets, each with the place it came from.
 
-Text files are parsed here and not by ``datasets``: a mistake is then reported with its line, rows keep the keys
-that they were written with (a missing key is not the same as a null), and no cache is written that two processes
-could race for. Parquet and hub data sets go through ``datasets``.
+Text files are parsed here and not by ``datasets``: a mistake is then reported with its line, rows keep the
+keys that they were written with (a missing key is not the same as a null), and no cache is written that two
+processes could race for. Parquet and hub data sets go through ``datasets``.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ftune.errors import DataError
+from ftune.recipe.locate import locate_data
 from ftune.recipe.schema import DataSource
 
-__all__ = ["Rows", "load_rows"]
+__all__ = ["Row", "Rows", "load_rows"]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 Row = Mapping[str, Any]
+# one parsed row and the line on which it starts; 0 in files without lines
+Placed = tuple[Row, int]
 
 
 @dataclass(frozen=True)
@@ -31,56 +33,290 @@ class Rows:
     """Rows of one source and where each was written.
 
     Attributes:
-        rows: The rows; a list, or a ``datasets.Dataset`` that reads them lazily.
+        source: Every row that was read; a list, or a ``datasets.Dataset``.
         columns: Every key of any row, in order of first appearance.
         origin: Names of the files, or one name for a hub data set.
         fingerprint: sha256 over the bytes of the files; of a hub data set, its fingerprint in ``datasets``.
-        numbers: Row number in the whole source, counted from 0, for each row here; None: 0, 1, 2, ...
-        file_of: Index into ``origin`` for each row number; None: all from the first.
-        line_of: Line in its file, counted from 1, for each row number; None where there are no lines.
+        numbers: Which rows of ``source`` these are, counted from 0.
+        file_of: Index into ``origin`` for each row of ``source``; empty: all from the first.
+        line_of: Line of each row of ``source``, counted from 1; empty where there are no lines.
     """
 
-    rows: Sequence[Row]
+    source: Sequence[Row]
     columns: tuple[str, ...]
     origin: tuple[str, ...]
     fingerprint: str
-    numbers: tuple[int, ...] | None = None
-    file_of: tuple[int, ...] | None = None
-    line_of: tuple[int, ...] | None = None
+    numbers: Sequence[int]
+    file_of: Sequence[int] = ()
+    line_of: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         """Each row with its number in the source."""
-        if self.numbers is None:
-            yield from enumerate(self.rows)
+        if len(self.numbers) == len(self.source):
+            # a Dataset iterates in large reads, and indexes in small ones
+            yield from zip(self.numbers, self.source, strict=True)
         else:
             for number in self.numbers:
-                yield number, self.rows[number]
+                yield number, self.source[number]
 
     def where(self, number: int) -> str:
-        """``file:line`` of a row by its number in the source; ``file: row N`` (from 1) without lines."""
-        file = self.file_of[number] if self.file_of is not None else 0
-        if self.line_of is not None:
+        """``file:line`` of a row by its number in the source, or ``name: row N`` (from 1) without lines."""
+        file = self.file_of[number] if self.file_of else 0
+        if self.line_of and self.line_of[number]:
             return f"{self.origin[file]}:{self.line_of[number]}"
-        first = self.file_of.index(file) if self.file_of is not None else 0
+        first = self.file_of.index(file) if self.file_of else 0
         return f"{self.origin[file]}: row {number - first + 1}"
 
     def select(self, numbers: Sequence[int]) -> Rows:
-        """Some of the rows, by their number in the source, which they keep."""
-        return replace(self, rows=_Picked(self.rows, numbers), numbers=tuple(numbers))
+        """Some of the rows, in the source's order, named by their numbers in it."""
+        return replace(self, numbers=tuple(sorted(numbers)))
 
 
-class _Picked(Sequence[Row]):
-    """A view of some rows: as long as what was picked, indexed by the number in the source."""
+def load_rows(source: DataSource) -> Rows:
+    """Read a file, a directory of files of one kind, or a hub data set.
 
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]) -> None:
-        self._rows = rows
-        self._numbers = numbers
+    Raises:
+        DataError: Nothing is there, a file is empty or malformed (with its line), or the hub does not answer.
+    """
+    located = locate_data(source)
+    if located.kind == "hub":
+        return _read_hub(source)
+    if located.kind == "directory":
+        kinds = sorted({file.suffix.lower() for file in located.files})
+        if len(kinds) > 1:
+            raise DataError(
+                f"{source.path}: files of {len(kinds)} kinds in one directory: {', '.join(kinds)}",
+                help="keep one kind in the directory, or name one file",
+            )
+    return _read_files(located.files, source.max_examples)
 
-    def __len__(self) -> int:
-        return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
+# --- local files ---
+
+
+def _read_files(files: Sequence[Path], limit: int | None) -> Rows:
+    """Concatenate the rows of files of one kind; every file counts into the fingerprint."""
+    digest = hashlib.sha256()
+    rows: list[Row] = []
+    file_of: list[int] = []
+    line_of: list[int] = []
+    for index, file in enumerate(files):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        digest.update(content)
+        before = len(rows)
+        for row, line in READERS[file.suffix.lower()](file, content):
+            if limit is not None and len(rows) == limit:
+                break
+            rows.append(row)
+            file_of.append(index)
+            line_of.append(line)
+        else:
+            if len(rows) == before:
+                raise DataError(f"{file}: no rows in this file")
+    return Rows(
+        source=rows,
+        columns=tuple({key: None for row in rows for key in row}),
+        origin=tuple(str(file) for file in files),
+        fingerprint=digest.hexdigest(),
+        numbers=range(len(rows)),
+        file_of=file_of,
+        line_of=line_of,
+    )
+
+
+def _decode(file: Path, content: bytes) -> str:
+    """The text of a file; a UTF-8 byte order mark at its start is dropped."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{file}: the file is UTF-16, not UTF-8", help="save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file}:{line}: not valid UTF-8 (byte 0x{content[error.start]:02x})",
+            help="save the file as UTF-8",
+        ) from error
+
+
+def _is_row(file: Path, line: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{file}:{line}: expected a JSON object, found {_json_type(value)}")
+    return value
+
+
+def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
+    """One JSON object a line; blank lines are passed over."""
+    # not str.splitlines: it also breaks at U+2028 and others, which may stand inside a JSON string
+    for line, text in enumerate(_decode(file, content).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            reason = "a byte order mark inside the file" if text.startswith("\ufeff") else error.msg
+            raise DataError(
+                f"{file}:{line}:{error.colno}: not valid JSON: {reason}",
+                help="a .jsonl file has one JSON object a line",
+            ) from error
+        except RecursionError as error:
+            raise DataError(f"{file}:{line}: JSON nested too deeply") from error
+        yield _is_row(file, line, value), line
+
+
+def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
+    """A JSON list of objects; a file of one object a line is read as .jsonl."""
+    text = _decode(file, content)
+    start = _skip(text, 0)
+    if start == len(text):
+        return
+    if text[start] == "{":
+        yield from _read_jsonl_or_explain(file, content)
+        return
+    if text[start] != "[":
+        raise DataError(f"{file}:{text.count(chr(10), 0, start) + 1}: expected a JSON list of objects")
+    # item by item and not json.loads: each row then has its line
+    decoder = json.JSONDecoder()
+    line, counted, position = 1, 0, _skip(text, start + 1)
+    if text[position : position + 1] == "]":
+        return
+    try:
+        while True:
+            line, counted = line + text.count("\n", counted, position), position
+            value, position = decoder.raw_decode(text, position)
+            yield _is_row(file, line, value), line
+            position = _skip(text, position)
+            if text[position : position + 1] == "]":
+                break
+            if text[position : position + 1] != ",":
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+            position = _skip(text, position + 1)
+        end = _skip(text, position + 1)
+        if end < len(text):
+            raise json.JSONDecodeError("text behind the end of the list", text, end)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{file}:{line}: JSON nested too deeply") from error
+
+
+def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
+    """Rows of a .json file that begins with an object: one object a line, or a mistake."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        yield from _read_jsonl(file, content)
+        return
+    keys = ", ".join(list(whole)[:5])
+    raise DataError(
+        f"{file}: expected a JSON list of objects, found one object with the keys {keys}",
+        help="save the list alone: [{...}, {...}]",
+    )
+
+
+def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
+    """Comma-separated values under a header; every value is a string."""
+    reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise DataError(f"{file}:1: the header names the column {twice!r} twice")
+        line = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(header):
+                raise DataError(
+                    f"{file}:{line}: {len(values)} values under a header of {len(header)} columns",
+                    help='put a value that holds a comma or a line break between double quotes: "a, b"',
+                )
+            if values:
+                yield dict(zip(header, values, strict=True)), line
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
+
+
+def _read_txt(file: Path, content: bytes) -> Iterator[Placed]:
+    """One document a line, as the column ``text``; blank lines are passed over."""
+    for line, text in enumerate(_decode(file, content).split("\n"), 1):
+        if text.strip():
+            yield {"text": text.rstrip("\r")}, line
+
+
+def _read_parquet(file: Path, content: bytes) -> Iterator[Placed]:
+    """Rows of a parquet file, which have no lines."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        # a cache of its own: two processes that read the same file do not meet
+        with tempfile.TemporaryDirectory() as cache:
+            rows = Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # datasets wraps pyarrow's errors in classes of its own
+        cause = error.__cause__ or error
+        raise DataError(f"{file}: not a readable parquet file: {str(cause).splitlines()[0]}") from error
+    finally:
+        if shown:
+            enable_progress_bar()
+    for row in rows:
+        yield row, 0
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def _skip(text: str, position: int) -> int:
+    """The position of the next character that is not JSON white space."""
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+# --- the hub ---
+
+
+def _read_hub(source: DataSource) -> Rows:
+    """A data set of the hub, or of its local cache."""
+    from datasets import load_dataset
+
+    name = source.path if source.subset is None else f"{source.path} ({source.subset})"
+    try:
+        rows = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+    except OSError as error:  # ConnectionError and DatasetNotFoundError are among them
+        raise DataError(
+            f"data set {name!r}: neither a local file or directory nor reachable on the hub: "
+            f"{str(error).splitlines()[0]}",
+            help="check the spelling, the network, HF_HUB_OFFLINE, and HF_TOKEN if the data set is gated",
+        ) from error
+    except ValueError as error:  # an unknown subset or split: the message lists those that there are
+        raise DataError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
+    if source.max_examples is not None:
+        rows = rows.select(range(min(source.max_examples, len(rows))))
+    if len(rows) == 0:
+        raise DataError(f"data set {name!r}: split {source.split!r} has no rows")
+    return Rows(
+        source=rows,
+        columns=tuple(rows.column_names),
+        origin=(f"{name}, split {source.split}",),
+        fingerprint=str(rows._fingerprint),
+        numbers=range(len(rows)),
+    )

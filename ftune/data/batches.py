@@ -1,0 +1,143 @@
+"""The order of rows, their split into micro-batches, and the tensors of a micro-batch.
+
+All of it is pure: a run that is resumed asks again and gets the same answer. Which rows one optimizer update
+sees depends on lengths, size, seed and epoch alone, so the same update can be computed by any number of
+processes in micro-batches of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftune.data.tokenize import IGNORE, Example
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Batch", "collate", "epoch_order", "split"]
+
+# global batches that are sorted by length together: enough to find rows of one length, few enough that the
+# order stays random
+MEGA = 50
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes.
+
+    There is no attention mask on purpose. Attention is causal, padding stands on the right and its labels are
+    -100, so no trained position ever sees it. And transformers derives the mask that keeps documents apart
+    from ``position_ids`` only where it is given neither a mask nor a cache.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        labels: (B, L) int64, not shifted; -100 at padding and at the first token of every document.
+        position_ids: (B, L) int64, from 0 in every document and in the padding; None where no row has two
+            documents.
+        rows: Row numbers of the examples, in order.
+        target_tokens: Targets after the shift.
+        tokens: Tokens, padding not counted.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    rows: tuple[int, ...]
+    target_tokens: int
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        positions = self.position_ids
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=positions if positions is None else positions.to(device, non_blocking=True),
+        )
+
+
+def epoch_order(
+    row_lengths: Sequence[int], global_batch: int, seed: int, epoch: int, group_by_length: bool
+) -> list[list[int]]:
+    """The global batches of an epoch: every row once, only the last batch shorter than ``global_batch``.
+
+    With ``group_by_length``, rows are sorted by length within random groups of ``MEGA`` global batches, so
+    that a batch holds rows of like length, and the batches are shuffled. Within a batch the longest row is
+    first.
+    """
+    # RandomState's stream is frozen across NumPy versions, the Generator's is not
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch))))
+    lengths = np.asarray(row_lengths, dtype=np.int64)
+    order = random.permutation(len(lengths))
+    if group_by_length:
+        mega = MEGA * global_batch
+        groups = [order[start : start + mega] for start in range(0, len(order), mega)]
+        order = np.concatenate([_longest_first(group, lengths) for group in groups]) if groups else order
+    batches = [order[start : start + global_batch] for start in range(0, len(order), global_batch)]
+    if group_by_length:
+        full = len(order) // global_batch  # a short batch stays last
+        batches = [batches[i] for i in (*random.permutation(full), *range(full, len(batches)))]
+    return [[int(row) for row in _longest_first(batch, lengths)] for batch in batches]
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def split(
+    global_batch: Sequence[int], micro_batch_size: int, accumulation: int, rank: int, world: int
+) -> list[list[int]]:
+    """One rank's ``accumulation`` micro-batches of a global batch; the last ones are empty where it is short.
+
+    Over all ranks every row appears once. At each micro-step the ranks take neighbouring slices, so with rows
+    sorted by length they finish together.
+    """
+    assert 0 <= rank < world
+    assert len(global_batch) <= micro_batch_size * accumulation * world, (
+        "the global batch is larger than its parts"
+    )
+    starts = ((step * world + rank) * micro_batch_size for step in range(accumulation))
+    return [list(global_batch[start : start + micro_batch_size]) for start in starts]
+
+
+def collate(rows: Sequence[Sequence[Example]], pad_id: int, multiple_of: int = 1) -> Batch:
+    """Rows of documents as tensors, padded on the right to the longest, rounded up to ``multiple_of``.
+
+    No rows at all give one row of padding without a target: a rank whose share of a short batch is empty must
+    still take part in the forward pass.
+    """
+    import torch
+
+    # at least two positions, as the shift takes one away
+    longest = max([2, *(sum(map(len, row)) for row in rows)])
+    width = -(-longest // multiple_of) * multiple_of
+    height = max(1, len(rows))
+    input_ids = np.full((height, width), pad_id, dtype=np.int64)
+    labels = np.full((height, width), IGNORE, dtype=np.int64)
+    position_ids = np.zeros((height, width), dtype=np.int64)
+    for b, row in enumerate(rows):
+        at = 0
+        for example in row:
+            end = at + len(example)
+            input_ids[b, at:end] = example.input_ids
+            # the first token stays at -100: after the shift it would be predicted from the document before
+            labels[b, at + 1 : end] = example.labels[1:]
+            position_ids[b, at:end] = np.arange(end - at)
+            at = end
+        # padding is a document of its own, so that it never attends to the last one
+        position_ids[b, at:] = np.arange(width - at)
+    packed = any(len(row) > 1 for row in rows)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids) if packed else None,
+        rows=tuple(example.row for row in rows for example in row),
+        target_tokens=int(np.count_nonzero(labels[:, 1:] != IGNORE)),
+        tokens=sum(len(example) for row in rows for example in row),
+    )
