@@ -67,7 +67,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     try:
         located = locate_model(spec)
     except FtuneError as error:
-        yield Problem(("model", "id"), error.message, error.help)
+        inside = spec.gguf_file is not None and Path(spec.id).expanduser().is_dir()
+        yield Problem(("model", "gguf_file" if inside else "id"), error.message, error.help)
         return
     if spec.revision is not None and located.kind != "hub":
         yield Problem(

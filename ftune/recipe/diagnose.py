@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -489,6 +489,12 @@ def _is_field(parent: KeyPath, key: str | int, raw: Any) -> bool:
     return model is not None and key in model.model_fields
 
 
+def _is_required(path: KeyPath, raw: Any) -> bool:
+    model = model_at(path[:-1], raw)
+    info = model.model_fields.get(str(path[-1])) if model else None
+    return info is None or info.is_required()
+
+
 def translate(error: ValidationError, raw: Any, positions: Positions) -> list[Mistake]:
     """Pydantic's errors as mistakes, one for each wrong value.
 
@@ -527,7 +533,7 @@ def _mistake(path: KeyPath, group: list[_Entry], raw: Any, positions: Positions)
     if first.kind in ("union_tag_invalid", "union_tag_not_found"):
         return _method_name(path, first, positions)
     if all(entry.kind in _EXPECTED or entry.kind == "literal_error" for entry in group):
-        return _wrong_type(path, group, positions)
+        return _wrong_type(path, group, raw, positions)
     limit = next(entry for entry in group if entry.kind not in _EXPECTED)
     return _at(path, positions, f"`{dotted(path)}` {_limit(limit)}")
 
@@ -602,7 +608,7 @@ _EXPECTED = {
 }
 
 
-def _wrong_type(path: KeyPath, group: list[_Entry], positions: Positions) -> Mistake:
+def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positions) -> Mistake:
     """A value of the wrong kind, or outside a list of allowed values."""
     value = group[0].value
     name = dotted(path)
@@ -618,9 +624,11 @@ def _wrong_type(path: KeyPath, group: list[_Entry], positions: Positions) -> Mis
     short = SHORT_FORMS.get(tuple("*" if isinstance(key, int) else key for key in path))
     if "a block of fields" in words and short:
         words.insert(0, "a string")
-    words = list(dict.fromkeys(words))
+    words = [part for word in dict.fromkeys(words) for part in word.split(" or ")]
     near = closest(value, allowed) if isinstance(value, str) else None
     label = f"did you mean `{near}`?" if near else _conversion(value, words)
+    if value is None and not _is_required(path, raw):
+        label = "remove it to get the default"
     if allowed and not words:
         if isinstance(value, str):
             help = None if near and len(allowed) > 4 else f"one of {_ticked(allowed)}"
@@ -640,7 +648,7 @@ def _conversion(value: object, words: Sequence[str]) -> str:
     if isinstance(value, str):
         if number:
             return _number_in(value)
-        if "true or false" in words:
+        if "true" in words:
             folded = value.strip().lower()
             folded = _BOOLEANS.get(folded, folded)
             return f"write {folded}" if folded in ("true", "false") else ""
@@ -653,8 +661,6 @@ def _conversion(value: object, words: Sequence[str]) -> str:
         return f"write {int(value)}"
     if isinstance(value, (bool, int, float)) and "a string" in words:
         return "write it in quotes"
-    if value is None:
-        return "remove it to get the default" if "a block of fields" not in words else ""
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict, tuple)):
         return "write it without the brackets"
     return ""
@@ -705,7 +711,9 @@ def _limit_number(number: float) -> str:
 
 def from_problems(problems: Iterable[Problem], positions: Positions) -> list[Mistake]:
     """The findings of ``ftune.recipe.checks`` as mistakes with a position."""
-    return [
-        replace(_at(tuple(problem.loc), positions, problem.message), help=problem.help)
-        for problem in problems
-    ]
+    found = []
+    for problem in problems:
+        suggests = (problem.help or "").startswith("did you mean")
+        label, help = (problem.help or "", None) if suggests else ("", problem.help)
+        found.append(_at(tuple(problem.loc), positions, problem.message, label, help))
+    return found

@@ -1,8 +1,8 @@
 """Text to Recipe: YAML 1.2 with positions, overrides from the command line, then the schema.
 
-PyYAML's scanner and composer do the parsing; what they are lenient about is decided here. Numbers and booleans
-are those of YAML 1.2's core schema (``2e-4`` is a number, ``no`` is a string), equal keys are refused, and size,
-depth and aliases are bounded, so that a recipe from a stranger costs a bounded time to refuse.
+PyYAML's scanner and composer do the parsing; what they are lenient about is decided here. Numbers and
+booleans are those of YAML 1.2's core schema (``2e-4`` is a number, ``no`` is a string), equal keys are
+refused, and size, depth and aliases are bounded: a recipe from a stranger is refused in bounded time.
 """
 
 from __future__ import annotations
@@ -167,6 +167,13 @@ class _Refused(Exception):
         self.mistakes = mistakes
 
 
+class _Bound(yaml.MarkedYAMLError):
+    """Valid YAML that a recipe has no use for."""
+
+    def __init__(self, message: str, event: Any) -> None:
+        super().__init__(problem=message, problem_mark=event.start_mark)
+
+
 class _Yaml12(Reader, Scanner, Parser, Composer, BaseResolver):
     """Text to nodes: PyYAML's scanner and parser, YAML 1.2's core schema, bounded depth and size."""
 
@@ -185,14 +192,12 @@ class _Yaml12(Reader, Scanner, Parser, Composer, BaseResolver):
         self.depth += 1
         self.nodes += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark
-            )
+            raise _Bound(f"a recipe cannot be nested deeper than {MAX_DEPTH} levels", event)
         if self.nodes > MAX_NODES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_NODES} values", problem_mark=event.start_mark)
+            raise _Bound(f"a recipe cannot hold more than {MAX_NODES} values", event)
         if getattr(event, "tag", None) is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            raise yaml.MarkedYAMLError(problem=f"the tag `{tag}`", problem_mark=event.start_mark)
+            raise _Bound(f"the tag `{tag}` is not allowed in a recipe", event)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -250,7 +255,9 @@ class _Builder:
         """The value of an override, which begins at a column of its source's only line."""
         self.source, self.column = source, column
         node = self._compose(source.text[column:])
-        assert node is not None
+        if node is None:
+            at = Span(source, 0, column, len(source.text) - column)
+            raise _Refused(Mistake("this is a comment, not a value", at, "put it in quotes"))
         self.positions.at[self.prefix] = Position(key, self._span(node), not isinstance(node, ScalarNode))
         return self._build(node, self.prefix)
 
@@ -316,7 +323,7 @@ class _Builder:
                         f"key `{key}` is given twice",
                         self._span(key_node),
                         "given again here",
-                        also=(first, f"first given here, in line {first.line + 1}"),
+                        also=(first, "first given here"),
                     )
                 )
                 continue
@@ -418,8 +425,8 @@ class _Builder:
             return Mistake("a quote is never closed", opened)
         if problem.startswith("found undefined alias"):
             return Mistake(f"the alias {problem.split()[-1].replace(chr(39), '`')} is not defined", span)
-        if problem.startswith(("the tag", "nested deeper", "more than")):
-            return Mistake(f"{problem}: not allowed in a recipe", span)
+        if isinstance(error, _Bound):
+            return Mistake(problem, span)
         if "cannot start any token" in problem:
             character = self.source.lines[span.line][span.column] if span else ""
             return Mistake(f"a value cannot begin with `{character}`", span, "put it in quotes")

@@ -67,7 +67,8 @@ class ModelSpec(_Block):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32.",
+        description="What the model computes in. auto: bfloat16 where the device is fast in it, else "
+        "float32.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Implementation of attention."

@@ -48,7 +48,7 @@ def annotated_recipe(
     method = METHODS[method_name]
     out = [
         f"# yaml-language-server: $schema={schema}",
-        f"# {method_name}: {method.summary} ({method.paper}).",
+        f"# Method {method_name}: {method.summary} ({method.paper}).",
         "# What is commented out shows its default.",
     ]
     for name, info in Recipe.model_fields.items():

@@ -1,0 +1,29 @@
+"""What every test shares: the flag that re-records golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-golden", action="store_true", help="write golden files instead of comparing (make golden)"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compare a text with a committed file, or write that file under --record-golden."""
+    record = request.config.getoption("--record-golden")
+
+    def compare(path: Path, text: str) -> None:
+        if record:
+            path.write_text(text, encoding="utf-8")
+            return
+        assert path.exists(), f"{path.name} is not recorded yet: run with --record-golden"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare
