@@ -34,6 +34,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+SCHEMA_FILE = "recipe.schema.json"
+"""Written beside a recipe by `ftune init`, for editors; the recipe's first line points to it."""
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (a recipe's output_dir).")]
 RunOrRecipe = Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory, or a recipe.")]
@@ -106,6 +109,8 @@ def _libraries() -> Iterator[None]:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # GGUF files are dequantized behind a bar of their own that transformers' switch does not reach.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -142,9 +147,9 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write an annotated recipe for a method: every field, with its default and what it does."""
-    from ftune.recipe.template import annotated_recipe
+    from ftune.recipe.template import annotated_recipe, json_schema
 
-    text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}")
+    text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE)
     if out == Path("-"):
         print(text, end="")
         return
@@ -152,6 +157,9 @@ def init(
     if path.exists() and not force:
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
     path.write_text(text, encoding="utf-8")
+    schema_path = path.parent / SCHEMA_FILE
+    if not schema_path.exists():
+        schema_path.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
 
 

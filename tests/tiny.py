@@ -131,7 +131,7 @@ def write_chats(path: Path, count: int, start: int = 0) -> Path:
     return path
 
 
-def recipe(where: Path, method: str = "lora", **blocks: Any) -> Loaded:
+def recipe(where: Path, method: str = "lora", /, **blocks: Any) -> Loaded:
     """A recipe on the tiny model and short chats, all under ``where``; blocks are merged over it."""
     if not (where / "base").exists():
         model_dir(where / "base")

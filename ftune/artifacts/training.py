@@ -179,6 +179,9 @@ def train(
     except KeyboardInterrupt:
         status = "interrupted"
         raise
+    except BaseException as error:
+        record["error"] = str(error)
+        raise
     finally:
         if main and run.exists():
             last = tally.last.step if tally.last else 0
@@ -188,7 +191,7 @@ def train(
                 sink.receive(RunEnd(last, status))
                 sink.close()
             run.write(record)
-        accelerator.wait_for_everyone() if status == "finished" else None
+    accelerator.wait_for_everyone()
     return record
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -189,31 +189,35 @@ def save_peft(model: nn.Module, out: Path, context: Context, initial: dict[str, 
         initial: The adapter at the start, when it was taken out of the base weights: the saved adapter is then
             the difference, of rank 2r, and fits the untouched base.
     """
-    from peft.utils import CONFIG_NAME
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
 
-    peft_model = cast(Any, model)
-    config = peft_model.peft_config["default"]
+    config = copy.deepcopy(cast(Any, model).peft_config["default"])
     config.base_model_name_or_path = context.base_name or None
     config.revision = context.revision
-    settings: dict[str, Any] = {"save_embedding_layers": False}
-    with tempfile.TemporaryDirectory() as scratch:
-        if initial is not None:
-            start = Path(scratch)
-            save_file(initial, start / "adapter_model.safetensors", metadata={"format": "pt"})
-            (start / CONFIG_NAME).write_text(json.dumps(_plain_config(config)))
-            settings["path_initial_model_for_weight_conversion"] = str(start)
-        peft_model.save_pretrained(str(out), **settings)
-    # PEFT's card names local paths; the run writes its own.
-    (out / "README.md").unlink(missing_ok=True)
-    path = out / CONFIG_NAME
+    config.inference_mode = True
+    state = adapter_state(model)
+    if initial is not None:
+        state = _difference(state, initial, config)
+    save_file(state, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     # PEFT keeps sets in its configuration: sorted, two runs of one recipe write the same bytes.
-    path.write_text(json.dumps(_plain_config(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
-def _plain_config(config: Any) -> dict[str, Any]:
-    data: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
-    return {key: sorted(value) if isinstance(value, list | set) else value for key, value in data.items()}
+def _difference(state: dict[str, Tensor], initial: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The adapter of rank 2r that adds ``scale (B A - B0 A0)``; changes the configuration to match."""
+    import torch
+
+    config.r, config.init_lora_weights = 2 * config.r, True
+    # rsLoRA divides by the root of the rank, which grows by the root of two.
+    config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    return {
+        name: torch.cat([tensor, initial[name]], dim=0)
+        if "lora_A" in name
+        else torch.cat([tensor, -initial[name]], dim=1)
+        for name, tensor in state.items()
+    }
 
 
 def load_peft(base: nn.Module, directory: Path) -> nn.Module:
@@ -335,21 +339,25 @@ def update_vitals(model: nn.Module) -> dict[str, float]:
     }
 
 
-def magnitude_vitals(model: nn.Module) -> dict[str, float]:
-    """How far DoRA's magnitudes moved from the row norms of the base weights, as a mean share of them."""
+def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each DoRA magnitude, (out,), with the row norms of its base weight in fp32."""
     import torch
     from peft.utils.integrations import dequantize_module_weight
 
-    shares = []
     for module in model.modules():
         magnitudes = getattr(module, "lora_magnitude_vector", None)
-        if not magnitudes:
-            continue
-        layer = cast(Any, module)
-        weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
-        norms = torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1)
-        trained = magnitudes["default"].weight.detach().float()
-        shares.append(float(((trained - norms).abs() / norms.clamp_min(1e-12)).mean()))
+        if magnitudes:
+            layer = cast(Any, module)
+            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+            yield magnitudes["default"].weight, torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1)
+
+
+def magnitude_vitals(model: nn.Module) -> dict[str, float]:
+    """How far DoRA's magnitudes moved from the row norms of the base weights, as a mean share of them."""
+    shares = [
+        float(((trained.detach().float() - norms).abs() / norms.clamp_min(1e-12)).mean())
+        for trained, norms in dora_layers(model)
+    ]
     return {"magnitude_change_mean": sum(shares) / max(1, len(shares))}
 
 

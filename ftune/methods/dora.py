@@ -32,11 +32,15 @@ class Dora(LowRank):
         return {"use_dora": True}
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
-        """Attach A, B and magnitudes; their input stays fp32.
+        """Attach A, B and magnitudes, which start as the row norms of the base weights.
 
-        In bf16 the quotient magnitude / norm is off by 0.4 %, and the model no longer starts as its base.
+        PEFT takes the norms in the base's dtype: in bf16 each is off by up to 0.4 %, and so is the model at its
+        start. Here they are taken in fp32; for the same reason the input of the update stays fp32.
         """
-        return _shared.cast_inputs(super().adapt(model, context), enabled=True)
+        adapted = _shared.cast_inputs(super().adapt(model, context), enabled=True)
+        for magnitude, norms in _shared.dora_layers(adapted):
+            magnitude.data.copy_(norms)
+        return adapted
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Magnitudes do not decay: zero is not their neutral value."""

@@ -118,7 +118,6 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     Raises:
         ModelError: The weights cannot be read.
     """
-    import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
     located = locate_model(spec)
@@ -143,17 +142,23 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         _forget_gguf(model)
         if quantization is not None:
             quantize(model, quantization, device)
-    for module in model.modules():
-        if is_4bit(module):
-            # On CPUs with AVX512-BF16 the first evaluation forward repacks the weights in place, after which
-            # training loses gradients and dequantizing returns garbage.
-            module.support_avx512bf16_for_cpu = False
+    keep_packed(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     if quantization is None:
         model.to(device=device, dtype=method.base_dtype(dtype))
-    # Generation settings left over from pretraining (sampling without do_sample) make save_pretrained refuse.
-    return cast("nn.Module", torch.nn.Module.train(model))
+    return cast("nn.Module", model.train())
+
+
+def keep_packed(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are packed.
+
+    On CPUs with AVX512-BF16 the first evaluation forward repacks them in place, after which training loses
+    gradients and dequantizing returns garbage.
+    """
+    for module in model.modules():
+        if is_4bit(module):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager

@@ -289,6 +289,8 @@ def _warnings(plan: Plan) -> list[str]:
             f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
+    if recipe.optimizer.name.startswith("paged") and plan.context.device.type != "cuda":
+        found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")
     if recipe.model.trust_remote_code:
         found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
     if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:

@@ -1,0 +1,152 @@
+"""LoRA's variants, DoRA's magnitudes, targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+
+from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.training import train
+from ftune.errors import ModelError, RecipeError, RunFailed
+from ftune.methods import Method, OptimizerSpec
+from ftune.methods._shared import list_linears, match_targets
+from ftune.recipe import require
+
+
+def adapted(method: Method, **context: Any) -> torch.nn.Module:
+    return method.adapt(tiny.model(), tiny.context(**context))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_taken_out_of_the_base_fits_the_untouched_base(init: str, rslora: bool, tmp_path: Path) -> None:
+    method = tiny.method("lora", init=init, rslora=rslora)
+    model = adapted(method)
+    assert (tiny.logits(model) - tiny.logits(tiny.model())).abs().max() <= 2e-5
+    tiny.disturb(model)
+    expected = tiny.logits(model)
+    method.save(model, tmp_path, tiny.context())
+    plain = PeftModel.from_pretrained(tiny.model(), str(tmp_path))
+    assert (tiny.logits(plain) - expected).abs().max() <= 2e-5
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
+    # Saving converts a copy: training goes on with the model as it was.
+    assert torch.equal(tiny.logits(model), expected)
+    # Without the conversion the adapter would be another model on the untouched base.
+    (tmp_path / "naive").mkdir()
+    object.__setattr__(model, "_ftune_initial", None)
+    method.save(model, tmp_path / "naive", tiny.context())
+    config = tmp_path / "naive/adapter_config.json"
+    config.write_text(config.read_text().replace(f'"{init}"', "true"))
+    naive = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "naive"))
+    assert (tiny.logits(naive) - expected).abs().max() > 0.1
+
+
+def test_resuming_on_another_decomposition_is_refused() -> None:
+    method = tiny.method("lora", init="pissa")
+    model = adapted(method)
+    state = method.state(model)
+    method.load_state(model, state)
+    name = next(iter(state))
+    with pytest.raises(RunFailed, match="decomposition"):
+        method.load_state(model, state | {name: state[name] + 1e-3})
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_every_init_starts_as_the_base(init: str) -> None:
+    model = adapted(tiny.method("lora", init=init))
+    assert (tiny.logits(model) - tiny.logits(tiny.model())).abs().max() <= 2e-5
+
+
+def test_inits_differ() -> None:
+    found = [adapted(tiny.method("lora", init=init)).state_dict() for init in ("default", "gaussian", "orthogonal")]
+    name = next(name for name in found[0] if "lora_A" in name)
+    assert len({float(state[name].std()) for state in found}) == 3
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    layers = [
+        next(m for m in adapted(tiny.method("lora", rank=16, alpha=8, rslora=r)).modules() if hasattr(m, "lora_A"))
+        for r in (False, True)
+    ]
+    assert [layer.scaling["default"] for layer in layers] == [0.5, 2.0]
+
+
+def test_lora_plus_gives_b_its_own_rate_and_keeps_weight_decay() -> None:
+    method = tiny.method("lora", lora_plus_ratio=16)
+    model = adapted(method)
+    optimizer = method.optimizer(model, OptimizerSpec(learning_rate=1e-3, weight_decay=0.1))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    assert {group["base_lr"] for group in optimizer.param_groups} == {1e-3, 1.6e-2}
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [("all-linear", 14), (("q_proj", "v_proj"), 4), ((r"layers.0.mlp.up_proj",), 1), (r".*layers\.1\..*_proj", 7)],
+)
+def test_targets_match_as_peft_matches(targets: Any, count: int) -> None:
+    linears = list_linears(tiny.model())
+    matched = {linear.name for linear in match_targets(linears, targets)}
+    model = adapted(tiny.method("lora", target_modules=targets))
+    actual = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert matched == actual
+    assert len(matched) == count
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "c_attn"), r"nothing.*"])
+def test_a_target_that_matches_nothing_is_refused(targets: Any) -> None:
+    with pytest.raises(ModelError) as refused:
+        adapted(tiny.method("lora", target_modules=targets))
+    assert "down_proj, gate_proj" in (refused.value.help or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"target_modules": []}, "would train nothing"),
+        ({"target_modules": ["lm_head"]}, "cannot be merged"),
+        ({"target_modules": "all_linear"}, "did you mean `all-linear`"),
+        ({"target_modules": "*_proj"}, "not a regular expression"),
+        ({"init": "pissa", "quantization": {}}, "quantized"),
+        ({"init": "orthogonal", "rank": 5}, "even rank"),
+    ],
+)
+def test_what_cannot_work_is_refused_while_parsing(method: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        require(tiny.recipe(tmp_path, method=method))
+
+
+def test_dora_keeps_the_norms_it_starts_from_and_moves_them(tmp_path: Path) -> None:
+    method = tiny.method("dora")
+    model = adapted(method)
+    assert method.vitals(model)["magnitude_change_mean"] == pytest.approx(0, abs=1e-6)
+    record = train(tiny.recipe(tmp_path, "dora"))
+    assert record["vitals"]["magnitude_change_mean"] > 1e-4
+
+
+def test_dora_in_bfloat16_starts_as_its_base(tmp_path: Path) -> None:
+    from ftune.run.objective import autocast
+
+    base = tiny.model().bfloat16()
+    with autocast(torch.bfloat16, "cpu"):
+        expected = tiny.logits(base)
+        actual = tiny.logits(tiny.method("dora").adapt(base, tiny.context(dtype=torch.bfloat16)))
+    assert torch.equal(actual, expected)
+
+
+def test_vitals_tell_trained_from_untrained(tmp_path: Path) -> None:
+    method = tiny.method("lora")
+    assert method.vitals(adapted(method))["lora_b_norm_mean"] == 0.0
+    record = train(tiny.recipe(tmp_path))
+    assert record["vitals"]["lora_b_norm_min"] > 0
+    assert record["vitals"]["adapted_layers"] == 14
+    assert RunDir(tmp_path / "run").read()["vitals"] == record["vitals"]

@@ -1,0 +1,273 @@
+"""The loop's promises: one batch gives one gradient however it is split, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ftune.artifacts import training
+from ftune.artifacts.training import train
+from ftune.data.batches import collate
+from ftune.data.tokenize import Example
+from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.methods import METHODS
+from ftune.recipe.load import Loaded
+from ftune.run.events import Saved, StepEnd
+from ftune.run.loop import Loop
+from ftune.run.objective import Objective
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step}" / "trained.safetensors")
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in tiny.events(run, "step")]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send SIGTERM to this process when the update ``step`` is done."""
+    emit = training._Tally.receive
+
+    def receive(self: Any, event: Any) -> None:
+        emit(self, event)
+        if isinstance(event, StepEnd) and event.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training._Tally, "receive", receive)
+
+
+@EVERY
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dropout makes the run depend on random state; two epochs, so that the order of the data matters.
+    dropout = {"dropout": 0.1} if "dropout" in METHODS[name].model_fields else {}
+    length = {"training": {"max_steps": 6, "gradient_accumulation_steps": 3}, "method": dropout}
+    whole = tiny.recipe(tmp_path, name, output_dir=str(tmp_path / "whole"), **length)
+    train(whole)
+    parts = tiny.recipe(tmp_path, name, output_dir=str(tmp_path / "parts"), **length)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Interrupted) as stopped:
+            train(parts)
+    assert stopped.value.exit_code == 143
+    assert "--resume" in (stopped.value.help or "")
+    assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "interrupted"
+    train(parts, resume=True)
+    assert_equal(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    optimizers = [
+        torch.load(tmp_path / run / "checkpoints/step-6/optimizer.pt", weights_only=True) for run in ("whole", "parts")
+    ]
+    torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@EVERY
+def test_micro_batches_and_accumulation_give_one_result(name: str, packing: bool, tmp_path: Path) -> None:
+    if packing and not METHODS[name].packable:
+        pytest.skip("this method cannot be packed")
+    results = []
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        run = tmp_path / f"{size}x{accumulation}"
+        loaded = tiny.recipe(
+            tmp_path,
+            name,
+            data={"packing": packing},
+            training={"max_steps": 1, "micro_batch_size": size, "gradient_accumulation_steps": accumulation},
+            output_dir=str(run),
+        )
+        train(loaded)
+        step = tiny.events(run, "step")[0]
+        results.append((step["loss"], step["grad_norm"], step["target_tokens"]))
+    for loss, norm, targets in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert norm == pytest.approx(results[0][1], rel=1e-5)
+        assert targets == results[0][2]
+
+
+def gradient(objective: Objective, rows: list[list[Example]]) -> tuple[float, list[torch.Tensor]]:
+    objective.zero_grad()
+    loss = objective(collate(rows, 0))
+    loss.backward()
+    return float(loss.detach()), [p.grad.clone() for p in objective.parameters() if p.grad is not None]
+
+
+def test_packed_equals_separate() -> None:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    documents = []
+    for row, length in enumerate((5, 9, 3, 7)):
+        ids = random.integers(3, 200, length).astype(np.int32)
+        labels = ids.copy()
+        labels[: length // 2] = -100
+        documents.append(Example(ids, labels, row))
+    objective = Objective(tiny.model().train(), torch.float32)
+    alone = [gradient(objective, [[document]]) for document in documents]
+    expected = sum(loss for loss, _ in alone)
+    for rows in ([documents], [documents[:2], documents[2:]], [[d] for d in documents]):
+        loss, grads = gradient(objective, rows)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        for index, grad in enumerate(grads):
+            together = sum(parts[index] for _, parts in alone)
+            assert (grad - together).norm() <= 1e-5 * together.norm()
+
+
+def test_objective_equals_the_models_own_loss() -> None:
+    model = tiny.model().train()
+    ids = tiny.batch(rows=1, length=20)["input_ids"]
+    labels = ids.clone()
+    labels[:, :8] = -100
+    expected = model(input_ids=ids, labels=labels, use_cache=False).loss * 12
+    example = Example(ids[0].numpy().astype("int32"), labels[0].numpy().astype("int32"), 0)
+    actual = Objective(model, torch.float32)(collate([[example]], 0))
+    assert float(actual.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_a_batch_without_targets_has_loss_zero_and_a_graph() -> None:
+    loss = Objective(tiny.model().train(), torch.float32)(collate([], 0))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+
+
+def test_a_parameter_that_cannot_move_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(plan: Any) -> Any:
+        model, optimizer = training_build(plan)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # An optimizer that forgets one matrix is the commonest way to train in name only.
+        optimizer.param_groups[0]["params"] = parameters[1:]
+        return model, optimizer
+
+    training_build = training.build
+    monkeypatch.setattr(training, "build", build)
+    with pytest.raises(RunFailed, match=r"did not move in \d update") as failed:
+        train(tiny.recipe(tmp_path))
+    assert failed.value.exit_code == 1
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["status"] == "failed"
+    assert "did not move" in record["error"]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda self, batch: forward(self, batch) * float("nan"))
+    with pytest.raises(RunFailed, match=r"step 1, rows \[\d+, \d+\]"):
+        train(tiny.recipe(tmp_path, data={"packing": False}))
+
+
+def test_checkpoints_rotate_and_appear_whole(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path, checkpoint={"every_steps": 1, "keep": 2}))
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-3", "step-4"]
+    assert [event["path"] for event in tiny.events(tmp_path / "run", "saved")][:2] == ["step-1", "step-2"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(Interrupted):
+            train(loaded)
+    expected = tmp_path / "run/checkpoints/step-3/trained.safetensors"
+    damaged = bytearray(expected.read_bytes())
+    damaged[-1] ^= 1
+    expected.write_bytes(damaged)
+    train(loaded, resume=True)
+    assert tiny.events(tmp_path / "run", "resume")[0]["checkpoint"] == "step-2"
+    assert "trained.safetensors does not match its checksum" in capsys.readouterr().err
+    assert [event["step"] for event in tiny.events(tmp_path / "run", "step")] == [1, 2, 3, 4]
+
+
+def test_a_save_that_dies_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftune.run import checkpoint
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        train(tiny.recipe(tmp_path))
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+class TestRunDirectory:
+    def test_refuses_to_overwrite(self, tmp_path: Path) -> None:
+        loaded = tiny.recipe(tmp_path, training={"max_steps": 2})
+        train(loaded)
+        with pytest.raises(RunDirError, match="already holds a run"):
+            train(loaded)
+        train(loaded, overwrite=True)
+
+    def test_never_deletes_what_is_not_its_own(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/thesis.txt").write_text("dear")
+        with pytest.raises(RunDirError, match="not empty"):
+            train(tiny.recipe(tmp_path), overwrite=True)
+        assert (tmp_path / "run/thesis.txt").read_text() == "dear"
+
+    @pytest.mark.parametrize("changed", ["recipe", "data"])
+    def test_resuming_another_run_is_refused(self, changed: str, tmp_path: Path, monkeypatch: Any) -> None:
+        with monkeypatch.context() as patched:
+            stop_after(patched, 1)
+            with pytest.raises(Interrupted):
+                train(tiny.recipe(tmp_path))
+        if changed == "data":
+            tiny.write_chats(tmp_path / "train.jsonl", 24, start=1)
+        other: Loaded = tiny.recipe(tmp_path, method={"rank": 8} if changed == "recipe" else {})
+        with pytest.raises(RunDirError, match="method.rank: 4 then, 8 now" if changed == "recipe" else "data files"):
+            train(other, resume=True)
+
+    def test_record_and_events_hold_what_they_promise(self, tmp_path: Path) -> None:
+        record = train(tiny.recipe(tmp_path))
+        on_disk = json.loads((tmp_path / "run/run.json").read_text())
+        for key in ("recipe", "resolved", "plan", "measured", "vitals", "versions", "device", "status"):
+            assert on_disk[key], key
+        assert on_disk["status"] == record["status"] == "finished"
+        assert on_disk["resolved"]["method"]["alpha"] == 8.0
+        assert on_disk["measured"]["peak_bytes"] > 0
+        assert on_disk["plan"]["memory"]["total"] > 0
+        step = tiny.events(tmp_path / "run", "step")[-1]
+        for key in ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"):
+            assert step[key] > 0, key
+        assert tiny.events(tmp_path / "run", "eval")[-1]["step"] == 4
+        card = (tmp_path / "run/adapter/README.md").read_text()
+        assert str(tmp_path) not in card
+        assert "Held-out loss" in card
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path, training={"max_steps": 30, "gradient_accumulation_steps": 4}))
+    found = losses(tmp_path / "run")
+    assert sum(found[-5:]) < 0.7 * sum(found[:5])
+
+
+def test_events_say_where_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Saved] = []
+    emit = Loop.save
+
+    def save(self: Loop, step: int) -> None:
+        emit(self, step)
+        saved.append(Saved(step, f"step-{step}"))
+
+    monkeypatch.setattr(Loop, "save", save)
+    train(tiny.recipe(tmp_path))
+    assert saved == [Saved(4, "step-4")]
+    assert (tmp_path / "run/checkpoints/step-4/manifest.json").is_file()
