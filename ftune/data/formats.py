@@ -212,9 +212,9 @@ def convert(rows: Rows, name: Format, *, chat_template: bool) -> list[Record]:
                 misfits.append(f"\n  {rows.where(number)}: {misfit}")
     if count:
         more = f"\n  and {count - SHOWN} more" if count > SHOWN else ""
-        verb = "row does" if count == 1 else "rows do"
+        verb = "does" if count == 1 else "do"
         raise DataError(
-            f"{count} of {len(rows)} {verb} not fit the format `{name}`{''.join(misfits)}{more}",
+            f"{count} of {len(rows)} rows {verb} not fit the format `{name}`{''.join(misfits)}{more}",
             help=f"`{name}` expects {EXPECTED[name]}",
         )
     return records

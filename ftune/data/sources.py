@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,13 @@ def _read_files(files: Sequence[Path], limit: int | None) -> Rows:
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}") from error
         digest.update(content)
-        before = len(rows)
-        for row, line in READERS[file.suffix.lower()](file, content):
-            if limit is not None and len(rows) == limit:
-                break
-            rows.append(row)
-            file_of.append(index)
-            line_of.append(line)
-        else:
-            if len(rows) == before:
-                raise DataError(f"{file}: no rows in this file")
+        wanted = None if limit is None else limit - len(rows)
+        placed = list(islice(READERS[file.suffix.lower()](file, content), wanted))
+        if not placed and wanted != 0:
+            raise DataError(f"{file}: no rows in this file")
+        rows += [row for row, _ in placed]
+        line_of += [line for _, line in placed]
+        file_of += [index] * len(placed)
     return Rows(
         source=rows,
         columns=tuple({key: None for row in rows for key in row}),
@@ -159,7 +157,9 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            reason = "a byte order mark inside the file" if text.startswith("\ufeff") else error.msg
+            reason = _reason(error)
+            if text.startswith("\ufeff"):
+                reason = "a byte order mark inside the file"
             raise DataError(
                 f"{file}:{line}:{error.colno}: not valid JSON: {reason}",
                 help="a .jsonl file has one JSON object a line",
@@ -200,7 +200,7 @@ def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
         if end < len(text):
             raise json.JSONDecodeError("text behind the end of the list", text, end)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
+        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {_reason(error)}") from error
     except RecursionError as error:
         raise DataError(f"{file}:{line}: JSON nested too deeply") from error
 
@@ -277,6 +277,11 @@ READERS = {
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    """What is wrong, without Python's pointer to the position that the message gives anyway."""
+    return error.msg.removesuffix(" starting at").lower()
 
 
 def _skip(text: str, position: int) -> int:

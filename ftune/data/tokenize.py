@@ -288,8 +288,8 @@ def _template(
     """The chat template, where the format has a use for one."""
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} is slow: it does not say where tokens lie in the text, "
-            "which the loss mask needs",
+            f"the tokenizer {type(tokenizer).__name__} is slow: it does not say where in the text its tokens "
+            "lie, which the loss mask needs",
             help="use a model that comes with a tokenizer.json",
         )
     if format == "text":
@@ -427,12 +427,12 @@ def _too_long(rows_and_lengths: list[tuple[int, int]], rows: Rows, spec: DataSpe
     """The error of ``too_long: error``: the first few rows and the longest."""
     shown = "".join(f"\n  {rows.where(row)}: {length} tokens" for row, length in rows_and_lengths[:SHOWN])
     more = f"\n  and {len(rows_and_lengths) - SHOWN} more" if len(rows_and_lengths) > SHOWN else ""
-    verb = "row is" if len(rows_and_lengths) == 1 else "rows are"
+    verb = "is" if len(rows_and_lengths) == 1 else "are"
+    longest = max(length for _, length in rows_and_lengths)
     return DataError(
-        f"{len(rows_and_lengths)} of {len(rows)} {verb} longer than data.max_length = {spec.max_length}"
+        f"{len(rows_and_lengths)} of {len(rows)} rows {verb} longer than data.max_length = {spec.max_length}"
         f"{shown}{more}",
-        help=f"the longest has {max(length for _, length in rows_and_lengths)} tokens: raise data.max_length, or "
-        "set data.too_long to truncate or skip",
+        help=f"the longest has {longest} tokens: raise data.max_length, or set data.too_long: truncate",
     )
 
 
@@ -449,8 +449,8 @@ def _nothing_left(rows: Rows, spec: DataSpec, long: list[int], first_targets: li
         return DataError(
             f"{name}: nothing to train on: in all {len(rows)} rows every trained token lies behind "
             f"data.max_length = {spec.max_length}",
-            help=f"raise data.max_length: answers begin between tokens {min(first_targets) + 1} and "
-            f"{max(first_targets) + 1}",
+            help=f"raise data.max_length: answers begin at tokens {min(first_targets) + 1} (the earliest) to "
+            f"{max(first_targets) + 1} (the latest)",
         )
     return DataError(
         f"{name}: nothing to train on: no token of the {len(rows)} rows is a target",

@@ -1,0 +1,152 @@
+"""Reading files and hub data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftune.data.sources import load_rows
+from ftune.errors import DataError
+from ftune.recipe.schema import DataSource
+
+Write = Callable[..., Path]
+ROWS = [{"text": "one"}, {"text": "two\u2028still two"}, {"text": "three"}]
+
+
+def read(path: Path, **options: object) -> list[dict]:
+    return [dict(row) for _, row in load_rows(DataSource(path=str(path), **options))]
+
+
+def test_every_kind_of_file_gives_the_same_rows(write: Write) -> None:
+    from datasets import Dataset
+
+    parquet = write("", "rows.parquet")
+    Dataset.from_list(ROWS).to_parquet(str(parquet))
+    files = [
+        write(ROWS, "rows.jsonl"),
+        write(json.dumps(ROWS, indent=2), "rows.json"),
+        write("".join(json.dumps(row) + "\n" for row in ROWS), "lines.json"),
+        write('text\none\ntwo\u2028still two\n"three"\n', "rows.csv"),
+        write("one\n\ntwo\u2028still two\r\nthree", "rows.txt"),
+        parquet,
+    ]
+    for file in files:
+        assert read(file) == ROWS, file.name
+
+
+def test_a_row_knows_its_file_and_line(write: Write) -> None:
+    write('{"text": "a"}\n\n{"text": "b"}\n', "d/1.jsonl")
+    second = write('{"text": "c"}\n', "d/2.jsonl")
+    rows = load_rows(DataSource(path=str(second.parent)))
+    assert [rows.where(n) for n, _ in rows] == [
+        f"{second.parent}/1.jsonl:1",
+        f"{second.parent}/1.jsonl:3",
+        f"{second.parent}/2.jsonl:1",
+    ]
+    listed = load_rows(DataSource(path=str(write('[\n {"text": "a"},\n\n {"text":\n "b"}]', "x.json"))))
+    assert [listed.where(n).rsplit(":", 1)[1] for n, _ in listed] == ["2", "4"]
+    table = load_rows(DataSource(path=str(write('text,n\n"a\nb",1\nc,2\n', "x.csv"))))
+    assert [table.where(n).rsplit(":", 1)[1] for n, _ in table] == ["2", "4"]
+    assert [row for _, row in table] == [{"text": "a\nb", "n": "1"}, {"text": "c", "n": "2"}]
+
+
+def test_parquet_rows_are_numbered_per_file(write: Write) -> None:
+    from datasets import Dataset
+
+    for name in ("d/a.parquet", "d/b.parquet"):
+        Dataset.from_list(ROWS[:2]).to_parquet(str(write("", name)))
+    directory = write("", "d/.hidden.jsonl").parent
+    rows = load_rows(DataSource(path=str(directory)))
+    assert len(rows) == 4
+    assert rows.where(3) == f"{directory}/b.parquet: row 2"
+
+
+def test_the_fingerprint_is_of_the_bytes(write: Write) -> None:
+    file = write(ROWS)
+    assert load_rows(DataSource(path=str(file))).fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_max_examples_reads_no_further(write: Write) -> None:
+    file = write('{"text": "a"}\n{"text": "b"}\nnot json\n')
+    assert len(read(file, max_examples=2)) == 2
+    with pytest.raises(DataError, match=r":3:1: not valid JSON"):
+        read(file, max_examples=3)
+
+
+def test_a_missing_key_is_not_a_null(write: Write) -> None:
+    rows = load_rows(DataSource(path=str(write('{"text": "a"}\n{"note": null}\n'))))
+    assert rows.columns == ("text", "note")
+    assert [dict(row) for _, row in rows] == [{"text": "a"}, {"note": None}]
+
+
+def test_a_byte_order_mark_is_dropped(write: Write) -> None:
+    assert read(write(b"\xef\xbb\xbf" + b'{"text": "a"}\n')) == [{"text": "a"}]
+    assert read(write(b"\xef\xbb\xbf" + b"text\na\n", "x.csv")) == [{"text": "a"}]
+
+
+def test_select_keeps_the_numbers(write: Write) -> None:
+    rows = load_rows(DataSource(path=str(write(ROWS))))
+    part = rows.select([2, 0])
+    assert [(n, row["text"]) for n, row in part] == [(0, "one"), (2, "three")]
+    assert len(part) == 2
+    assert part.where(2).endswith(":3")
+
+
+def test_a_data_set_that_is_not_reachable_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="'no-such-org/no-such-set': neither a local file") as caught:
+        load_rows(DataSource(path="no-such-org/no-such-set"))
+    assert "HF_HUB_OFFLINE" in (caught.value.help or "")
+
+
+def test_a_hub_data_set_keeps_its_fingerprint_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = {}
+
+    def load_dataset(path: str, name: str | None, **options: object) -> datasets.Dataset:
+        asked.update(options, path=path, name=name)
+        if options["split"] != "test":
+            raise ValueError(f'Unknown split "{options["split"]}". Should be one of ["test"].')
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = DataSource(path="org/set", subset="en", split="test", revision="v1", max_examples=2)
+    rows = load_rows(source)
+    assert asked == {"path": "org/set", "name": "en", "split": "test", "revision": "v1"}
+    assert [row["text"] for _, row in rows] == ["one", "two\u2028still two"]
+    assert rows.where(1) == "org/set (en), split test: row 2"
+    assert rows.fingerprint == load_rows(source).fingerprint
+    with pytest.raises(DataError, match="Unknown split"):
+        load_rows(DataSource(path="org/set"))
+
+
+def test_nesting_without_end_is_no_crash(write: Write) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    for name in ("deep.jsonl", "deep.json"):
+        with pytest.raises(DataError, match=f"{name}:1: JSON nested too deeply"):
+            read(write(f'{{"text": {deep}}}\n' if name == "deep.jsonl" else f"[{deep}]", name))
+
+
+def test_a_broken_parquet_file_is_named(write: Write) -> None:
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable parquet file: .*magic"):
+        read(write("PAR1 not at all", "x.parquet"))
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.none() | st.integers()), min_size=1, max_size=5))
+def test_json_and_jsonl_agree_on_any_strings(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict]
+) -> None:
+    place = tmp_path_factory.mktemp("rows")
+    (place / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=True) + "\n" for r in rows))
+    (place / "a.json").write_text(json.dumps(rows, ensure_ascii=True, indent=1))
+    assert read(place / "a.jsonl") == read(place / "a.json") == rows
