@@ -56,7 +56,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -
     """
     if path is not None:
         try:
-            source = Path(path).read_text(encoding="utf-8")
+            source = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not valid UTF-8"
             raise DataError(f"data.chat_template: {path}: {reason}") from error

@@ -145,6 +145,12 @@ def test_held_out_rows_are_drawn_by_seed_and_never_shared(
     assert held_out == [5, 12, 17, 19, 21, 23, 42, 43, 44, 46]
 
 
+def test_one_row_cannot_be_held_out(write: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    spec = DataSpec(train=str(write([{"text": "a"}])), eval_fraction=0.1)
+    with pytest.raises(DataError, match="one row cannot be split"):
+        load_splits(spec, tokenizer, seed=0)
+
+
 def test_an_eval_source_is_read_on_its_own(write: Callable[..., Path], tokenizer: Tokenizer) -> None:
     train = write([{"messages": chat("q", "yes")}], "train.jsonl")
     held_out = write([{"prompt": "q", "completion": "yes"}], "eval.jsonl")
