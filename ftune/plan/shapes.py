@@ -1,18 +1,19 @@
 """The sizes of a base model, read from its configuration alone.
 
-The model is built on the meta device, where a parameter has a shape and no storage, and its modules are walked
-without knowing the architecture. So a 70B model costs a second and a few megabytes.
+The model is built on the meta device, where a parameter has a shape and no storage, and its modules are
+walked without knowing the architecture. So a 70B model costs a second and a few megabytes.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ftune.errors import ModelError
+from ftune.methods._shared import list_linears
 from ftune.methods.base import Linear, ModelShape
 
 __all__ = ["read_shape", "shape_of"]
@@ -45,56 +46,58 @@ def read_shape(config: Any) -> ModelShape:
 def shape_of(model: Any) -> ModelShape:
     """Read the sizes of a built transformers model; only shapes are looked at, so any device will do.
 
-    ``extra`` holds what the memory estimate needs beside the named sizes, for the whole model:
-    ``norm_width``: elements that all norms together read for one token; ``rms``: whether they are RMS norms, which
-    transformers computes through an fp32 copy; ``gated``: whether the feed-forward multiplies two projections;
-    ``ffn_width``: elements of the feed-forward's inner activation for one token, over all blocks;
-    ``head_elements``: elements of the output head's weight, tied or not.
+    ``extra`` holds what the memory estimate needs beside the named sizes:
+
+    - ``norm_width``: elements that all norms of the model read for one token;
+    - ``rms``: whether they are RMS norms, which transformers computes through an fp32 copy;
+    - ``ffn_width``: elements of the feed-forward's inner activation for one token, over all blocks;
+    - ``ffn_saved``: how many tensors of that width autograd keeps when the weights are frozen;
+    - ``head_elements``: elements of the output head's weight, tied or not;
+    - ``sliding_window``: the shortest attention window, or None;
+    - ``softcap``: whether attention scores are capped; ``attention_dropout``: whether they are dropped out.
 
     Args:
         model: A causal language model of transformers, without adapters.
     """
-    from transformers.pytorch_utils import Conv1D
-
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers)
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    heads = int(_first(config, "num_attention_heads") or 1)
+    kv_heads = int(_first(config, "num_key_value_heads") or heads)
+    head_dim = int(_first(config, "head_dim") or hidden // heads)
 
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    linears: list[Linear] = []
+    linears = list_linears(model)
     norms = norm_width = 0
     rms = False
     for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            inputs, outputs = module.weight.shape  # the transpose of nn.Linear's
-        elif isinstance(module, nn.Linear):
-            outputs, inputs = module.weight.shape
-        elif "norm" in type(module).__name__.lower():
-            elements = [parameter.numel() for parameter in module.parameters(recurse=False)]
-            norms += sum(elements)
-            rms = rms or "rms" in type(module).__name__.lower()
-            norm_width += _norm_width(name, elements[0] if elements else hidden, heads, kv_heads, head_dim, hidden)
+        kind = type(module).__name__.lower()
+        if "norm" not in kind:
             continue
-        else:
-            continue
-        if module is not head and name.startswith(lists):
-            linears.append(Linear(name, int(inputs), int(outputs)))
+        elements = [parameter.numel() for parameter in module.parameters(recurse=False)]
+        norms += sum(elements)
+        rms = rms or "rms" in kind
+        norm_width += _norm_width(
+            name, elements[0] if elements else hidden, heads, kv_heads, head_dim, hidden
+        )
 
-    intermediate = _intermediate(config, linears, hidden)
-    active = int(getattr(config, "num_experts_per_tok", None) or 1)
-    expert_width = int(getattr(config, "moe_intermediate_size", None) or intermediate)
-    names = [parameter_name for parameter_name, _ in model.named_parameters()]
+    intermediate = int(
+        _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+        or _inner_width(linears, hidden)
+    )
+    experts = int(_first(config, "num_experts_per_tok") or 0)
+    expert_width = int(_first(config, "moe_intermediate_size") or intermediate)
+    gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
+    activation = str(_first(config, "hidden_act", "hidden_activation", "activation_function"))
+    head_elements = 0 if head is None else head.weight.numel()
+    tied = head is not None and head.weight is embedding.weight
     return ModelShape(
         model_type=str(config.model_type),
-        linears=tuple(linears),
+        linears=linears,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embedding=embedding.weight.numel(),
-        head=0 if head is None or head.weight is embedding.weight else head.weight.numel(),
+        head=0 if tied else head_elements,
         norms=norms,
         hidden=hidden,
         intermediate=intermediate,
@@ -106,11 +109,32 @@ def shape_of(model: Any) -> ModelShape:
         extra={
             "norm_width": norm_width,
             "rms": rms,
-            "gated": any("gate_proj" in name or "gate_up" in name for name in names),
-            "ffn_width": layers * (active * expert_width if active > 1 else intermediate),
-            "head_elements": 0 if head is None else head.weight.numel(),
+            "ffn_width": layers * (experts * expert_width if experts else intermediate),
+            "ffn_saved": (2 if gated else 0) + (_COMPOSED if activation in _COMPOSED_ACTIVATIONS else 1),
+            "head_elements": head_elements,
+            "sliding_window": _window(config),
+            "softcap": bool(_first(config, "attn_logit_softcapping")),
+            "attention_dropout": bool(_first(config, "attention_dropout", "attn_pdrop")),
         },
     )
+
+
+# transformers composes these of elementary operations, each of which keeps its input
+_COMPOSED_ACTIVATIONS = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
+_COMPOSED = 4
+
+
+def _first(config: Any, *keys: str) -> Any:
+    """The first of several configuration keys that is set; architectures name the same size differently."""
+    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
+
+
+def _window(config: Any) -> int | None:
+    """The attention window in tokens, where the configuration uses one."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    window = _first(config, "sliding_window")
+    return None if window is None else int(window)
 
 
 def _norm_width(name: str, elements: int, heads: int, kv_heads: int, head_dim: int, hidden: int) -> int:
@@ -121,11 +145,8 @@ def _norm_width(name: str, elements: int, heads: int, kv_heads: int, head_dim: i
     return elements * (kv_heads if own_name.startswith("k") else heads)
 
 
-def _intermediate(config: Any, linears: list[Linear], hidden: int) -> int:
-    """Width of the feed-forward block: as configured, else the widest input of a projection back to the stream."""
-    for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
-    back = [linear.in_features for linear in linears if linear.out_features == hidden]
-    return max(back, default=4 * hidden)
+def _inner_width(linears: Sequence[Linear], hidden: int) -> int:
+    """Width of the feed-forward block: the widest input of a projection back to the residual stream."""
+    return max(
+        (linear.in_features for linear in linears if linear.out_features == hidden), default=4 * hidden
+    )
