@@ -80,6 +80,12 @@ def test_ranks_share_a_batch_without_gap_or_repeat(
     assert sorted(row for part in parts for rows in part for row in rows) == list(range(count))
 
 
+def test_ranks_take_neighbours_at_each_step() -> None:
+    # rows come longest first, so that no rank waits for another with longer rows
+    assert split(range(8), 2, 2, 0, 2) == [[0, 1], [4, 5]]
+    assert split(range(8), 2, 2, 1, 2) == [[2, 3], [6, 7]]
+
+
 @given(lengths, st.integers(0, 3))
 def test_an_update_sees_the_same_rows_however_it_is_split(of: list[int], seed: int) -> None:
     for batch in epoch_order(of, 8, seed, 0, True):
