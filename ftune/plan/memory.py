@@ -233,8 +233,9 @@ def _attention_matrices(
     """Bytes of attention probabilities that all layers keep for one row, where the kernel makes them."""
     cells = shape.layers * shape.heads * length**2
     if attention == "eager":
-        # the softmax in fp32, and its copy in the compute dtype; capped scores keep their tanh too
-        return cells * (4 + compute * (2 if shape.extra.get("softcap") else 1))
+        # the softmax in fp32, its copy in the compute dtype, and the tanh of capped scores
+        copy = compute if compute < 4 else 0
+        return int(cells * (4 + copy + compute * bool(shape.extra.get("softcap"))))
     if attention == "sdpa" and device_type == "cpu" and shape.extra.get("attention_dropout"):
         # with dropout the CPU has no fused kernel: probabilities, dropped ones and the mask, all fp32
         return cells * 12
@@ -260,7 +261,7 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
         recipe: The recipe, from which the current values are read.
 
     Returns:
-        One line for each change that saves at least 2 % of the total, the largest first, and one for all
+        One line for each change that saves at least 2 % of the total, the largest first, and one about all
         of them together when none suffices alone; nothing when the run fits.
     """
     if estimate_.total <= available:
@@ -274,15 +275,16 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
         left = estimate_.total - saving
         verdict = "fits" if left <= available else f"then needs {_size(left)}"
         lines.append(f"{text}: saves {_size(saving)}, {verdict}")
-    if len(useful) > 1 and all(estimate_.total - saving > available for *_, saving in useful):
+    if all(estimate_.total - saving > available for *_, saving in useful):
         together: dict[str, Any] = {}
         for _, change, _ in useful:
             together |= change
         needed = _again(arguments, together).total
-        verdict = "fits" if needed <= available else "does not fit: take a smaller model or a larger device"
-        lines.append(f"all of these together: needs {_size(needed)}, {verdict}")
-    if not lines:
-        lines.append("nothing in the recipe saves enough: take a smaller model or a larger device")
+        if needed <= available:
+            lines.append(f"all of these together: needs {_size(needed)}, fits")
+        else:
+            least = f" (all of it together still needs {_size(needed)})" if useful else ""
+            lines.append(f"no change to the recipe is enough{least}: take a smaller model or a larger device")
     return lines
 
 

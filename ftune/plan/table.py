@@ -46,12 +46,12 @@ def render_plan(plan: dict[str, Any], width: int) -> str:
 
     Args:
         plan: The plan's summary, as kept in ``run.json``; a key that is absent or None is left out.
-        width: Columns; lines are wrapped to it. At least 60 are used.
+        width: Columns; lines are wrapped to it. At least 72 are used.
 
     Returns:
         Lines without trailing blanks, ended by a newline.
     """
-    width = max(60, width)
+    width = max(72, width)
     lines: list[str] = []
     for label, texts in _sections(plan):
         lines += _block(label, texts, width)
@@ -169,11 +169,11 @@ def _steps(training: dict[str, Any]) -> Iterator[str]:
     epochs = training.get("epochs")
     yield "" if epochs is None else f"{epochs:.3g} epochs" if epochs != 1 else "1 epoch"
     factors = [
-        (training.get("micro_batch_size"), "micro-batch"),
-        (training.get("gradient_accumulation_steps"), "accumulated"),
-        (training.get("world_size"), "processes"),
+        _say(training.get("micro_batch_size"), "{} in a micro-batch"),
+        _say(training.get("gradient_accumulation_steps"), "{} accumulated"),
+        _say(training.get("world_size") if training.get("world_size") != 1 else None, "{} processes"),
     ]
-    product = " x ".join(f"{value} {name}" for value, name in factors if value not in (None, 1))
+    product = " x ".join(factor for factor in factors if factor)
     batch = training.get("global_batch")
     if batch is not None:
         rows = "1 row" if batch == 1 else f"{batch:,} rows"

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ftune.methods import METHODS, Context, ModelShape
+from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
+from ftune.plan.shapes import read_shape
+from tests.plan.architectures import DENSE, tiny_config
+
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+GIB = 2**30
+
+
+def shape_named(name: str) -> ModelShape:
+    return read_shape(AutoConfig.from_pretrained(SHAPES / name))
+
+
+def estimated(method: str = "lora", shape: ModelShape | None = None, **changes: Any) -> MemoryEstimate:
+    settings: dict[str, Any] = {
+        "optimizer": "adamw",
+        "dtype_bytes": 2,
+        "rows": 1,
+        "length": 1024,
+        "target_tokens": 512,
+        "gradient_checkpointing": False,
+        "attention": "sdpa",
+        "device_type": "cuda",
+        "packed": False,
+    }
+    return estimate(METHODS[method](), shape or shape_named("smollm2-135m"), **settings | changes)
+
+
+# --- activations against what autograd keeps -------------------------------------------------------------
+
+TOKENS = 509  # prime: what autograd keeps for tokens has a size that it divides, unlike copies of weights
+
+
+def kept_by_autograd(architecture: str, method: str, *, packed: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes kept for the backward pass by the blocks: for each token, and for each pair of tokens."""
+    attention = "eager" if architecture == "gemma2" else "sdpa"
+    trained = METHODS[method]()
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(
+        tiny_config(architecture), dtype=trained.base_dtype(dtype), attn_implementation=attention
+    )
+    context = Context(total_steps=1, seed=0, dtype=dtype, device=torch.device("cpu"))
+    model = trained.adapt(model, context).train()
+    inputs = {"input_ids": torch.randint(3, 128, (1, TOKENS)), "use_cache": False}
+    if packed:
+        inputs["position_ids"] = (torch.arange(TOKENS) % 300)[None]
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(**inputs, logits_to_keep=1)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    pairs = sum(size for size in sizes if size % TOKENS**2 == 0)
+    return sum(size for size in sizes if size % TOKENS == 0) - pairs, pairs
+
+
+# Fused query, key and value projections (gpt_neox) keep one tensor where three are counted.
+TOLERANCE = {"gpt_neox": 0.2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("architecture", DENSE)
+def test_activations_are_what_autograd_keeps(architecture: str, method: str, dtype: torch.dtype) -> None:
+    # gemma2 caps its attention scores, which only eager attention can
+    attention, packed = ("eager", False) if architecture == "gemma2" else ("sdpa", True)
+    tokens, pairs = kept_by_autograd(architecture, method, packed=packed, dtype=dtype)
+    prediction = estimated(
+        method,
+        read_shape(tiny_config(architecture)),
+        dtype_bytes=dtype.itemsize,
+        length=TOKENS,
+        target_tokens=1,
+        attention=attention,
+        packed=packed,
+    )
+    # what the packed rows keep for pairs is the mask; what eager attention keeps are activations
+    activations = tokens if packed else tokens + pairs
+    assert prediction.activations == pytest.approx(activations, rel=TOLERANCE.get(architecture, 0.13))
+    if packed:
+        assert pairs == 3 * TOKENS**2 * dtype.itemsize
+        assert prediction.buffers >= pairs
+
+
+# --- the items --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_items_are_bytes_and_sum_to_the_total(method: str, device_type: str, checkpointing: bool) -> None:
+    items = estimated(method, device_type=device_type, gradient_checkpointing=checkpointing).as_dict()
+    total = items.pop("total")
+    assert list(items) == [
+        *("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
+    ]
+    assert all(type(value) is int and value >= 0 for value in items.values())
+    assert total == sum(items.values())
+
+
+def test_full_keeps_fp32_weights_gradients_and_two_moments() -> None:
+    items = estimated("full")
+    parameters = 134_515_008
+    assert items.weights == items.gradients == 4 * parameters
+    assert items.optimizer == 8 * parameters
+    assert items.adapters == 0
+
+
+def test_lora_keeps_gradients_for_the_adapter_alone() -> None:
+    items = estimated("lora")
+    assert items.weights == 2 * 134_515_008
+    assert items.adapters == items.gradients == items.optimizer // 2 == 4 * 4_884_480
+
+
+def test_four_bit_weights_take_about_a_quarter_and_a_dequantized_matrix() -> None:
+    shape = shape_named("llama-2-7b")
+    plain, quantized = estimated("lora", shape), estimated("qlora", shape)
+    assert 0.25 < quantized.weights / plain.weights < 0.32
+    assert quantized.buffers - plain.buffers == 2 * 4096 * 11008
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"rows": 2}, {"rows": 4}),
+        ({"length": 2048}, {"length": 4096}),
+        ({"target_tokens": 256}, {"target_tokens": 4096}),
+        ({"optimizer": "adamw_8bit"}, {"optimizer": "adamw"}),
+        ({"packed": False}, {"packed": True}),
+        ({"attention": "sdpa"}, {"attention": "eager"}),
+    ],
+    ids=lambda value: "-".join(f"{key}={item}" for key, item in value.items()),
+)
+def test_more_of_anything_takes_more(
+    method: str, checkpointing: bool, less: dict[str, Any], more: dict[str, Any]
+) -> None:
+    common = {"gradient_checkpointing": checkpointing, "device_type": "cpu", "length": 4096}
+    assert estimated(method, **common | less).total < estimated(method, **common | more).total
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3-8b"])
+def test_checkpointing_saves_activations(method: str, name: str) -> None:
+    shape = shape_named(name)
+    plain, checkpointed = (
+        estimated(method, shape, gradient_checkpointing=on, device_type="cpu") for on in (False, True)
+    )
+    assert checkpointed.activations < plain.activations / 4
+    assert checkpointed.total < plain.total
+
+
+def test_the_update_of_everything_may_be_the_peak_on_cuda() -> None:
+    # torch's AdamW works on all parameters at once there, through one temporary of their size
+    items = estimated("full", shape_named("llama-2-7b"), gradient_checkpointing=True, target_tokens=1)
+    assert (items.activations, items.logits, items.buffers) == (0, 0, 4 * 6_738_415_616)
+
+
+def test_flash_attention_needs_no_mask() -> None:
+    with_mask, without = (estimated(packed=True, attention=kind) for kind in ("sdpa", "flash_attention_2"))
+    assert with_mask.buffers - without.buffers == 30 * 1024**2 * 2
+
+
+def test_a_short_window_needs_a_mask() -> None:
+    shape = shape_named("mistral-7b")
+    inside, beyond = (estimated(shape=shape, length=length).buffers for length in (4096, 4097))
+    assert beyond - inside == 32 * 4097**2 * 2
+
+
+def test_dropout_of_attention_has_no_fused_kernel_on_the_cpu() -> None:
+    with_dropout = read_shape(tiny_config("gpt2", attn_pdrop=0.1))
+    without = read_shape(tiny_config("gpt2"))
+    pair = [estimated(shape=shape, device_type="cpu") for shape in (with_dropout, without)]
+    assert pair[0].activations - pair[1].activations == 12 * 3 * 4 * 1024**2
+    pair = [estimated(shape=shape, device_type="cuda") for shape in (with_dropout, without)]
+    assert pair[0] == pair[1]
+
+
+# --- advice -----------------------------------------------------------------------------------------------
+
+
+def recipe(max_length: int = 1024, accumulation: int = 2) -> Any:
+    return SimpleNamespace(
+        data=SimpleNamespace(max_length=max_length),
+        training=SimpleNamespace(gradient_accumulation_steps=accumulation),
+    )
+
+
+def test_no_advice_when_it_fits() -> None:
+    prediction = estimated()
+    assert what_to_change(prediction, prediction.total, recipe()) == []
+
+
+def test_each_advice_is_true() -> None:
+    shape = shape_named("llama-3-8b")
+    prediction = estimated("lora", shape, rows=4, target_tokens=2048)
+    lines = what_to_change(prediction, 12 * GIB, recipe())
+    again: dict[str, Any] = {
+        "training.gradient_checkpointing: true": {"gradient_checkpointing": True},
+        "training.micro_batch_size: 1 with gradient_accumulation_steps: 8": {"rows": 1, "target_tokens": 512},
+        "data.max_length: 512": {"length": 512, "target_tokens": 1024},
+        "method.quantization: {type: nf4}": {"method": "qlora"},
+    }
+    assert {line.split(": saves")[0] for line in lines[:-1]} == again.keys()
+    for line in lines[:-1]:
+        change = {"method": "lora", "rows": 4, "target_tokens": 2048} | again[line.split(": saves")[0]]
+        changed = estimated(change.pop("method"), shape, **change)
+        assert f"saves {(prediction.total - changed.total) / GIB:.1f} GiB" in line
+        assert line.endswith("fits" if changed.total <= 12 * GIB else f"needs {changed.total / GIB:.1f} GiB")
+    savings = [float(line.split("saves ")[1].split()[0]) for line in lines[:-1]]
+    assert savings == sorted(savings, reverse=True)
+    assert lines[-1].startswith("all of these together: needs ")
+    assert lines[-1].endswith("GiB, fits")
+
+
+def test_full_is_told_of_smaller_states_and_of_qlora() -> None:
+    prediction = estimated("full", shape_named("llama-2-7b"), gradient_checkpointing=True)
+    lines = what_to_change(prediction, 80 * GIB, recipe())
+    assert [line.split(": saves")[0] for line in lines[:2]] == ["method: qlora", "optimizer.name: adamw_8bit"]
+    assert lines[0].endswith("fits")
+    assert "together" not in lines[-1]
+
+
+def test_a_model_that_cannot_fit_says_so() -> None:
+    prediction = estimated("qlora", shape_named("llama-3-8b"), gradient_checkpointing=True)
+    lines = what_to_change(prediction, 2 * GIB, recipe(max_length=128))
+    assert lines[-1].startswith("no change to the recipe is enough (all of it together still needs ")
+    assert lines[-1].endswith("take a smaller model or a larger device")
+
+
+# --- what there is ----------------------------------------------------------------------------------------
+
+
+def own_size() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def group(directory: Path, **files: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (directory / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_a_container_limit_binds(tmp_path: Path) -> None:
+    group(tmp_path / "a", memory__max="400", memory__current="150", memory__stat="inactive_file 50\nanon 100")
+    group(tmp_path / "a/b", memory__max="max", memory__current="100", memory__stat="inactive_file 0")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    left = available_bytes("cpu", cgroup_root=tmp_path, cgroup_file=tmp_path / "own")
+    # the parent's limit, less what is used, plus the cache it can drop; the process's own size comes on top
+    assert left - 300 == pytest.approx(own_size(), rel=0.05)
+
+
+def test_the_first_version_of_control_groups_binds_too(tmp_path: Path) -> None:
+    group(
+        tmp_path / "memory" / "job",
+        memory__limit_in_bytes="1000",
+        memory__usage_in_bytes="700",
+        memory__stat="total_inactive_file 25",
+    )
+    (tmp_path / "own").write_text("5:cpu,cpuacct:/job\n4:memory:/job\n")
+    left = available_bytes("cpu", cgroup_root=tmp_path, cgroup_file=tmp_path / "own")
+    assert left - 325 == pytest.approx(own_size(), rel=0.05)
+
+
+def test_inside_a_container_the_own_path_may_be_missing(tmp_path: Path) -> None:
+    group(tmp_path, memory__max="400", memory__current="100", memory__stat="inactive_file 0")
+    (tmp_path / "own").write_text("0::/somewhere/else\n")
+    left = available_bytes("cpu", cgroup_root=tmp_path, cgroup_file=tmp_path / "own")
+    assert left - 300 == pytest.approx(own_size(), rel=0.05)
+
+
+def test_without_a_limit_the_system_decides(tmp_path: Path) -> None:
+    left = available_bytes("cpu", cgroup_root=tmp_path, cgroup_file=tmp_path / "missing")
+    assert left == pytest.approx(psutil.virtual_memory().available + own_size(), rel=0.2)
