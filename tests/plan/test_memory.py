@@ -7,12 +7,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from architectures import DENSE, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.methods import METHODS, Context, ModelShape
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
 from ftune.plan.shapes import read_shape
-from tests.plan.architectures import DENSE, tiny_config
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 GIB = 2**30

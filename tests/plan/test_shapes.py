@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, DENSE, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 from transformers.pytorch_utils import Conv1D
 
 from ftune.errors import ModelError
 from ftune.methods import METHODS, Context, Method
 from ftune.plan.shapes import read_shape, shape_of
-from tests.plan.architectures import ARCHITECTURES, DENSE, tiny_config
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 
