@@ -97,8 +97,9 @@ def _load(path: Path, overrides: list[str] | None) -> Loaded:
     from ftune.recipe import load_checked
 
     loaded, warnings = load_checked(path, overrides or (), color=_color(sys.stderr))
-    for warning in warnings:
-        print(warning, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings:
+            print(warning, file=sys.stderr)
     return loaded
 
 
@@ -229,6 +230,8 @@ def train(
             overwrite=overwrite,
             show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         _print_json({key: value for key, value in record.items() if key != "recipe"})
         return

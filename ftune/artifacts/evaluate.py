@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ftune.artifacts.metrics import find_metric
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
+from ftune.plan.base_model import load_config
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json
 from ftune.run.loop import held_out_loss
@@ -52,13 +54,14 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     plan = resolve(recipe)
-    items = _generation_items(plan)
+    items, too_long = _generation_items(plan)
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
         "method": plan.summary()["method"]["name"],
         "model": recipe.model.id,
         "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
         "generated": len(items),
+        "prompts_too_long": too_long,
     }
     answers: dict[str, list[str]] = {}
 
@@ -88,12 +91,18 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     return result
 
 
-def _generation_items(plan: Plan) -> list[GenerationItem]:
+def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
+    """What to answer, and how many prompts are left out because model and answer would not fit the context."""
     if not plan.recipe.evaluation.metrics:
-        return []
-    held_out, limit = plan.splits.eval, plan.recipe.evaluation.max_examples
+        return [], 0
+    held_out, spec = plan.splits.eval, plan.recipe.evaluation
     assert held_out is not None
-    return generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, limit)
+    items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
+    context = getattr(load_config(plan.recipe.model), "max_position_embeddings", None) or sys.maxsize
+    fitting = [item for item in items if len(item.prompt_ids) + spec.max_new_tokens <= context]
+    if not fitting:
+        raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")
+    return fitting, len(items) - len(fitting)
 
 
 def _measure(

@@ -66,6 +66,8 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
     counts = f"{result['examples']} held-out examples"
     if result["generated"]:
         counts += f", {result['generated']} answers generated greedily"
+    if result["prompts_too_long"]:
+        counts += f", {result['prompts_too_long']} prompts left out: longer than the model's context"
     text += f"\n\n{counts}"
     for sample in result["samples"][:3]:
         text += f"\n\n  reference  {_clip(sample['reference'], width - 13)}"

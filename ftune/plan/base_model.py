@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -73,7 +75,13 @@ def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's transformers configuration; no weights are read."""
+    """The model's transformers configuration, a fresh copy at every call; no weights are read."""
+    return copy.deepcopy(_read_config(spec))
+
+
+@functools.cache
+def _read_config(spec: ModelSpec) -> Any:
+    """Read once a process: a GGUF file's header alone takes seconds."""
     from transformers import AutoConfig
 
     located = locate_model(spec)
@@ -102,7 +110,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
         # Padding is never in the loss and never attended to: any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftune.data.batches import Batch
-    from ftune.data.tokenize import Split
+    from ftune.data.tokenize import Example, Split
 
 __all__ = ["Loop", "held_out_loss"]
 
@@ -184,7 +184,7 @@ class Loop:
     def _batch(self, micro: list[int]) -> Batch:
         examples = self.plan.splits.train.examples
         documents = [[examples[i] for i in self.plan.rows[row]] for row in micro]
-        return collate(documents, self.plan.tokenizer.pad_token_id).to(self.accelerator.device)
+        return make_batch(documents, self.plan).to(self.accelerator.device)
 
     def _row_numbers(self, rows: list[int]) -> list[int]:
         examples = self.plan.splits.train.examples
@@ -234,4 +234,15 @@ def eval_batches(held_out: Split, plan: Plan, rank: int, world: int) -> list[Bat
         ([held_out.examples[i] for i in row] for row in plan.eval_rows),
         key=lambda row: sum(len(example.input_ids) for example in row),
     )[rank::world]
-    return [collate(rows[i : i + size], plan.tokenizer.pad_token_id) for i in range(0, len(rows), size)]
+    return [make_batch(rows[i : i + size], plan) for i in range(0, len(rows), size)]
+
+
+def make_batch(rows: list[list[Example]], plan: Plan) -> Batch:
+    """Collate rows of documents; for flash attention packed rows become one.
+
+    transformers finds the borders of documents for flash attention only in a batch of one row; in more rows it
+    would attend across them.
+    """
+    if plan.recipe.packing and plan.recipe.model.attention.startswith("flash"):
+        rows = [[document for row in rows for document in row]]
+    return collate(rows, plan.tokenizer.pad_token_id)
