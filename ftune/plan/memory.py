@@ -130,7 +130,8 @@ def estimate(
     trained = method.trainable_parameters(shape)
     whole = method.artifact == "model"
     stored = _stored_bytes(method, dtype_bytes)
-    masked = attention != "flash_attention_2" and (packed or rows > 1 or _slides(shape, length))
+    # padding on the right of causal attention needs no mask
+    masked = attention != "flash_attention_2" and (packed or _slides(shape, length))
 
     kept_by_base = tokens * _base_bytes_per_token(
         shape, whole, stored, dtype_bytes, attention, masked, device_type

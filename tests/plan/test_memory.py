@@ -177,6 +177,12 @@ def test_flash_attention_needs_no_mask() -> None:
     assert with_mask.buffers - without.buffers == 30 * 1024**2 * 2
 
 
+def test_padded_rows_need_no_mask() -> None:
+    one, four = (estimated("lora", rows=rows, target_tokens=512).activations for rows in (1, 4))
+    assert four == 4 * one
+    assert estimated("lora", rows=4).buffers == estimated("lora", rows=1).buffers
+
+
 def test_a_short_window_needs_a_mask() -> None:
     shape = shape_named("mistral-7b")
     inside, beyond = (estimated(shape=shape, length=length).buffers for length in (4096, 4097))
