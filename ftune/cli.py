@@ -50,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 def main() -> NoReturn:
     """Run the command line; exits 0, 1 (failed), 2 (the user's mistake), 130 or 143 (interrupted)."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="ftune")
     except FtuneError as error:
         # A recipe's reports are painted where they are made.
         text = error.render()
@@ -147,7 +147,10 @@ def init(
     out: Annotated[Path | None, typer.Option(help="Where to write; default: METHOD.yaml. `-` prints.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write an annotated recipe for a method: every field, with its default and what it does."""
+    """Write an annotated recipe for a method.
+
+    Every field stands in it, with its default and what it does.
+    """
     from ftune.recipe.template import annotated_recipe, json_schema
 
     text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE)
@@ -246,7 +249,10 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Measure the base model too, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure held-out loss, perplexity and task metrics; of a recipe without a run, those of its base model."""
+    """Measure held-out loss, perplexity and task metrics.
+
+    Of a recipe that was not trained yet, those of its base model.
+    """
     from ftune.artifacts.report import evaluation_table
 
     with _libraries():
@@ -266,7 +272,10 @@ def merge(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold what was trained into the base weights, write a plain model, read it back and compare."""
+    """Fold what was trained into the base weights.
+
+    The plain model is written, read back from the disk, and compared with the tuned one on real text.
+    """
     if dtype not in (None, "float32", "bfloat16"):
         raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
     from ftune.artifacts.report import merge_summary

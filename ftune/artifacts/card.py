@@ -41,8 +41,9 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
         ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    title = f"{base.rsplit('/', 1)[-1]}, tuned by {method['name']}"
     (directory / "README.md").write_text(
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {base.rsplit('/', 1)[-1]}, tuned by {method['name']}\n\n"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"Made with ftune. {_how_to_load(method['artifact'], base)}\n\n| | |\n|---|---|\n{table}\n",
         encoding="utf-8",
     )

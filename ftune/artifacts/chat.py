@@ -15,7 +15,7 @@ from ftune.plan.resolve import context_of
 from ftune.run.objective import autocast
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 __all__ = ["Chat"]
 

@@ -43,8 +43,8 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     Raises:
         DataError: The recipe holds nothing out.
     """
-    from accelerate import Accelerator
     import torch
+    from accelerate import Accelerator
 
     recipe, run = target.recipe, target.run
     if recipe.data.eval is None and not recipe.data.eval_fraction:
@@ -118,7 +118,7 @@ def _measure(
         answers = greedy(
             model.eval(),
             plan.tokenizer,
-            [item.prompt_ids for item in items],
+            [item.prompt_ids.tolist() for item in items],
             dtype=dtype,
             batch_size=spec.batch_size,
             max_new_tokens=spec.max_new_tokens,
@@ -130,4 +130,3 @@ def _measure(
             numbers["metrics"][metric.name] = sum(values) / len(values)
     numbers["seconds"] = time.perf_counter() - began
     return numbers, answers
-

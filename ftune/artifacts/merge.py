@@ -6,7 +6,6 @@ loaded again from the disk and must give the reference's logits on real text; el
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -78,7 +77,10 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     recipe = run.recipe()
     method = recipe.method
     if not method.mergeable:
-        raise FtuneError(f"a run of `{run.read()['plan']['method']['name']}` cannot be merged", help=method.not_mergeable_because)
+        raise FtuneError(
+            f"a run of `{run.read()['plan']['method']['name']}` cannot be merged",
+            help=method.not_mergeable_because,
+        )
     target = out or run.root / "merged"
     if target.exists() and not (target / "merge.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FtuneError(f"{target} exists and is no merged model", help="choose another --out")
@@ -150,7 +152,8 @@ def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:
 
 def _in_fp32(model: nn.Module) -> nn.Module:
     """Compute in fp32 on the weights as they are: exact for 16-bit ones, dequantized on the fly for 4-bit ones."""
-    model.float().eval()
+    # transformers' own float() refuses quantized models; torch's casts the floating parts and leaves packed ones.
+    torch.nn.Module.float(model).eval()
     for module in model.modules():
         if is_4bit(module):
             cast(Any, module).compute_dtype = torch.float32
@@ -186,6 +189,5 @@ def _texts(plan: Plan) -> list[list[int]]:
 def _logits(model: nn.Module, texts: list[list[int]]) -> list[Tensor]:
     device = next(model.parameters()).device
     return [
-        model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu()
-        for text in texts
+        model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu() for text in texts
     ]

@@ -86,7 +86,11 @@ def merge_summary(report: dict[str, Any]) -> str:
     return (
         f"merged: {report['out']} ({report['dtype']}, {human_bytes(report['bytes'])})\n"
         f"in fp32, before rounding, the largest difference of a logit is {report['merge_error']:.2g}\n\n"
-        + table(["against the tuned model", "max |dlogit|", "KL, nats/token", "same top token"], rows, right=(1, 2, 3))
+        + table(
+            ["against the tuned model", "max |dlogit|", "KL, nats/token", "same top token"],
+            rows,
+            right=(1, 2, 3),
+        )
         + f"\n\n{report['tokens_compared']} tokens of real text compared"
     )
 

@@ -111,7 +111,9 @@ class RunDir:
             # As JSON, where a list is what a tuple is written as.
             return Recipe.model_validate_json(json.dumps(self.read()["resolved"]))
         except (ValidationError, KeyError) as error:
-            raise RunDirError(f"the recipe in {self.record_path} does not fit this version of ftune: {error}") from error
+            raise RunDirError(
+                f"the recipe in {self.record_path} does not fit this version of ftune: {error}"
+            ) from error
 
     def artifact(self, recipe: Recipe) -> Path:
         """Where the trained adapter or model is.

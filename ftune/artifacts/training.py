@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
 from ftune.artifacts.run_dir import RunDir, package_versions
-from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -23,7 +23,6 @@ from ftune.run.checkpoint import Checkpoints
 from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd
 from ftune.run.files import new_directory
 from ftune.run.loop import Loop
-from ftune.run.memory import PeakMeter
 from ftune.run.objective import Objective
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
@@ -197,9 +196,9 @@ def train(
 
 def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
     """Make the Accelerator, and hold that it sees the processes that were launched."""
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
-    import torch
 
     trackers = [name for name in recipe.tracking if name not in _LOCAL_SINKS]
     world = int(os.environ.get("WORLD_SIZE", "1"))

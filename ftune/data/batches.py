@@ -99,9 +99,7 @@ def split(
     sorted by length they finish together.
     """
     assert 0 <= rank < world
-    assert len(global_batch) <= micro_batch_size * accumulation * world, (
-        "the global batch is larger than its parts"
-    )
+    assert len(global_batch) <= micro_batch_size * accumulation * world, "the global batch is larger than its parts"
     starts = ((step * world + rank) * micro_batch_size for step in range(accumulation))
     return [list(global_batch[start : start + micro_batch_size]) for start in starts]
 

@@ -266,11 +266,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, path: str
         text = _apply(turns, conversation, tokenizer, template)
     except DataError as error:
         if isinstance(error.__cause__, TemplateSyntaxError):
-            name = (
-                f"{path}:{error.__cause__.lineno}"
-                if path
-                else f"the tokenizer's, line {error.__cause__.lineno}"
-            )
+            name = f"{path}:{error.__cause__.lineno}" if path else f"the tokenizer's, line {error.__cause__.lineno}"
             raise DataError(f"chat template ({name}) does not compile: {error.__cause__.message}") from error
         # a template may refuse the probe and accept the data; each row is checked on its own
         return template

@@ -66,8 +66,7 @@ SHOWN = 5
 
 # the prompt of Stanford Alpaca, which base models without a chat template are commonly tuned with
 ALPACA_SYSTEM = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 ALPACA_SYSTEM_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -282,9 +281,7 @@ def _sharegpt_messages(row: Row, column: str) -> list[Message]:
     for place, turn in _turns(row, column, ("from", "value")):
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            raise _Misfit(
-                f"{place}.from: found {_short(turn['from'])}; expected one of {', '.join(SHAREGPT_ROLES)}"
-            )
+            raise _Misfit(f"{place}.from: found {_short(turn['from'])}; expected one of {', '.join(SHAREGPT_ROLES)}")
         content = turn["value"]
         if not isinstance(content, str):
             raise _Misfit(f"{place}.value: found {_kind(content)}; expected a string")
@@ -310,9 +307,7 @@ def _turns(row: Row, column: str, keys: tuple[str, str]) -> list[tuple[str, Mapp
         if not isinstance(turn, Mapping):
             raise _Misfit(f"{place}: found {_kind(turn)}; expected {wanted}")
         # an assistant turn that only calls tools may come without content
-        missing = [
-            key for key in keys if key not in turn and not (key == "content" and turn.get("tool_calls"))
-        ]
+        missing = [key for key in keys if key not in turn and not (key == "content" and turn.get("tool_calls"))]
         if missing:
             found = ", ".join(map(str, turn)) or "none"
             raise _Misfit(f"{place}: found the keys {found}; expected {wanted}")
@@ -329,11 +324,7 @@ def _content(value: Any, place: str, *, absent: bool) -> str:
     if not isinstance(value, list):
         raise _Misfit(f"{place}.content: found {_kind(value)}; expected a string or a list of text parts")
     for index, part in enumerate(value):
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             found = f"a part of type {_short(part.get('type'))}" if isinstance(part, Mapping) else _kind(part)
             raise _Misfit(f"{place}.content[{index}]: found {found}; expected {{type: text, text: a string}}")
     return "".join(part["text"] for part in value)
@@ -360,9 +351,7 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise _Misfit(
-                f"`tools`: found a string that is not JSON ({error}); expected a list of schemas"
-            ) from None
+            raise _Misfit(f"`tools`: found a string that is not JSON ({error}); expected a list of schemas") from None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -390,13 +379,7 @@ def _kind(value: Any) -> str:
         return f"the string {_short(value)}"
     if isinstance(value, bool | int | float):
         return f"the {'boolean' if isinstance(value, bool) else 'number'} {value}"
-    return (
-        "a list"
-        if isinstance(value, list)
-        else "an object"
-        if isinstance(value, Mapping)
-        else type(value).__name__
-    )
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _short(value: Any) -> str:

@@ -18,9 +18,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Source: Johnson, Near-optimal bin packing algorithms, 1973.
     """
     if len(lengths) and not 1 <= min(lengths) <= max(lengths) <= capacity:
-        raise ValueError(
-            f"lengths from {min(lengths)} to {max(lengths)} do not fit rows of {capacity} tokens"
-        )
+        raise ValueError(f"lengths from {min(lengths)} to {max(lengths)} do not fit rows of {capacity} tokens")
     rows: list[list[int]] = []
     free: list[int] = []  # distinct free lengths > 0 of the rows so far, ascending
     rows_by_free: dict[int, list[int]] = {}

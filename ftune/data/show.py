@@ -61,8 +61,6 @@ def _text(example: Example, tokenizer: PreTrainedTokenizerBase, color: bool) -> 
 def _harmless(text: str) -> str:
     """The text with control and format characters written out, line breaks and tabs excepted."""
     return "".join(
-        c
-        if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf")
-        else c.encode("unicode_escape").decode()
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
         for c in text
     )

@@ -259,9 +259,7 @@ def generation_items(
             continue
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
         if last == 0:
-            raise DataError(
-                f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer"
-            )
+            raise DataError(f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer")
         assert template is not None, "conversations exist only where there is a chat template"
         try:
             prompts.append(generation_prompt(record, last, tokenizer, template))
@@ -282,9 +280,7 @@ def generation_items(
 # --- inside ---
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format, rows: Rows
-) -> ChatTemplate | None:
+def _template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format, rows: Rows) -> ChatTemplate | None:
     """The chat template, where the format has a use for one."""
     if not tokenizer.is_fast:
         raise DataError(
@@ -312,9 +308,7 @@ class _Encoder:
         train_all: Every token is trained.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, *, train_all: bool
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, *, train_all: bool) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._train_all = train_all
@@ -339,9 +333,7 @@ class _Encoder:
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             plain = self._plain([record for record in chunk if isinstance(record, Plain)], rows)
-            chats = self._conversations(
-                [record for record in chunk if isinstance(record, Conversation)], rows
-            )
+            chats = self._conversations([record for record in chunk if isinstance(record, Conversation)], rows)
             plain_next, chat_next = iter(plain), iter(chats)
             examples += [next(plain_next if isinstance(record, Plain) else chat_next) for record in chunk]
         return examples

@@ -30,7 +30,5 @@ __all__ = [
 
 AnyMethod = Annotated[Full | Lora | QLora | Dora, Field(discriminator="name")]
 
-METHODS: dict[str, type[Method]] = {
-    cls.model_fields["name"].default: cls for cls in get_args(get_args(AnyMethod)[0])
-}
+METHODS: dict[str, type[Method]] = {cls.model_fields["name"].default: cls for cls in get_args(get_args(AnyMethod)[0])}
 """Method name to class, in the order of the union."""

@@ -328,9 +328,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 def update_vitals(model: nn.Module) -> dict[str, float]:
     """How many layers carry an update, and the largest and mean norm of B, which starts at zero."""
     norms = [
-        float(parameter.detach().float().norm())
-        for name, parameter in model.named_parameters()
-        if "lora_B" in name
+        float(parameter.detach().float().norm()) for name, parameter in model.named_parameters() if "lora_B" in name
     ]
     return {
         "adapted_layers": float(len(norms)),
@@ -349,7 +347,10 @@ def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         if magnitudes:
             layer = cast(Any, module)
             weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
-            yield magnitudes["default"].weight, torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1)
+            yield (
+                magnitudes["default"].weight,
+                torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1),
+            )
 
 
 def magnitude_vitals(model: nn.Module) -> dict[str, float]:

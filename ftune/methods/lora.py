@@ -36,7 +36,9 @@ class Lora(LowRank):
         "base weights; the saved adapter is converted to one of rank 2r that fits the untouched base.",
     )
     lora_plus_ratio: float | None = Field(
-        None, gt=0, description="Learning rate of B over that of A (LoRA+, arXiv:2402.12354; 16 in the paper)."
+        None,
+        gt=0,
+        description="Learning rate of B over that of A (LoRA+, arXiv:2402.12354; 16 in the paper).",
     )
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
@@ -76,7 +78,11 @@ class Lora(LowRank):
         rate = spec.learning_rate or self.default_learning_rate
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for name, p in named if is_b == ("lora_B" in name)], "lr": lr, "weight_decay": decay}
+            {
+                "params": [p for name, p in named if is_b == ("lora_B" in name)],
+                "lr": lr,
+                "weight_decay": decay,
+            }
             for is_b, lr, decay in [
                 (False, rate, spec.weight_decay),
                 (True, rate * self.lora_plus_ratio, spec.weight_decay),

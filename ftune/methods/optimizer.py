@@ -72,9 +72,7 @@ def build_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> Optimi
     try:
         optim = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
-        raise ModelError(
-            f"optimizer `{spec.name}` needs bitsandbytes", help="pip install 'ftune[qlora]'"
-        ) from error
+        raise ModelError(f"optimizer `{spec.name}` needs bitsandbytes", help="pip install 'ftune[qlora]'") from error
     optimizer: Optimizer = getattr(optim, _BITSANDBYTES[spec.name])(groups, **common)
     return optimizer
 

@@ -22,6 +22,4 @@ class QLora(LowRank):
     quantizable: ClassVar[bool] = True
 
     name: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base.")
-    quantization: Quantization = Field(  # type: ignore[assignment]
-        Quantization(), description="How the base weights are quantized."
-    )
+    quantization: Quantization = Field(Quantization(), description="How the base weights are quantized.")

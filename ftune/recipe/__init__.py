@@ -50,9 +50,7 @@ def warnings(loaded: Loaded, *, color: bool = False) -> list[str]:
     return [render(mistake, source, level="warning", color=color) for mistake in mistakes]
 
 
-def load_checked(
-    path: Path, overrides: Sequence[str] = (), *, color: bool = False
-) -> tuple[Loaded, list[str]]:
+def load_checked(path: Path, overrides: Sequence[str] = (), *, color: bool = False) -> tuple[Loaded, list[str]]:
     """Load a recipe, refuse what cannot run here, and return it with its warnings.
 
     Raises:

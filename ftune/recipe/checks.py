@@ -179,9 +179,7 @@ def _metrics(recipe: Recipe) -> Iterator[Problem]:
 
 def _pattern(pattern: str | None, at: tuple[str | int, ...]) -> Iterator[Problem]:
     if pattern is None:
-        yield Problem(
-            at, "metric `regex` has no `pattern`", "add `pattern: 'answer is (.*)'`, or whatever marks it"
-        )
+        yield Problem(at, "metric `regex` has no `pattern`", "add `pattern: 'answer is (.*)'`, or whatever marks it")
         return
     try:
         re.compile(pattern)

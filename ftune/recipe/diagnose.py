@@ -538,9 +538,7 @@ def _mistake(path: KeyPath, group: list[_Entry], raw: Any, positions: Positions)
     return _at(path, positions, f"`{dotted(path)}` {_limit(limit)}")
 
 
-def _at(
-    path: KeyPath, positions: Positions, message: str, label: str = "", help: str | None = None
-) -> Mistake:
+def _at(path: KeyPath, positions: Positions, message: str, label: str = "", help: str | None = None) -> Mistake:
     """A mistake about a value; shown at its key when the value is a block or is not written at all."""
     found = positions.nearest(path)
     if found is None:
@@ -616,9 +614,7 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
     allowed: list[str] = []
     for entry in group:
         if entry.kind == "literal_error":
-            allowed += re.findall(r"'([^']*)'", str(entry.context["expected"])) or [
-                str(entry.context["expected"])
-            ]
+            allowed += re.findall(r"'([^']*)'", str(entry.context["expected"])) or [str(entry.context["expected"])]
         else:
             words.append(_EXPECTED[entry.kind])
     short = SHORT_FORMS.get(tuple("*" if isinstance(key, int) else key for key in path))

@@ -238,9 +238,7 @@ class _Builder:
         node = self._compose(source.text)
         if node is None:
             raise _Refused(
-                Mistake(
-                    "the recipe is empty", help="the shortest one names model, method, data and output_dir"
-                )
+                Mistake("the recipe is empty", help="the shortest one names model, method, data and output_dir")
             )
         if not isinstance(node, MappingNode):
             message = "a recipe is a mapping of fields, not " + (
@@ -312,9 +310,7 @@ class _Builder:
             key = key_node.value
             if key_node.style is None and self._scalar(key_node, report=False) != key:
                 message = f"the key `{key}` is not a string" if key else "a key is missing before `:`"
-                self.mistakes.append(
-                    Mistake(message, self._span(key_node), "write it in quotes" if key else "")
-                )
+                self.mistakes.append(Mistake(message, self._span(key_node), "write it in quotes" if key else ""))
                 continue
             if key in seen:
                 first = self._span(seen[key])
@@ -371,9 +367,7 @@ class _Builder:
                 return 0
             return number
         if node.tag == _FLOAT:
-            real = (
-                float(text.replace(".inf", "inf").replace(".nan", "nan")) if "." in text[:2] else float(text)
-            )
+            real = float(text.replace(".inf", "inf").replace(".nan", "nan")) if "." in text[:2] else float(text)
             if not math.isfinite(real) and report:
                 self.mistakes.append(Mistake(f"`{text}` is not a finite number", self._span(node)))
                 return 0.0
@@ -382,9 +376,7 @@ class _Builder:
 
     def _note(self, path: KeyPath, key: Node | None, value: Node) -> None:
         at = self._span(value)
-        self.positions.at[path] = Position(
-            self._span(key) if key else at, at, not isinstance(value, ScalarNode)
-        )
+        self.positions.at[path] = Position(self._span(key) if key else at, at, not isinstance(value, ScalarNode))
 
     def _mark(self, mark: Any, length: int = 1) -> Span:
         return Span(self.source, mark.line, mark.column + (self.column if mark.line == 0 else 0), length)
@@ -407,9 +399,7 @@ class _Builder:
             span = Span(self.source, span.line, line.index("\t")) if span and "\t" in line else span
             return Mistake("a tab where YAML wants spaces", span, "use spaces")
         if problem == "mapping values are not allowed here":
-            return Mistake(
-                "a `:` where no key can stand", span, "put the value in quotes, or mend the indentation"
-            )
+            return Mistake("a `:` where no key can stand", span, "put the value in quotes, or mend the indentation")
         if problem == "could not find expected ':'":
             return Mistake("a key without `:`", opened, "write `key: value`")
         if problem.startswith("expected <block end>"):
@@ -471,9 +461,7 @@ def _override(raw: dict[str, Any], option: str, rank: int, positions: Positions)
     dotted_key, equals, text = option.partition("=")
     whole = Span(source, 0, len(flag), max(len(dotted_key), 1))
     if not equals or not dotted_key:
-        raise _Refused(
-            Mistake("an override is written `key=value`", whole, "for example training.max_steps=20")
-        )
+        raise _Refused(Mistake("an override is written `key=value`", whole, "for example training.max_steps=20"))
     value_column = len(flag) + len(dotted_key) + 1
     if not text.strip():
         at = Span(source, 0, value_column - 1)
@@ -522,9 +510,7 @@ def _descend(
     if missing or target[key] is None:
         if indexed:
             name = dotted(path)
-            raise _Refused(
-                Mistake(f"`{name}` is not a list in the recipe", span, f"give all of it: {name}=[...]")
-            )
+            raise _Refused(Mistake(f"`{name}` is not a list in the recipe", span, f"give all of it: {name}=[...]"))
         made: dict[str, Any] = {}
         if isinstance(target, list) and missing:
             target.append(made)
@@ -548,9 +534,7 @@ def _require_place(target: Any, key: str | int, parent: list[str | int], span: S
             count = f"{len(target)} entr{'y' if len(target) == 1 else 'ies'}"
             raise _Refused(Mistake(f"`{name}` has {count} in the recipe", span, f"at most {len(target)}"))
     elif isinstance(key, int):
-        raise _Refused(
-            Mistake(f"`{name}` is not a list in the recipe", span, f"give all of it: {name}=[...]")
-        )
+        raise _Refused(Mistake(f"`{name}` is not a list in the recipe", span, f"give all of it: {name}=[...]"))
 
 
 def _guard_trust(raw: dict[str, Any], path: KeyPath, scratch: Positions, whole: Span) -> None:

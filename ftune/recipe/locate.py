@@ -94,9 +94,7 @@ def locate_model(spec: ModelSpec) -> Located:
     if _looks_local(spec.id, path):
         raise _missing(ModelError, spec.id, path, what="model")
     if not _HUB_NAME.match(spec.id):
-        raise ModelError(
-            f"`{spec.id}` is neither a path that exists nor a hub id", help="a hub id is `org/name`"
-        )
+        raise ModelError(f"`{spec.id}` is neither a path that exists nor a hub id", help="a hub id is `org/name`")
     return Located("hub", spec.id, spec.gguf_file, spec.revision, spec.id)
 
 
@@ -117,9 +115,7 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
             f"`{spec.id}` is a file, and not a GGUF file", help="name the directory that holds config.json"
         )
     if spec.gguf_file is not None:
-        raise ModelError(
-            "`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`"
-        )
+        raise ModelError("`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`")
     return Located("gguf", str(path.parent), path.name, None, public_name)
 
 
@@ -161,21 +157,15 @@ def locate_data(source: DataSource) -> LocatedData:
             sorted(
                 entry
                 for entry in path.iterdir()
-                if entry.suffix.lower() in DATA_SUFFIXES
-                and not entry.name.startswith(".")
-                and entry.is_file()
+                if entry.suffix.lower() in DATA_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
             )
         )
         if not files:
-            raise DataError(
-                f"no data files in `{source.path}`", help=f"files end in {', '.join(DATA_SUFFIXES)}"
-            )
+            raise DataError(f"no data files in `{source.path}`", help=f"files end in {', '.join(DATA_SUFFIXES)}")
         return LocatedData("directory", str(path), files)
     if path.exists():
         if path.suffix.lower() not in DATA_SUFFIXES:
-            raise DataError(
-                f"`{source.path}` is no data file", help=f"files end in {', '.join(DATA_SUFFIXES)}"
-            )
+            raise DataError(f"`{source.path}` is no data file", help=f"files end in {', '.join(DATA_SUFFIXES)}")
         return LocatedData("file", str(path), (path,))
     if path.suffix.lower() in DATA_SUFFIXES or _looks_local(source.path, path):
         raise _missing(DataError, source.path, path, what="data file")
@@ -216,9 +206,7 @@ def near_path(path: Path) -> Path | None:
     return path.parent / near if near else None
 
 
-def _missing(
-    error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None
-) -> FtuneError:
+def _missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None) -> FtuneError:
     where = f" in `{inside}`" if inside else ""
     near = near_path(path)
     if near is not None:

@@ -62,20 +62,13 @@ class ModelSpec(_Block):
         "an installed package).",
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
-    gguf_file: str | None = Field(
-        None, description="Name of a .gguf file inside the hub repository or directory."
-    )
+    gguf_file: str | None = Field(None, description="Name of a .gguf file inside the hub repository or directory.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="What the model computes in. auto: bfloat16 where the device is fast in it, else "
-        "float32.",
+        description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32.",
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Implementation of attention."
-    )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code shipped with the model. Off unless you must."
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Implementation of attention.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you must.")
 
 
 SourceFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
@@ -86,8 +79,7 @@ class DataSource(_Block):
 
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data "
-        "set's name.",
+        description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data set's name.",
     )
     format: SourceFormat = Field("auto", description="How a row is read. auto: detected from the columns.")
     subset: str | None = Field(None, description="Configuration of a hub data set.")
@@ -115,9 +107,7 @@ class DataSpec(_Block):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="Tokens in the loss: assistant turns (or completions) only, or all of them."
     )
-    chat_template: str | None = Field(
-        None, description="A Jinja chat template file that replaces the tokenizer's own."
-    )
+    chat_template: str | None = Field(None, description="A Jinja chat template file that replaces the tokenizer's own.")
 
 
 class ScheduleSpec(_Block):
@@ -146,9 +136,7 @@ class TrainingSpec(_Block):
 class CheckpointSpec(_Block):
     """When the run is saved so that it can be resumed."""
 
-    every_steps: int | None = Field(
-        None, ge=1, description="Save after every N updates. Default: at the end only."
-    )
+    every_steps: int | None = Field(None, ge=1, description="Save after every N updates. Default: at the end only.")
     keep: int = Field(2, ge=1, description="How many checkpoints stay on disk.")
 
 
@@ -160,17 +148,13 @@ class MetricSpec(_Block):
         description="exact_match, contains, regex, or a name that an installed package registers under the "
         "entry point group ftune.metrics.",
     )
-    pattern: str | None = Field(
-        None, description="regex: its first group (or whole match) must equal the reference's."
-    )
+    pattern: str | None = Field(None, description="regex: its first group (or whole match) must equal the reference's.")
 
 
 class EvaluationSpec(_Block):
     """When the held-out loss is measured, and what is measured after training."""
 
-    every_steps: int | None = Field(
-        None, ge=1, description="Held-out loss after every N updates. Default: at the end."
-    )
+    every_steps: int | None = Field(None, ge=1, description="Held-out loss after every N updates. Default: at the end.")
     batch_size: int = Field(8, ge=1, description="Sequences in one evaluation forward pass or generation.")
     metrics: tuple[Annotated[MetricSpec, _short("name", MetricSpec)], ...] = Field(
         (), description="Task metrics of `ftune eval`, from greedy generation."
@@ -179,9 +163,7 @@ class EvaluationSpec(_Block):
     max_examples: int | None = Field(None, ge=1, description="Generate for the first N held-out rows only.")
 
 
-Tracker = Literal[
-    "progress", "jsonl", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml"
-]
+Tracker = Literal["progress", "jsonl", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml"]
 
 
 class Recipe(_Block):
@@ -196,9 +178,7 @@ class Recipe(_Block):
     training: Annotated[TrainingSpec, _empty(TrainingSpec)] = TrainingSpec()
     checkpoint: Annotated[CheckpointSpec, _empty(CheckpointSpec)] = CheckpointSpec()
     evaluation: Annotated[EvaluationSpec, _empty(EvaluationSpec)] = EvaluationSpec()
-    tracking: tuple[Tracker, ...] = Field(
-        ("progress", "jsonl"), description="Where numbers go while training."
-    )
+    tracking: tuple[Tracker, ...] = Field(("progress", "jsonl"), description="Where numbers go while training.")
     output_dir: str = Field(min_length=1, description="The run's directory; made when missing.")
 
     @property

@@ -81,9 +81,7 @@ def _block(model: type[BaseModel], path: tuple[str, ...], given: dict[tuple[str,
         for index, (child, child_info) in enumerate(inner.model_fields.items()):
             lead = ("  - " if index == 0 else "    ") if sequence else "  "
             example = _example(child, child_info)
-            yield from _commented(
-                f"{'  ' * depth}# {lead}{child}: {example}", _about(child_info), "  " * depth
-            )
+            yield from _commented(f"{'  ' * depth}# {lead}{child}: {example}", _about(child_info), "  " * depth)
 
 
 def _example(name: str, info: FieldInfo) -> str:
@@ -123,9 +121,7 @@ def _commented(start: str, about: str, indent: str) -> Iterator[str]:
         return
     column = max(COMMENT_COLUMN, len(start) + 2)
     if column > COMMENT_COLUMN + 16:
-        yield from textwrap.wrap(
-            about, WIDTH, initial_indent=f"{indent}## ", subsequent_indent=f"{indent}## "
-        )
+        yield from textwrap.wrap(about, WIDTH, initial_indent=f"{indent}## ", subsequent_indent=f"{indent}## ")
         yield start
         return
     first, *rest = textwrap.wrap(about, WIDTH - column - 2)

@@ -59,9 +59,7 @@ class Checkpoints:
         """Where the checkpoint after ``step`` updates is."""
         return self.directory / f"step-{step}"
 
-    def save(
-        self, step: int, model: nn.Module, method: Method, optimizer: Optimizer, progress: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, method: Method, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
         """Save after ``step`` updates, then delete what is older than the ``keep`` newest.
 
         Args:
@@ -85,7 +83,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose checksums hold, and a line for each damaged one passed over."""
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps()):
             wrong = _damage(self.path(step))
             if wrong is None:

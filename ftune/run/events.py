@@ -22,7 +22,11 @@ class Event:
     def as_dict(self) -> dict[str, Any]:
         """The event as one JSON object, ``extra`` spread into it."""
         data = asdict(self)
-        return {"event": self.name, **{k: v for k, v in data.items() if k != "extra"}, **data.get("extra", {})}
+        return {
+            "event": self.name,
+            **{k: v for k, v in data.items() if k != "extra"},
+            **data.get("extra", {}),
+        }
 
 
 @dataclass(frozen=True)

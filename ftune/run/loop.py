@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from ftune.data.batches import collate, epoch_order, split
@@ -83,8 +82,15 @@ class Loop:
             began = time.perf_counter()
             epoch, index = divmod(step, plan.steps_per_epoch)
             if epoch != order_of:
-                order_of, order = epoch, epoch_order(
-                    plan.row_lengths, plan.global_batch, training.seed, epoch, group_by_length=not recipe.packing
+                order_of, order = (
+                    epoch,
+                    epoch_order(
+                        plan.row_lengths,
+                        plan.global_batch,
+                        training.seed,
+                        epoch,
+                        group_by_length=not recipe.packing,
+                    ),
                 )
             rows = order[index]
             tokens, targets = self._count(rows)

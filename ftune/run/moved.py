@@ -9,8 +9,8 @@ from ftune.errors import RunFailed
 
 __all__ = ["MoveWatch"]
 
-# LoRA's A has no gradient while B is zero, so a parameter may need a second update.
-PATIENCE = 2
+# LoRA's A has no gradient while B is zero, and a vanishing gradient may take an update to show in fp32.
+PATIENCE = 3
 
 
 class MoveWatch:
@@ -58,17 +58,12 @@ class MoveWatch:
         if self._updates >= PATIENCE or (last and len(self._waiting) == self._trained):
             resting = list(self._waiting)
         else:
-            # So early a parameter may rest, but not one whose gradient was there.
-            resting = [name for name in self._waiting if _has_gradient(parameters[name])]
+            resting = []
         if resting:
             raise RunFailed(
                 f"{_some(resting)} did not move in {self._updates} update{'s' * (self._updates > 1)}",
                 help="raise optimizer.learning_rate, or check that the method suits this model",
             )
-
-
-def _has_gradient(parameter: Tensor) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.count_nonzero())
 
 
 def _some(names: list[str]) -> str:

@@ -91,7 +91,12 @@ def test_lora_plus_gives_b_its_own_rate_and_keeps_weight_decay() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "count"),
-    [("all-linear", 14), (("q_proj", "v_proj"), 4), ((r"layers.0.mlp.up_proj",), 1), (r".*layers\.1\..*_proj", 7)],
+    [
+        ("all-linear", 14),
+        (("q_proj", "v_proj"), 4),
+        ((r"layers.0.mlp.up_proj",), 1),
+        (r".*layers\.1\..*_proj", 7),
+    ],
 )
 def test_targets_match_as_peft_matches(targets: Any, count: int) -> None:
     linears = list_linears(tiny.model())

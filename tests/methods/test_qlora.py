@@ -105,7 +105,8 @@ def test_a_quantization_block_makes_any_low_rank_method_4_bit(name: str, base_di
     expected = tiny.logits(model)
     method.save(model, tmp_path, context)
     merged = method.merge(
-        method.load(load_base(ModelSpec(id=str(base_dir)), method, torch.float32, CPU), tmp_path, context), context
+        method.load(load_base(ModelSpec(id=str(base_dir)), method, torch.float32, CPU), tmp_path, context),
+        context,
     )
     assert (tiny.logits(merged) - expected).abs().max() <= 1e-4
 

@@ -18,11 +18,21 @@ pytestmark = pytest.mark.slow
 
 
 def launch(processes: int, recipe: Path) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     launcher = torchrun if processes > 1 else [sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, "-m", "ftune", "train", str(recipe)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, "-m", "ftune", "train", str(recipe)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -1,0 +1,111 @@
+"""Evaluation: the base beside the tuned model, and metrics of greedy answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from ftune.artifacts.evaluate import evaluate
+from ftune.artifacts.generate import greedy
+from ftune.artifacts.metrics import contains, exact_match, find_metric, regex
+from ftune.artifacts.report import evaluation_table
+from ftune.artifacts.training import train
+from ftune.artifacts.tuned import find_target
+from ftune.errors import DataError, FtuneError, RunDirError
+from ftune.methods import METHODS
+from ftune.recipe.schema import MetricSpec
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_base_and_tuned_side_by_side(name: str, tmp_path: Path) -> None:
+    metrics = {"metrics": ["exact_match", "contains"], "max_new_tokens": 8}
+    loaded = tiny.recipe(tmp_path, name, evaluation=metrics, training={"max_steps": 20})
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+    before = evaluate(find_target(tmp_path / "recipe.yaml"), base=False)
+    assert "tuned" not in before, "there is no run yet"
+    train(loaded)
+    result = evaluate(find_target(tmp_path / "run"), base=True)
+    assert result["base"]["loss"] == pytest.approx(before["base"]["loss"], rel=1e-6)
+    assert result["base"]["metrics"] == before["base"]["metrics"]
+    assert result["tuned"]["loss"] < 0.9 * result["base"]["loss"]
+    # What training measured last is what evaluation measures on the saved model.
+    assert result["tuned"]["loss"] == pytest.approx(tiny.events(tmp_path / "run", "eval")[-1]["loss"], rel=1e-5)
+    assert result["tuned"]["perplexity"] == pytest.approx(math.exp(result["tuned"]["loss"]))
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == result
+    table = evaluation_table(result, 80)
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert "change" in table.splitlines()[0]
+
+
+def test_without_held_out_data_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path, data={"eval": None})
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+    with pytest.raises(DataError, match="holds no data out"):
+        evaluate(find_target(tmp_path / "recipe.yaml"), base=False)
+
+
+def test_neither_run_nor_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="does not exist"):
+        find_target(tmp_path / "nothing")
+    with pytest.raises(RunDirError, match="no run directory"):
+        find_target(tmp_path)
+
+
+def test_greedy_in_batches_equals_one_by_one() -> None:
+    model, tokenizer = tiny.model().eval(), tiny.tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("a", "longer prompt", "mid one", "z" * 30)]
+
+    def answers(size: int) -> list[str]:
+        return greedy(model, tokenizer, prompts, dtype=torch.float32, batch_size=size, max_new_tokens=6)
+
+    alone = answers(1)
+    assert answers(3) == alone
+    assert answers(4) == alone
+    for prompt, answer in zip(prompts, alone, strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                following = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if following == tokenizer.eos_token_id:
+                break
+            ids.append(following)
+        assert answer == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "reference", "expected"),
+    [
+        (exact_match, "The Eiffel Tower.", "eiffel tower", 1.0),
+        (exact_match, "eiffel tower in Paris", "eiffel tower", 0.0),
+        (contains, "It is the Eiffel Tower in Paris.", "Eiffel tower", 1.0),
+        (contains, "category", "cat", 0.0),
+        (contains, "", "cat", 0.0),
+    ],
+)
+def test_metrics(metric: Any, prediction: str, reference: str, expected: float) -> None:
+    assert metric(prediction, reference) == expected
+
+
+def test_regex_compares_the_group_found_in_both() -> None:
+    pattern = r"answer is (\d+)"
+    assert regex("So the answer is 42.", "The answer is 42", pattern=pattern) == 1.0
+    assert regex("So the answer is 41.", "The answer is 42", pattern=pattern) == 0.0
+    assert regex("no idea", "The answer is 42", pattern=pattern) == 0.0
+    assert find_metric(MetricSpec(name="regex", pattern=pattern))("answer is 1", "answer is 1") == 1.0
+
+
+def test_a_metric_of_an_installed_package_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    entry = metadata.EntryPoint("length", "builtins:len", "ftune.metrics")
+    found = metadata.EntryPoints([entry])
+    monkeypatch.setattr(metadata, "entry_points", lambda **wanted: found.select(**wanted))
+    assert find_metric(MetricSpec(name="length")) is len
+    with pytest.raises(FtuneError, match="no metric `rouge`"):
+        find_metric(MetricSpec(name="rouge"))

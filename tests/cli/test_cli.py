@@ -1,0 +1,204 @@
+"""The command line as people and scripts use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from ftune import cli
+from ftune.methods import METHODS
+
+COMMANDS = ["init", "validate", "plan", "train", "eval", "merge", "chat", "methods", "schema"]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def ftune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "ftune", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, output, errors."""
+    sys.argv = ["ftune", *map(str, arguments)]
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(left.value.code or 0), out, err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny.recipe(tmp_path, evaluation={"metrics": ["contains"], "max_new_tokens": 4}).text)
+    return path
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("width", [80, 120])
+def test_help(command: str, width: int, golden: Callable[[Path, str], None]) -> None:
+    done = ftune(*([command] if command else []), "--help", COLUMNS=str(width), TERMINAL_WIDTH=str(width))
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= width
+    golden(GOLDEN / f"help-{command or 'ftune'}-{width}.txt", done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate"], ["schema"], ["methods"], ["init", "--out", "-"]])
+def test_light_commands_import_nothing_heavy_and_are_quick(arguments: list[str], recipe: Path) -> None:
+    if arguments == ["validate"]:
+        arguments = ["validate", str(recipe)]
+    code = (
+        "import sys, time; sys.argv = ['ftune', *sys.argv[1:]]\n"
+        "from ftune import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'bitsandbytes', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), time.process_time(), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    imported, seconds = re.findall(r"^\[(.*)\] ([\d.]+)$", done.stderr, re.M)[-1]
+    assert imported == ""
+    # Half a second of CPU is the promise on an idle machine; a busy one stretches even CPU time.
+    assert float(seconds) < 1.5
+
+
+def test_train_eval_merge_chat(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out_dir = tmp_path / "run"
+    code, out, _ = run(capsys, "train", recipe, "--set", "training.max_steps=3")
+    assert code == 0
+    assert "steps       3 updates" in out
+    assert "done: 3 steps" in out
+    code, _, err = run(capsys, "train", recipe, "--set", "training.max_steps=3")
+    assert code == 2
+    assert "already holds a run" in err
+    assert "--overwrite" in err
+    code, out, _ = run(capsys, "train", recipe, "--set", "training.max_steps=3", "--overwrite", "--json")
+    assert code == 0
+    assert json.loads(out)["status"] == "finished"
+    code, out, _ = run(capsys, "eval", out_dir, "--base", "--json")
+    assert code == 0
+    assert set(json.loads(out)) >= {"base", "tuned"}
+    code, out, _ = run(capsys, "eval", out_dir)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["tuned"]
+    code, out, _ = run(capsys, "merge", out_dir)
+    assert code == 0
+    assert (out_dir / "merged/config.json").is_file()
+    assert "same top token" in out
+    code, out, _ = run(capsys, "chat", out_dir, "--prompt", "Say hi.", "--max-new-tokens", "4")
+    assert code == 0
+    assert out.endswith("\n")
+
+
+def test_chat_over_a_pipe(recipe: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "train", recipe)
+    lines = iter(["hello", "/base", "hello", "/base", "/new", "/help", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, out, _ = run(capsys, "chat", tmp_path / "run", "--max-new-tokens", "3")
+    assert code == 0
+    assert "now talking to the base model" in out
+    assert "already talking to the base model" in out
+    assert "a new conversation" in out
+    assert "/quit leaves" in out
+
+
+def test_a_mistake_is_two_without_a_traceback(recipe: Path) -> None:
+    done = ftune("train", recipe, "--set", "method.rnak=8")
+    assert done.returncode == 2
+    assert "did you mean `rank`?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tran"], ["train"], ["train", "x.yaml", "--fast"], ["merge", "x", "--dtype", "int8"]]
+)
+def test_usage_mistakes_are_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.strip()
+    assert "Traceback" not in err
+
+
+def test_interrupted_is_130(recipe: Path, tmp_path: Path) -> None:
+    import signal
+    import time
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftune", "train", str(recipe), "--set", "training.max_steps=5000"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and '"step"' in metrics.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"continue with `ftune train {recipe} --resume`" in err
+    assert "Traceback" not in err
+    last = tiny.events(tmp_path / "run", "step")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step-{last}/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_init_writes_a_recipe_that_validates(
+    method: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "init", method, "--model", "base", "--data", "train.jsonl")
+    assert code == 0
+    assert "next: ftune validate" in out
+    text = (tmp_path / f"{method}.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json")
+    assert json.loads((tmp_path / "recipe.schema.json").read_text())["$schema"]
+    code, out, err = run(capsys, "validate", f"{method}.yaml")
+    assert code == 0, err
+    assert method in out
+    code, _, err = run(capsys, "init", method)
+    assert code == 2
+    assert "--force" in err
+
+
+def test_validate_shows_what_is_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "validate", recipe, "--data")
+    assert code == 0
+    assert "Blue." in out
+    code, out, _ = run(capsys, "validate", recipe, "--json")
+    assert json.loads(out)["valid"] is True
+
+
+def test_plan_as_json_is_what_a_run_keeps(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "plan", recipe, "--json")
+    planned = json.loads(out)
+    run(capsys, "train", recipe)
+    kept = json.loads((tmp_path / "run/run.json").read_text())["plan"]
+    for part in ("model", "method", "data", "training", "memory"):
+        assert planned[part] == kept[part], part
+
+
+def test_methods_lists_the_union(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "methods", "--json")
+    assert [row["name"] for row in json.loads(out)] == list(METHODS)
+    _, out, _ = run(capsys, "methods")
+    for name, cls in METHODS.items():
+        assert re.search(rf"^{name} +{re.escape(cls.paper)} ", out, re.M)
