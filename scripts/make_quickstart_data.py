@@ -148,9 +148,7 @@ def as_messages(row: Row) -> dict[str, list[dict[str, str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a .jsonl file with passage, question and answer")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "recipes/data/disfl_qa")
     parser.add_argument("--train", type=int, default=240, help="rows to train on")

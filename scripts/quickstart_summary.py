@@ -21,8 +21,7 @@ def main() -> None:
     print()
     base, tuned = result["base"]["metrics"], result["tuned"]["metrics"]
     scores = ", ".join(
-        f"{name.replace('_', ' ')} {100 * base[name]:.0f} % -> {100 * score:.0f} %"
-        for name, score in tuned.items()
+        f"{name.replace('_', ' ')} {100 * base[name]:.0f} % -> {100 * score:.0f} %" for name, score in tuned.items()
     )
     print(f"tuning changed the held-out answers: {scores}; the merged model is in {run / 'merged'}")
 
