@@ -90,9 +90,7 @@ def test_every_module_has_a_layer() -> None:
     assert {layer(module_name(path)) for path in MODULES} - {None, *LAYERS} == set()
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if layer(module_name(path)) != "methods"], ids=module_name
-)
+@pytest.mark.parametrize("path", [path for path in MODULES if layer(module_name(path)) != "methods"], ids=module_name)
 def test_no_ladder_over_method_names(path: Path) -> None:
     assert named_methods(path.read_text()) == []
 

@@ -69,9 +69,7 @@ def build_tokenizer(template: str | None = "chatml", *, adds_bos: bool = False) 
         raw.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", SPECIALS.index("<|bos|>"))]
         )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>")
     fast.chat_template = TEMPLATES.get(template, template) if template is not None else None
     return fast
 

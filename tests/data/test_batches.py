@@ -70,9 +70,7 @@ def test_grouping_by_length_pads_little() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
-def test_ranks_share_a_batch_without_gap_or_repeat(
-    count: int, micro: int, accumulation: int, world: int
-) -> None:
+def test_ranks_share_a_batch_without_gap_or_repeat(count: int, micro: int, accumulation: int, world: int) -> None:
     count = min(count, micro * accumulation * world)
     parts = [split(range(count), micro, accumulation, rank, world) for rank in range(world)]
     assert all(len(part) == accumulation for part in parts)

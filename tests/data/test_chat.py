@@ -50,9 +50,7 @@ def test_a_system_message_that_moves_is_followed() -> None:
 def test_plain_answers_survive_a_template_for_reasoning() -> None:
     turns = chat("q", "yes", "r", "no")
     assert trained("drops_reasoning", turns) == ["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
-    assert trained("drops_reasoning", chat("q", "<think>Hm.</think>yes")) == [
-        "<think>\nHm.\n</think>\n\nyes<|im_end|>"
-    ]
+    assert trained("drops_reasoning", chat("q", "<think>Hm.</think>yes")) == ["<think>\nHm.\n</think>\n\nyes<|im_end|>"]
 
 
 def test_reasoning_that_a_template_drops_is_refused() -> None:
@@ -76,9 +74,7 @@ def test_turns_of_the_prompt_are_not_trained() -> None:
         assert trained(template, chat("q", "yes", "r", "no"), trained_from=3) == ["no<|im_end|>"]
 
 
-@pytest.mark.parametrize(
-    "tag", ["{% generation %}", "{%- generation -%}", "{%+ generation -%}", "{%-generation%}"]
-)
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%+ generation -%}", "{%-generation%}"])
 def test_every_spelling_of_the_generation_block_counts(tag: str) -> None:
     template = (
         "{% for m in messages %}{{ m['role'] }}: "

@@ -15,12 +15,8 @@ from ftune.recipe.schema import DataSpec
 
 
 @pytest.fixture
-def split(
-    write: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> Split:
-    path = write(
-        [{"messages": chat("é?", "日!", "c\x1b[31m", "d\u202e")}, {"messages": chat("x" * 2000, "y")}]
-    )
+def split(write: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Split:
+    path = write([{"messages": chat("é?", "日!", "c\x1b[31m", "d\u202e")}, {"messages": chat("x" * 2000, "y")}])
     monkeypatch.chdir(path.parent)
     return load_splits(DataSpec(train=path.name, max_length=4096), tokenizer, seed=0).train
 

@@ -143,9 +143,7 @@ def test_a_broken_parquet_file_is_named(write: Write) -> None:
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.none() | st.integers()), min_size=1, max_size=5))
-def test_json_and_jsonl_agree_on_any_strings(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict]
-) -> None:
+def test_json_and_jsonl_agree_on_any_strings(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> None:
     place = tmp_path_factory.mktemp("rows")
     (place / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=True) + "\n" for r in rows))
     (place / "a.json").write_text(json.dumps(rows, ensure_ascii=True, indent=1))

@@ -72,9 +72,7 @@ def test_a_token_across_the_start_of_an_answer_is_trained(make: Make, tokenizer:
 
 def test_plain_text_is_prompt_completion_and_end(make: Make) -> None:
     tokenizer = build_tokenizer(None, adds_bos=True)
-    split = make(
-        tokenizer, [{"prompt": "hell", "completion": "o"}, {"prompt": "", "completion": "yes<|eos|>"}]
-    )
+    split = make(tokenizer, [{"prompt": "hell", "completion": "o"}, {"prompt": "", "completion": "yes<|eos|>"}])
     ids = [list(example.input_ids) for example in split.examples]
     # apart, as the prompt stands alone in generation: not the one token that "hello" is
     plain = [tokenizer.convert_tokens_to_ids(["<|bos|>", "hell", "o", "<|eos|>"])]
@@ -125,9 +123,7 @@ def test_the_fingerprint_follows_tokens_and_labels(make: Make, tokenizer: Tokeni
     assert len(same | others) == 4
 
 
-def test_held_out_rows_are_drawn_by_seed_and_never_shared(
-    write: Callable[..., Path], tokenizer: Tokenizer
-) -> None:
+def test_held_out_rows_are_drawn_by_seed_and_never_shared(write: Callable[..., Path], tokenizer: Tokenizer) -> None:
     path = write([{"text": f"row {i}"} for i in range(50)])
     spec = DataSpec(train=DataSource(path=str(path)), eval_fraction=0.2)
 

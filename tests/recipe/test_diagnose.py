@@ -61,9 +61,7 @@ def test_control_characters_never_reach_the_terminal() -> None:
 
 def test_colour_only_when_asked_and_without_changing_the_text() -> None:
     source = Source("r.yaml", "rnak: 16")
-    mistake = Mistake(
-        "wrong", Span(source, 0, 0, 4), "here", "mend it", also=(Span(source, 0, 6, 2), "and here")
-    )
+    mistake = Mistake("wrong", Span(source, 0, 0, 4), "here", "mend it", also=(Span(source, 0, 6, 2), "and here"))
     plain, coloured = (render(mistake, source, width=80, color=color) for color in (False, True))
     assert "\x1b" not in plain
     assert coloured != plain
@@ -95,6 +93,4 @@ def test_sequences_of_the_schema_are_tuples() -> None:
 
     models = [Recipe, *METHODS.values()]
     models += [m for name in Recipe.model_fields if (m := model_at((name,), {})) is not None]
-    assert not [
-        text for model in models for text in annotations(model) if re.search(r"\blist\[|\bList\[", text)
-    ]
+    assert not [text for model in models for text in annotations(model) if re.search(r"\blist\[|\bList\[", text)]

@@ -58,9 +58,7 @@ def test_an_empty_block_is_the_block_of_defaults() -> None:
 
 
 def test_anchors_and_merge_keys() -> None:
-    recipe = load(
-        "checkpoint: &c {every_steps: 5}\nevaluation: {<<: [*c, {batch_size: 3}], batch_size: 2}\n"
-    ).recipe
+    recipe = load("checkpoint: &c {every_steps: 5}\nevaluation: {<<: [*c, {batch_size: 3}], batch_size: 2}\n").recipe
     assert recipe.evaluation.every_steps == 5
     assert recipe.evaluation.batch_size == 2
 
@@ -165,8 +163,7 @@ def test_many_mistakes_are_counted() -> None:
     [
         "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
         + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)),
-        "a0: &a0 {x: 1}\n"
-        + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)),
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)),
         "x: " + "[" * 3000,
         "x: " + "{a: " * 3000,
         "? " * 3000,

@@ -36,9 +36,7 @@ def test_models(workplace: Path) -> None:
     hub = locate_model(ModelSpec(id="org/tiny", revision="main", gguf_file="q.gguf"))
     assert hub == Located("hub", "org/tiny", "q.gguf", "main", "org/tiny")
     assert locate_model(ModelSpec(id="gpt2")).kind == "hub"
-    assert locate_model(ModelSpec(id="models/tiny")) == Located(
-        "directory", "models/tiny", None, None, "tiny"
-    )
+    assert locate_model(ModelSpec(id="models/tiny")) == Located("directory", "models/tiny", None, None, "tiny")
     absolute = locate_model(ModelSpec(id=str(workplace / "models/tiny/tiny.gguf")))
     assert absolute == Located("gguf", str(workplace / "models/tiny"), "tiny.gguf", None, "tiny.gguf")
     inside = locate_model(ModelSpec(id="models/tiny", gguf_file="tiny.gguf"))

@@ -94,9 +94,7 @@ quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthC
 @quick
 @given(st.floats(min_value=1e-12, max_value=10, exclude_min=True))
 def test_any_float_python_writes_is_read(number: float) -> None:
-    assert (
-        parse_recipe(f"{SHORT}optimizer: {{learning_rate: {number!r}}}\n", "r").recipe.learning_rate == number
-    )
+    assert parse_recipe(f"{SHORT}optimizer: {{learning_rate: {number!r}}}\n", "r").recipe.learning_rate == number
 
 
 @quick
@@ -114,9 +112,7 @@ def test_any_integer_is_read(number: int, form: str) -> None:
 def test_mantissa_and_exponent(mantissa: object, exponent: int) -> None:
     text = f"{mantissa}e{exponent}"
     with contextlib.suppress(RecipeError):
-        rate = parse_recipe(
-            f"{SHORT}optimizer: {{learning_rate: {text}}}\n", "r"
-        ).recipe.optimizer.learning_rate
+        rate = parse_recipe(f"{SHORT}optimizer: {{learning_rate: {text}}}\n", "r").recipe.optimizer.learning_rate
         assert rate == float(text)
         assert math.isfinite(rate)
         return
@@ -166,9 +162,7 @@ def test_any_text_loads_or_is_refused(text: str) -> None:
 @example([("training", "#")])
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(KEYS), st.lists(st.sampled_from(PIECES + ["lora", "a"]), max_size=5).map("".join)
-        ),
+        st.tuples(st.sampled_from(KEYS), st.lists(st.sampled_from(PIECES + ["lora", "a"]), max_size=5).map("".join)),
         max_size=3,
     )
 )
@@ -183,14 +177,9 @@ def test_any_option_is_applied_or_refused(option: str) -> None:
 
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["name", "path", "id", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "path", "id", "x"]), inner, max_size=3)
     ),
     max_leaves=6,
 )

