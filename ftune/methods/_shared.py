@@ -390,7 +390,8 @@ def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int,
         parent, _, leaf = linear.name.rpartition(".")
         group = next((names for names in _SAME_INPUT if leaf in names), (leaf,))
         elements += rank
-        if (parent, group) not in seen:
+        # The input of the output projection is attention's result, which attention keeps anyway.
+        if leaf not in ("o_proj", "out_proj") and (parent, group) not in seen:
             seen.add((parent, group))
             elements += linear.in_features
     return elements * dtype_bytes

@@ -54,3 +54,14 @@ class Dora(LowRank):
         """LoRA's, and one magnitude for each output of each target."""
         targets = _shared.match_targets(shape.linears, self.target_modules)
         return super().trainable_parameters(shape) + sum(linear.out_features for linear in targets)
+
+    def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Each target's input, ``xA``, and two tensors of its output's size, for magnitude and scale.
+
+        In 16 bits every target casts its input for itself; in fp32 targets with one input share it.
+        """
+        targets = _shared.match_targets(shape.linears, self.target_modules)
+        outputs = 2 * sum(linear.out_features for linear in targets)
+        if dtype_bytes >= 4:
+            return super().saved_bytes_per_token(shape, dtype_bytes) + outputs * dtype_bytes
+        return (sum(linear.in_features + self.rank for linear in targets) + outputs) * dtype_bytes

@@ -154,7 +154,8 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     model.config.use_cache = False
     model.requires_grad_(False)
     if quantization is None:
-        model.to(device=device, dtype=method.base_dtype(dtype))
+        # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
+        model.to(device)
     return cast("nn.Module", model.train())
 
 

@@ -228,9 +228,7 @@ def _base_bytes_per_token(
     return int(norms + attended + feed_forward + inputs)
 
 
-def _attention_matrices(
-    shape: ModelShape, length: int, compute: int, attention: str, device_type: str
-) -> int:
+def _attention_matrices(shape: ModelShape, length: int, compute: int, attention: str, device_type: str) -> int:
     """Bytes of attention probabilities that all layers keep for one row, where the kernel makes them."""
     cells = shape.layers * shape.heads * length**2
     if attention == "eager":
@@ -316,8 +314,10 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
     if method.quantizable and not quantized:
         smaller = method.model_copy(update={"quantization": Quantization()})
         changes.append(("method.quantization: {type: nf4}", {"method": smaller}))
-    elif method.artifact == "model" and "qlora" in METHODS:
-        changes.append(("method: qlora", {"method": METHODS["qlora"]()}))
+    elif method.artifact == "model":
+        # The method whose base is 4-bit unless it is told otherwise.
+        small = [n for n, cls in METHODS.items() if getattr(cls.model_fields.get("quantization"), "default", None)]
+        changes += [(f"method: {name}", {"method": METHODS[name]()}) for name in small[:1]]
     return changes
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
+from ftune.errors import ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_config, load_tokenizer
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
@@ -120,6 +121,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
         warmup = math.ceil(schedule.warmup_ratio * total_steps)
 
     config = load_config(recipe.model)
+    _refuse(recipe, config)
     shape = read_shape(config)
     lengths = row_lengths(splits.train, rows)
     memory = estimate(
@@ -149,6 +151,33 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
         context=context_of(recipe, device, dtype, total_steps),
         memory=memory,
     )
+
+
+def _refuse(recipe: Recipe, config: Any) -> None:
+    """Refuse what this architecture cannot do.
+
+    Raises:
+        ModelError: Names the architecture and the way out.
+    """
+    text = config.get_text_config()
+    if recipe.model.attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+        raise ModelError(
+            f"{config.model_type} caps its attention scores, which `attention: sdpa` cannot do",
+            help="set `attention: eager` in the model block",
+        )
+    experts = next(
+        (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if _many(text, name)), None
+    )
+    if experts and recipe.method.artifact == "adapter":
+        # PEFT adapts the fused tensor of all experts, in other numbers than it was asked for.
+        raise ModelError(
+            f"{config.model_type} is a mixture of experts: `{recipe.method.name}` is not proven on fused experts yet",
+            help="use `method: full`, or a dense model",
+        )
+
+
+def _many(config: Any, name: str) -> bool:
+    return (getattr(config, name, None) or 0) > 1
 
 
 def _written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:

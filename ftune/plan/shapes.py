@@ -78,13 +78,10 @@ def shape_of(model: Any) -> ModelShape:
         elements = [parameter.numel() for parameter in module.parameters(recurse=False)]
         norms += sum(elements)
         rms = rms or "rms" in kind
-        norm_width += _norm_width(
-            name, elements[0] if elements else hidden, heads, kv_heads, head_dim, hidden
-        )
+        norm_width += _norm_width(name, elements[0] if elements else hidden, heads, kv_heads, head_dim, hidden)
 
     intermediate = int(
-        _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-        or _inner_width(linears, hidden)
+        _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or _inner_width(linears, hidden)
     )
     experts = int(_first(config, "num_experts_per_tok") or 0)
     expert_width = int(_first(config, "moe_intermediate_size") or intermediate)
@@ -147,6 +144,4 @@ def _norm_width(name: str, elements: int, heads: int, kv_heads: int, head_dim: i
 
 def _inner_width(linears: Sequence[Linear], hidden: int) -> int:
     """Width of the feed-forward block: the widest input of a projection back to the residual stream."""
-    return max(
-        (linear.in_features for linear in linears if linear.out_features == hidden), default=4 * hidden
-    )
+    return max((linear.in_features for linear in linears if linear.out_features == hidden), default=4 * hidden)

@@ -45,7 +45,5 @@ def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     elif architecture == "gpt_neox":
         names -= {"num_key_value_heads"}
     common = {name: SIZES[name] for name in names}
-    config: PreTrainedConfig = AutoConfig.for_model(
-        architecture, **common | _OWN.get(architecture, {}) | changes
-    )
+    config: PreTrainedConfig = AutoConfig.for_model(architecture, **common | _OWN.get(architecture, {}) | changes)
     return config

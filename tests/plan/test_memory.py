@@ -74,7 +74,7 @@ TOLERANCE = {"gpt_neox": 0.2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
 @pytest.mark.parametrize("architecture", DENSE)
 def test_activations_are_what_autograd_keeps(architecture: str, method: str, dtype: torch.dtype) -> None:
     # gemma2 caps its attention scores, which only eager attention can

@@ -31,9 +31,7 @@ def test_sizes_equal_those_of_the_built_model(architecture: str) -> None:
     assert shape.embedding == model.get_input_embeddings().weight.numel() == shape.vocab * shape.hidden
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert shape.head == (0 if tied else model.get_output_embeddings().weight.numel())
-    assert shape.norms == sum(
-        p.numel() for name, p in model.named_parameters() if "norm" in name or ".ln_" in name
-    )
+    assert shape.norms == sum(p.numel() for name, p in model.named_parameters() if "norm" in name or ".ln_" in name)
     assert (shape.hidden, shape.layers, shape.heads) == (64, 3, 4)
     assert shape.intermediate == (256 if architecture == "gpt2" else 96)
     found = {linear.name: (linear.in_features, linear.out_features) for linear in shape.linears}
@@ -133,9 +131,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def targets_of(architecture: str) -> list[dict[str, Any]]:
     leaves = list(
-        dict.fromkeys(
-            linear.name.rpartition(".")[2] for linear in read_shape(tiny_config(architecture)).linears
-        )
+        dict.fromkeys(linear.name.rpartition(".")[2] for linear in read_shape(tiny_config(architecture)).linears)
     )
     return [
         {},

@@ -84,9 +84,7 @@ TIGHT = PLAN | {
         "data.max_length: 512: saves 0.6 GiB, then needs 1.4 GiB",
         "all of these together: needs 1.0 GiB, fits",
     ],
-    "warnings": [
-        "3 rows were cut at 1,024 tokens (the longest has 1,988): raise data.max_length to keep them whole"
-    ],
+    "warnings": ["3 rows were cut at 1,024 tokens (the longest has 1,988): raise data.max_length to keep them whole"],
 }
 
 
@@ -130,9 +128,7 @@ def test_the_verdict_says_how_much() -> None:
 
 def test_several_processes_are_named() -> None:
     training = PLAN["training"] | {"world_size": 2, "global_batch": 16, "micro_batch_size": 2}
-    assert "(2 in a micro-batch x 8 accumulated x 2 processes)" in render_plan(
-        PLAN | {"training": training}, 120
-    )
+    assert "(2 in a micro-batch x 8 accumulated x 2 processes)" in render_plan(PLAN | {"training": training}, 120)
 
 
 @pytest.mark.parametrize(

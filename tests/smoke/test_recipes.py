@@ -24,7 +24,6 @@ CUT = [
     "--set=data.train.max_examples=90",
     "--set=data.eval.max_examples=12",
     "--set=checkpoint.every_steps=3",
-    "--set=model.dtype=float32",
 ]
 
 
@@ -75,7 +74,7 @@ def ftune(*arguments: str | Path, check: bool = True) -> subprocess.CompletedPro
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    cut = [*CUT, f"--set=output_dir={run}", f"--set=model={dense}"]
+    cut = [*CUT, f"--set=output_dir={run}", f"--set=model.id={dense}"]
     arguments = [sys.executable, "-m", "ftune", "train", f"recipes/{name}.yaml", *cut]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (run / "checkpoints/step-3").is_dir():
