@@ -251,4 +251,14 @@ def make_batch(rows: list[list[Example]], plan: Plan) -> Batch:
     """
     if plan.recipe.packing and plan.recipe.model.attention.startswith("flash"):
         rows = [[document for row in rows for document in row]]
-    return collate(rows, plan.tokenizer.pad_token_id)
+    longest = max((sum(map(len, row)) for row in rows), default=1)
+    return collate(rows, plan.tokenizer.pad_token_id, multiple_of=length_step(longest))
+
+
+def length_step(length: int) -> int:
+    """The multiple to which a row of ``length`` tokens is padded: eight lengths an octave, at most 1/8 in vain.
+
+    Math libraries keep compiled kernels for every shape they have seen. With every length its own shape, resident
+    memory grew by 1.2 GiB in 33 updates of a 135M model; with these few it stays flat, and the time is the same.
+    """
+    return max(8, 1 << max(0, length.bit_length() - 4))
