@@ -156,7 +156,10 @@ def _in_fp32(model: nn.Module) -> nn.Module:
     torch.nn.Module.float(model).eval()
     for module in model.modules():
         if is_4bit(module):
-            cast(Any, module).compute_dtype = torch.float32
+            layer = cast(Any, module)
+            layer.compute_dtype = torch.float32
+            # Whoever dequantizes (DoRA's norms, the merge) gets the codes times their scales, not rounded again.
+            layer.weight.quant_state.dtype = torch.float32
     return model
 
 
@@ -187,6 +190,7 @@ def _texts(plan: Plan) -> list[list[int]]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, texts: list[list[int]]) -> list[Tensor]:
+    """Logits of each text, (tokens, vocabulary), fp32."""
     device = next(model.parameters()).device
     return [
         model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu() for text in texts

@@ -306,7 +306,10 @@ def dequantize(model: nn.Module) -> nn.Module:
         plain = torch.nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device=layer.weight.device
         )
-        plain.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        # The exact product of codes and scales; by itself bitsandbytes rounds it to the dtype before quantization.
+        state = copy.copy(layer.weight.quant_state)
+        state.dtype = torch.float32
+        plain.weight.data = dequantize_4bit(layer.weight.data, state)
         if layer.bias is not None:
             plain.bias.data = layer.bias.data.float()
         parent, _, leaf = name.rpartition(".")

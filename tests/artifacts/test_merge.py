@@ -42,6 +42,15 @@ def test_merged_loads_as_a_plain_model_and_is_the_tuned_one(name: str, tmp_path:
     assert AutoTokenizer.from_pretrained(str(run.root / "merged")).chat_template == tiny.CHATML
 
 
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_what_was_trained_in_bfloat16_merges_exactly(name: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, name, model={"dtype": "bfloat16"})
+    report = merge(run, dtype="float32")
+    assert report["merge_error"] <= 2e-4
+    assert report["merged_vs_adapter"]["max_error"] <= 2e-4
+    assert merge(run)["dtype"] == "bfloat16"
+
+
 def test_bfloat16_is_close_and_half_the_size(tmp_path: Path) -> None:
     run = run_of(tmp_path, training={"max_steps": 12})
     exact, rounded = merge(run, tmp_path / "exact"), merge(run, tmp_path / "rounded", "bfloat16")
