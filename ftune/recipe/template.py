@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ftune.errors import FtuneError
 from ftune.methods import METHODS
-from ftune.recipe.diagnose import models_in
+from ftune.recipe.diagnose import closest, models_in
 from ftune.recipe.load import is_plain_string
 from ftune.recipe.schema import Recipe
 
@@ -38,7 +39,16 @@ def annotated_recipe(
         schema: Path of the JSON Schema, for the editor's first line.
 
     Returns YAML that parses to the same recipe as these four values alone.
+
+    Raises:
+        FtuneError: There is no such method.
     """
+    if method_name not in METHODS:
+        near = closest(method_name, METHODS)
+        raise FtuneError(
+            f"no method `{method_name}`",
+            help=f"did you mean `{near}`?" if near else f"methods: {', '.join(METHODS)}",
+        )
     given = {
         ("model", "id"): model,
         ("method", "name"): method_name,

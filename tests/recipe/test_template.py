@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ftune.errors import FtuneError
 from ftune.methods import METHODS
 from ftune.recipe import annotated_recipe, json_schema, parse_recipe
 from ftune.recipe.diagnose import models_in
@@ -67,6 +68,15 @@ def test_given_values_are_quoted_where_they_must_be(value: str) -> None:
     text = annotated_recipe("lora", model=value, data=value, output_dir=value)
     recipe = parse_recipe(text, "r.yaml").recipe
     assert (recipe.model.id, recipe.data.train.path, recipe.output_dir) == (value, value, value)
+
+
+def test_an_unknown_method_is_a_users_mistake() -> None:
+    with pytest.raises(FtuneError, match="no method `lorra`") as near:
+        annotated_recipe("lorra", **GIVEN)
+    assert near.value.help == "did you mean `lora`?"
+    with pytest.raises(FtuneError, match="no method `xyz`") as far:
+        annotated_recipe("xyz", **GIVEN)
+    assert far.value.help == f"methods: {', '.join(METHODS)}"
 
 
 def test_lines_fit_a_screen() -> None:
