@@ -11,6 +11,8 @@ import csv
 import hashlib
 import io
 import json
+import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,10 +144,32 @@ def _decode(file: Path, content: bytes) -> str:
         ) from error
 
 
-def _is_row(file: Path, line: int, value: Any) -> Row:
+# half of a surrogate pair can only come from an escape: decoding refuses it in the bytes of a file
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _is_row(file: Path, line: int, value: Any, text: str) -> Row:
+    """The value if it is an object whose strings are all text; ``text`` is what it was parsed from."""
     if not isinstance(value, dict):
         raise DataError(f"{file}:{line}: expected a JSON object, found {_json_type(value)}")
+    if _SURROGATE_ESCAPE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            escape = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(
+                f"{file}:{line}: the escape {escape} stands for half of a surrogate pair, which is no character",
+                help="write both halves of the pair, or the character itself in UTF-8",
+            ) from error
     return value
+
+
+def _long_integer(file: Path, line: int) -> DataError:
+    """The error for an integer that Python refuses to convert, the only other ValueError of the JSON decoder."""
+    return DataError(
+        f"{file}:{line}: an integer of more than {sys.get_int_max_str_digits()} digits",
+        help='put it between double quotes: "123"',
+    )
 
 
 def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
@@ -155,7 +179,7 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
+            row = _is_row(file, line, json.loads(text), text)
         except json.JSONDecodeError as error:
             reason = _reason(error)
             if text.startswith("\ufeff"):
@@ -164,9 +188,11 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
                 f"{file}:{line}:{error.colno}: not valid JSON: {reason}",
                 help="a .jsonl file has one JSON object a line",
             ) from error
+        except ValueError as error:
+            raise _long_integer(file, line) from error
         except RecursionError as error:
             raise DataError(f"{file}:{line}: JSON nested too deeply") from error
-        yield _is_row(file, line, value), line
+        yield row, line
 
 
 def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
@@ -188,9 +214,9 @@ def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
     try:
         while True:
             line, counted = line + text.count("\n", counted, position), position
-            value, position = decoder.raw_decode(text, position)
-            yield _is_row(file, line, value), line
-            position = _skip(text, position)
+            value, end = decoder.raw_decode(text, position)
+            yield _is_row(file, line, value, text[position:end]), line
+            position = _skip(text, end)
             if text[position : position + 1] == "]":
                 break
             if text[position : position + 1] != ",":
@@ -201,6 +227,8 @@ def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
             raise json.JSONDecodeError("text behind the end of the list", text, end)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {_reason(error)}") from error
+    except ValueError as error:
+        raise _long_integer(file, line) from error
     except RecursionError as error:
         raise DataError(f"{file}:{line}: JSON nested too deeply") from error
 
@@ -212,15 +240,23 @@ def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
     except (ValueError, RecursionError):
         yield from _read_jsonl(file, content)
         return
-    keys = ", ".join(list(whole)[:5])
+    # a key may hold half of a surrogate pair, which no terminal can print
+    keys = ", ".join(list(whole)[:5]).encode(errors="backslashreplace").decode()
     raise DataError(
         f"{file}: expected a JSON list of objects, found one object with the keys {keys}",
         help="save the list alone: [{...}, {...}]",
     )
 
 
+# of the smallest platform: csv keeps its limit in a C long
+_C_LONG_MAX = 2**31 - 1
+
+
 def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
     """Comma-separated values under a header; every value is a string."""
+    # Python's own limit of 131,072 characters is shorter than a long document; the whole file is already in
+    # memory, so no cell needs another bound than its length. The limit is global, hence only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), min(len(content), _C_LONG_MAX)))
     reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
     line = 1
     try:
@@ -311,6 +347,11 @@ def _read_hub(source: DataSource) -> Rows:
             f"data set {name!r}: neither a local file or directory nor reachable on the hub: "
             f"{str(error).splitlines()[0]}",
             help="check the spelling, the network, HF_HUB_OFFLINE, and HF_TOKEN if the data set is gated",
+        ) from error
+    except RuntimeError as error:  # a data set that is a Python script
+        raise DataError(
+            f"data set {name!r}: {str(error).splitlines()[0]}",
+            help="try `revision: refs/convert/parquet`, where the hub keeps some data sets converted",
         ) from error
     except ValueError as error:  # an unknown subset or split: the message lists those that there are
         raise DataError(f"data set {name!r}: {str(error).splitlines()[0]}") from error

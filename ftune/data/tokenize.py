@@ -262,7 +262,7 @@ def generation_items(
             raise DataError(f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer")
         assert template is not None, "conversations exist only where there is a chat template"
         try:
-            prompts.append(generation_prompt(record, last, tokenizer, template))
+            prompts.append(_encodable(generation_prompt(record, last, tokenizer, template)))
         except DataError as error:
             raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
         references.append(record.messages[last]["content"])
@@ -374,9 +374,9 @@ class _Encoder:
         for record in records:
             try:
                 text, trained = render(record, self._tokenizer, self._template)
+                texts.append(_encodable(text))
             except DataError as error:
                 raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
-            texts.append(text)
             spans.append(trained)
         encoded = self._tokenizer(
             texts,
@@ -395,6 +395,23 @@ class _Encoder:
     def _example(self, ids: Ids, trained: NDArray[np.bool_], row: int) -> Example:
         labels = ids.copy() if self._train_all else np.where(trained, ids, np.int32(IGNORE))
         return Example(ids, labels, row)
+
+
+def _encodable(text: str) -> str:
+    """A rendered text as it is; a ``tools`` string may bring in what no reader of files has seen.
+
+    Raises:
+        DataError: It holds half of a surrogate pair, which tokenizers refuse without saying where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"the rendered conversation holds {escape}, half of a surrogate pair, which is no character",
+            help="write both halves of the pair, or the character itself in UTF-8",
+        ) from error
+    return text
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:

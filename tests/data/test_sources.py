@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.kit import TEMPLATES, build_tokenizer
 from ftune.data.sources import load_rows
+from ftune.data.tokenize import generation_items, tokenize_split
 from ftune.errors import DataError
-from ftune.recipe.schema import DataSource
+from ftune.recipe.schema import DataSource, DataSpec
 
 Write = Callable[..., Path]
 ROWS = [{"text": "one"}, {"text": "two\u2028still two"}, {"text": "three"}]
@@ -135,6 +137,66 @@ def test_nesting_without_end_is_no_crash(write: Write) -> None:
     for name in ("deep.jsonl", "deep.json"):
         with pytest.raises(DataError, match=f"{name}:1: JSON nested too deeply"):
             read(write(f'{{"text": {deep}}}\n' if name == "deep.jsonl" else f"[{deep}]", name))
+
+
+@pytest.mark.parametrize("name", ["n.jsonl", "n.json"])
+def test_a_number_too_long_to_convert_is_located(write: Write, name: str) -> None:
+    rows = ['{"text": "a"}', f'{{"text": "b", "n": {"9" * 5000}}}']
+    text = "\n".join(rows) if name == "n.jsonl" else "[" + ",\n".join(rows) + "]"
+    with pytest.raises(DataError, match=rf"{name}:2: an integer of more than \d+ digits"):
+        read(write(text, name))
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.json"])
+@pytest.mark.parametrize(
+    "row",
+    [r'{"text": "x \ud83d y"}', r'{"text": "\uDE00\uD83D"}', r'{"a": [{"b": "\udfff"}]}', r'{"\ud800": "key"}'],
+)
+def test_half_a_surrogate_pair_is_located(write: Write, name: str, row: str) -> None:
+    rows = ['{"text": "a"}', row]
+    text = "\n".join(rows) if name == "s.jsonl" else "[" + ",\n".join(rows) + "]"
+    with pytest.raises(DataError, match=rf"{name}:2: .*half of a surrogate pair"):
+        read(write(text, name))
+
+
+def test_a_whole_surrogate_pair_and_an_escaped_backslash_are_text(write: Write) -> None:
+    file = write(r'{"text": "\ud83d\ude00 \\ud83d"}')
+    assert read(file) == [{"text": "\U0001f600 \\ud83d"}]
+
+
+def test_one_object_with_half_a_surrogate_pair_as_key_gives_a_message_that_prints(write: Write) -> None:
+    with pytest.raises(DataError, match="one object with the keys") as caught:
+        read(write(r'{"\ud800": 1}', "one.json"))
+    caught.value.render().encode()
+
+
+def test_half_a_surrogate_pair_inside_a_tools_string_is_located(write: Write) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write([{"messages": turns}, {"messages": turns, "tools": r'[{"name": "\ud83d"}]'}], "tools.jsonl")
+    spec = DataSpec(train=DataSource(path=str(file)))
+    tokenizer = build_tokenizer("{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + TEMPLATES["chatml"])
+    rows = load_rows(spec.train)
+    with pytest.raises(DataError, match=r"tools\.jsonl:2: .*half of a surrogate pair"):
+        tokenize_split(rows, tokenizer, spec, "messages")
+    with pytest.raises(DataError, match=r"tools\.jsonl:2: .*half of a surrogate pair"):
+        generation_items(rows, tokenizer, spec, "messages")
+
+
+def test_a_csv_cell_may_be_long(write: Write) -> None:
+    long = "word " * 40_000
+    assert read(write(f'text\n"{long}"\nb\n', "long.csv")) == [{"text": long}, {"text": "b"}]
+
+
+def test_a_hub_data_set_that_is_a_script_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*args: object, **options: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"data set 'org/set': Dataset scripts .* found set\.py") as caught:
+        load_rows(DataSource(path="org/set"))
+    assert "refs/convert/parquet" in (caught.value.help or "")
 
 
 def test_a_broken_parquet_file_is_named(write: Write) -> None:
