@@ -19,14 +19,16 @@ from ftune.methods.base import Linear, ModelShape
 __all__ = ["read_shape", "shape_of"]
 
 
-def read_shape(config: Any) -> ModelShape:
+def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
     """Read the sizes of the causal language model that a transformers configuration describes.
 
     Args:
         config: A ``transformers.PretrainedConfig``; it is not changed.
+        trust_remote_code: Run the Python code that the model comes with, where its configuration names some.
 
     Raises:
-        ModelError: transformers has no causal language model for this configuration.
+        ModelError: transformers has no causal language model for this configuration, or only the model's own
+            code has, and it is not trusted.
     """
     from transformers import AutoModelForCausalLM
 
@@ -34,11 +36,14 @@ def read_shape(config: Any) -> ModelShape:
         with torch.device("meta"), warnings.catch_warnings():
             # warnings about initial values are void where there are no values
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config)
+            # False is said as well: left unsaid, transformers asks the user at the terminal
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
+        help = "use a decoder that transformers' AutoModelForCausalLM knows"
+        if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            help = "the model comes with its own code: read it, and then set `model.trust_remote_code: true`"
         raise ModelError(
-            f"cannot build a causal language model of type `{config.model_type}`: {error}",
-            help="use a decoder that transformers' AutoModelForCausalLM knows",
+            f"cannot build a causal language model of type `{config.model_type}`: {error}", help=help
         ) from error
     return shape_of(model)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,55 @@ def test_no_storage_is_allocated() -> None:
 def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot build a causal language model of type `t5`"):
         read_shape(T5Config())
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The configuration of a model that comes with its own code, kept out of the caches and the registries."""
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(AutoConfig, "register", lambda *args, **options: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "register", lambda *args, **options: None)
+    folder = tmp_path / "own_model"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN_CODE)
+    config = tiny_config("llama").to_dict() | {
+        "model_type": "own_llama",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_own_code_runs_where_it_is_trusted(own_code: Any) -> None:
+    shape = read_shape(own_code, trust_remote_code=True)
+    assert shape.model_type == "own_llama"
+    assert shape.parameters == read_shape(tiny_config("llama")).parameters
+
+
+def test_own_code_is_refused_without_a_question_where_it_is_not_trusted(
+    own_code: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": questions.append(prompt) or "y")
+    with pytest.raises(ModelError, match="of type `own_llama`") as caught:
+        read_shape(own_code)
+    assert not questions
+    assert "model.trust_remote_code" in (caught.value.help or "")
 
 
 def targets_of(architecture: str) -> list[dict[str, Any]]:
