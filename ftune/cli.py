@@ -160,10 +160,15 @@ def init(
     path = out or Path(f"{method}.yaml")
     if path.exists() and not force:
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
-    path.write_text(text, encoding="utf-8")
     schema_path = path.parent / SCHEMA_FILE
-    if not schema_path.exists():
-        schema_path.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+        if not schema_path.exists():
+            schema_path.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FtuneError(
+            f"cannot write the recipe: {error}", help="--out names a file in a directory that exists"
+        ) from error
     print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
 
 

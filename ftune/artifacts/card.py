@@ -21,9 +21,9 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     """
     plan, measured, resolved = record["plan"], record["measured"], record["resolved"]
     method, data, training = plan["method"], plan["data"], plan["training"]
-    base = _public(plan["model"]["id"])
+    base = plan["model"]["public_name"]
     front: dict[str, Any] = {"library_name": "peft" if method["artifact"] == "adapter" else "transformers"}
-    if "/" in base and "://" not in base:
+    if "/" in base and "://" not in base:  # a hub id; of a local path only the last part is public
         front["base_model"] = base
     front["tags"] = ["ftune", method["name"]]
     rows = [
@@ -49,10 +49,10 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     )
 
 
-def _public(name: str) -> str:
-    """A name that says nothing of the machine: hub ids and package:// as they are, paths by their last part."""
-    local = name.startswith(("/", ".", "~")) or name.endswith((".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt"))
-    return Path(name).name if local and "://" not in name else name
+def _public(path: str) -> str:
+    """The name of a data source without the place it has on this machine: hub names as they are."""
+    local = Path(path).expanduser()
+    return local.name if local.exists() or local.is_absolute() or local.suffix else path
 
 
 def _settings(settings: dict[str, Any]) -> str:

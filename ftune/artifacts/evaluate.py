@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.metrics import find_metric
+from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
@@ -54,6 +55,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     plan = resolve(recipe)
+    notes = _changed_data(plan, run) if run else []
     items, too_long = _generation_items(plan)
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
@@ -62,6 +64,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
         "generated": len(items),
         "prompts_too_long": too_long,
+        "notes": notes,
     }
     answers: dict[str, list[str]] = {}
 
@@ -89,6 +92,23 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     if run is not None:
         write_json(run.eval_path, result)
     return result
+
+
+def _changed_data(plan: Plan, run: RunDir) -> list[str]:
+    """What to say when the held-out rows are not those of the run.
+
+    Raises:
+        DataError: They are drawn from the training rows, so some of them were trained on.
+    """
+    assert plan.splits.eval is not None
+    if run.read()["plan"]["data"]["eval_fingerprint"] == plan.splits.eval.fingerprint:
+        return []
+    if plan.recipe.data.eval is None:
+        raise DataError(
+            "the data changed since the run was trained: rows held out now were trained on then",
+            help="restore the file, or name held-out rows of their own with data.eval",
+        )
+    return ["the held-out data differs from that of the run"]
 
 
 def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
@@ -127,6 +147,8 @@ def _measure(
         for metric in spec.metrics:
             score = find_metric(metric)
             values = [score(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
-            numbers["metrics"][metric.name] = sum(values) / len(values)
+            same_name = sum(other.name == metric.name for other in spec.metrics) > 1
+            key = f"{metric.name} {metric.pattern}" if same_name else metric.name
+            numbers["metrics"][key] = sum(values) / len(values)
     numbers["seconds"] = time.perf_counter() - began
     return numbers, answers

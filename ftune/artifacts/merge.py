@@ -85,6 +85,10 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     if target.exists() and not (target / "merge.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FtuneError(f"{target} exists and is no merged model", help="choose another --out")
     run.artifact(recipe)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
     plan = resolve(recipe)
     texts = _texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))

@@ -24,6 +24,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
 def training_summary(record: dict[str, Any], output_dir: str) -> str:
     """Three lines after training: what was reached, predicted against measured memory, and the vitals."""
     measured, method = record["measured"], record["plan"]["method"]
+    if not measured:
+        return f"saved: {output_dir}/{method['artifact']} (every step had been made before)"
     held_out = measured.get("held_out_loss")
     lines = [
         f"done: {measured['steps']} steps in {human_time(measured['wall_seconds'])}, "
@@ -69,6 +71,8 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
     if result["prompts_too_long"]:
         counts += f", {result['prompts_too_long']} prompts left out: longer than the model's context"
     text += f"\n\n{counts}"
+    for note in result["notes"]:
+        text += f"\nwarning: {note}"
     for sample in result["samples"][:3]:
         text += f"\n\n  reference  {_clip(sample['reference'], width - 13)}"
         for name in who:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 import ftune
 from ftune.errors import RunDirError
 from ftune.recipe.schema import Recipe
-from ftune.run.files import write_json
+from ftune.run.files import remove_leftovers, write_json
 
 __all__ = ["RunDir", "package_versions"]
 
@@ -140,18 +141,26 @@ class RunDir:
         Raises:
             RunDirError: It holds another run, or files that are not a run's.
         """
-        if self.exists() and overwrite and not resume:
-            for name in _OURS:
-                path = self.root / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        elif self.exists() and not resume:
+        if self.exists() and not resume and not overwrite:
             raise RunDirError(
                 f"{self.root} already holds a run",
                 help="--resume continues it, --overwrite replaces it, or choose another output_dir",
             )
-        elif not self.exists() and self.root.is_dir() and any(self.root.iterdir()):
-            raise RunDirError(
-                f"{self.root} is not empty and is no run directory",
-                help="choose another output_dir; ftune does not delete what it did not make",
-            )
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            remove_leftovers(self.root)
+            if not self.exists() and self.root.is_dir() and any(self.root.iterdir()):
+                raise RunDirError(
+                    f"{self.root} is not empty and is no run directory",
+                    help="choose another output_dir; ftune does not delete what it did not make",
+                )
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.root, os.W_OK):
+                raise PermissionError(f"no permission to write in {self.root}")
+        except OSError as error:
+            raise RunDirError(f"cannot write the run: {error}", help="choose another output_dir") from error
+
+    def clear(self) -> None:
+        """Delete the run that is here: what ftune made, and nothing else."""
+        for name in _OURS:
+            path = self.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

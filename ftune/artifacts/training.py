@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
 from ftune.artifacts.run_dir import RunDir, package_versions
-from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.errors import FtuneError, Interrupted, ModelError, RunDirError, RunFailed
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -23,9 +25,9 @@ from ftune.run.checkpoint import Checkpoints
 from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd
 from ftune.run.files import new_directory
 from ftune.run.loop import Loop
-from ftune.run.objective import Objective
+from ftune.run.objective import Objective, packing_error
 from ftune.run.signals import StopRequest
-from ftune.run.sinks.jsonl import JsonlSink, truncate_after
+from ftune.run.sinks.jsonl import JsonlSink, read_events, truncate_after
 from ftune.run.sinks.progress import ProgressSink, human_bytes
 from ftune.run.sinks.tracker import TrackerSink, flatten
 
@@ -65,6 +67,13 @@ class _Tally:
     def close(self) -> None:
         pass
 
+    def recall(self, metrics: Path) -> None:
+        """Take the steps that a resumed run made before, from its ``metrics.jsonl``."""
+        names = {field.name for field in dataclasses.fields(StepEnd)} - {"extra"}
+        for event in read_events(metrics):
+            if event["event"] == "step":
+                self.receive(StepEnd(**{name: event[name] for name in names}))
+
     def measured(self, predicted: int) -> dict[str, Any]:
         """Figures of this process's part of the run."""
         if self.last is None:
@@ -103,7 +112,7 @@ def train(
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
-    recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir))
+    recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir).expanduser())
     accelerator = _accelerator(recipe, run)
     main = accelerator.is_main_process
     if main:
@@ -142,9 +151,14 @@ def train(
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:
                 _rehearse(plan, model, run)
+                if overwrite:
+                    # Only now: a recipe that cannot run must not cost the run it would have replaced.
+                    run.clear()
+            _probe_packing(plan, model)
             start, notes, found = _restore(checkpoints, plan, model, optimizer, resume)
             if main:
                 truncate_after(run.metrics, start)
+                tally.recall(run.metrics)
                 run.write(record)
                 sinks = _sinks(plan.recipe, run, accelerator, progress)
             sinks.append(tally)
@@ -173,16 +187,22 @@ def train(
             status = "finished"
     except Interrupted as interrupted:
         status = "interrupted"
-        interrupted.help = f"continue with `ftune train {loaded.path} --resume`"
+        overrides = "".join(f" --set {shlex.quote(override)}" for override in loaded.overrides)
+        interrupted.help = f"continue with `ftune train {shlex.quote(str(loaded.path))}{overrides} --resume`"
         raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
+    except OSError as error:
+        record["error"] = str(error)
+        raise RunFailed(
+            f"writing the run failed: {error}", help="free the disk, then continue with --resume"
+        ) from error
     except BaseException as error:
         record["error"] = str(error)
         raise
     finally:
-        if main and run.exists():
+        if sinks and main and run.exists():  # a run that never began leaves the record of another as it is
             last = tally.last.step if tally.last else 0
             record |= {"status": status, "ended": _now()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
@@ -210,6 +230,11 @@ def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
         project_dir=str(run.root / "tracking") if trackers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))],
     )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise FtuneError(
+            f"the launch configuration asks for {accelerator.distributed_type.value}, which ftune does not run yet",
+            help="launch with torchrun, or with one of configs/*.yaml",
+        )
     if accelerator.num_processes != world:
         raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
     return accelerator
@@ -253,6 +278,26 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
         )
 
 
+def _probe_packing(plan: Plan, model: nn.Module) -> None:
+    """Hold that this architecture keeps packed documents apart.
+
+    Recurrent layers, and positions that a model counts for itself, ignore where a document begins.
+
+    Raises:
+        ModelError: A document's logits depend on the one before it, or differ from those it has alone.
+    """
+    if not any(len(row) > 1 for row in plan.rows):
+        return
+    leak, shift = packing_error(model, plan.context.dtype, plan.context.device, plan.shape.vocab)
+    # The leak has the same shapes on both sides, so no rounding; alone against packed differs by rounding.
+    if leak > 1e-3 or shift > 0.1:
+        raise ModelError(
+            f"{plan.shape.model_type} does not keep packed documents apart: the document before changes the logits "
+            f"by {leak:.2g} of their spread, and the place in the row by {shift:.2g}",
+            help="set data.packing: false",
+        )
+
+
 def _restore(
     checkpoints: Checkpoints, plan: Plan, model: nn.Module, optimizer: Optimizer, resume: bool
 ) -> tuple[int, list[str], Path | None]:
@@ -277,6 +322,12 @@ def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], r
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
+    ]
+    then, now = before.get("plan", {}).get("training", {}), summary["training"]
+    changed += [
+        f"{what}: {then.get(key)} then, {now[key]} now"
+        for key, what in (("world_size", "processes"), ("steps", "steps in all"))
+        if then.get(key) != now[key]
     ]
     for name in ("fingerprint", "eval_fingerprint"):
         if before.get("plan", {}).get("data", {}).get(name) != summary["data"][name]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
-from ftune.plan.base_model import load_base
-from ftune.plan.resolve import Plan
+from ftune.plan.base_model import choose_device, choose_dtype, load_base
+from ftune.plan.resolve import Plan, written_out
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe
 
@@ -40,10 +40,20 @@ def find_target(path: Path) -> Target:
     if not path.exists():
         raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
     recipe = load_checked(path)[0].recipe
-    run = RunDir(Path(recipe.output_dir))
-    if run.exists() and (run.root / recipe.method.artifact).is_dir():
-        return Target(run.recipe(), run)
-    return Target(recipe, None)
+    run = RunDir(Path(recipe.output_dir).expanduser())
+    if not run.exists():
+        return Target(recipe, None)
+    trained = run.recipe()
+    run.artifact(trained)
+    asked = written_out(recipe, choose_dtype(recipe.model.dtype, choose_device()))
+    for block in ("model", "method", "data"):
+        if getattr(asked, block) != getattr(trained, block):
+            raise RunDirError(
+                f"the run in {run.root} was made with another `{block}` than {path} has now",
+                help=f"evaluate the run itself, {run.root}, or train the recipe with --overwrite",
+            )
+    # How to evaluate is the recipe's to say, also after training.
+    return Target(trained.model_copy(update={"evaluation": recipe.evaluation}), run)
 
 
 def load_plain(plan: Plan) -> nn.Module:

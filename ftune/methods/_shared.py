@@ -117,6 +117,9 @@ def peft_settings(model: nn.Module, targets: Targets, context: Context) -> dict[
     from transformers.pytorch_utils import Conv1D
 
     matched = {linear.name for linear in match_targets(list_linears(model), targets)}
+    if isinstance(targets, str) and targets != "all-linear":
+        # PEFT would match the expression against everything, the output head and whole blocks included.
+        targets = tuple(sorted(matched))
     kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name in matched}
     return {
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -237,12 +240,13 @@ def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
     """Save a transformers model in ``dtype`` without changing the one in memory."""
     whole = cast(Any, model)
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
-    before = whole.config.dtype
+    before = whole.config.dtype, whole.config.use_cache
     try:
-        whole.config.dtype = dtype
+        # Training goes without a cache; whoever loads the model wants one.
+        whole.config.dtype, whole.config.use_cache = dtype, True
         whole.save_pretrained(str(out), state_dict=state)
     finally:
-        whole.config.dtype = before
+        whole.config.dtype, whole.config.use_cache = before
 
 
 def load_whole_model(base: nn.Module, directory: Path) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftune.errors import ModelError
+from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.recipe.locate import Located, locate_model
@@ -23,13 +23,11 @@ __all__ = ["choose_device", "choose_dtype", "load_base", "load_config", "load_to
 
 
 def choose_device() -> torch.device:
-    """The accelerator that torch sees, else the CPU."""
+    """CUDA where torch sees it, else the CPU. Apple's MPS is not chosen: nothing here was tried on it."""
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
     return torch.device("cpu")
 
 
@@ -61,6 +59,8 @@ def _source(spec: ModelSpec, located: Located) -> dict[str, Any]:
 @contextlib.contextmanager
 def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be read into one sentence."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, ConnectionError) as error:
@@ -70,7 +70,7 @@ def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
             f"cannot read the {what} of model `{spec.id}`: {first}",
             help="check the id and the network; HF_HUB_OFFLINE=1 reads the local cache only",
         ) from error
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise ModelError(f"cannot read the {what} of model `{spec.id}`: {error}") from error
 
 
@@ -110,8 +110,17 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
         # Padding is never in the loss and never attended to: any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(Path(chat_template).expanduser())
     return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the chat template {path}: {error}", help="`data.chat_template` names a UTF-8 Jinja file"
+        ) from error
 
 
 def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
-from ftune.errors import ModelError
+from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_config, load_tokenizer
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Plan", "build", "context_of", "resolve"]
+__all__ = ["Plan", "build", "context_of", "resolve", "written_out"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""
@@ -102,9 +102,14 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    recipe = _written_out(recipe, dtype)
+    recipe = written_out(recipe, dtype)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
+    if recipe.evaluation.metrics and splits.eval is not None and splits.eval.format == "text":
+        raise DataError(
+            "evaluation.metrics compare answers, and held-out rows of format `text` have none",
+            help="leave out evaluation.metrics: loss and perplexity are measured anyway",
+        )
     rows = make_rows(splits.train, recipe)
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
 
@@ -122,7 +127,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
 
     config = load_config(recipe.model)
     _refuse(recipe, config)
-    shape = read_shape(config)
+    shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
     lengths = row_lengths(splits.train, rows)
     memory = estimate(
         recipe.method,
@@ -180,7 +185,7 @@ def _many(config: Any, name: str) -> bool:
     return (getattr(config, name, None) or 0) > 1
 
 
-def _written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
     """The recipe with every derived value in place, so that it means the same on another machine."""
     return recipe.model_copy(
         update={
@@ -241,6 +246,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "id": recipe.model.id,
+            "public_name": context.base_name,
             "type": plan.shape.model_type,
             "parameters": plan.shape.parameters,
             "dtype": str(context.dtype).removeprefix("torch."),

@@ -119,7 +119,8 @@ class Loop:
                     loss = loss * (plan.world_size / targets)
                     penalty = method.penalty(model) if last else None
                     loss = loss if penalty is None else loss + penalty
-                    self.accelerator.backward(loss)
+                    # Not accelerator.backward: that divides by a number from the environment.
+                    loss.backward()
 
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
             if not math.isfinite(norm):
@@ -132,7 +133,7 @@ class Loop:
             self.optimizer.step()
             # Must run before zero_grad: importance scores read .grad.
             extra = method.after_step(model, step + 1)
-            watch.after_update(model, last=step + 1 == plan.total_steps)
+            watch.after_update(model, last=step + 1 == plan.total_steps, at_peak=step >= plan.warmup_steps)
             self.optimizer.zero_grad(set_to_none=True)
 
             loss_sum = float(self.accelerator.reduce(total, "sum"))
@@ -157,11 +158,12 @@ class Loop:
     def _after(self, step: int) -> None:
         """Evaluate and save when due, and stop when asked."""
         recipe, final = self.plan.recipe, step == self.plan.total_steps
-        if self.plan.eval_rows and (final or _due(step, recipe.evaluation.every_steps)):
-            self.evaluate(step)
         stopping = self._stop_signal()
+        # Saved first: what goes wrong in an evaluation must not cost the run.
         if final or stopping or _due(step, recipe.checkpoint.every_steps):
             self.save(step)
+        if self.plan.eval_rows and (final or (not stopping and _due(step, recipe.evaluation.every_steps))):
+            self.evaluate(step)
         if stopping and not final:
             raise Interrupted(f"stopped after step {step} of {self.plan.total_steps}", signal_number=stopping)
 
@@ -235,7 +237,7 @@ def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) ->
 
 def eval_batches(held_out: Split, plan: Plan, rank: int, world: int) -> list[Batch]:
     """The held-out rows of one process as batches of rows of similar length."""
-    size = 1 if plan.recipe.packing else plan.recipe.evaluation.batch_size
+    size = plan.recipe.evaluation.batch_size
     rows = sorted(
         ([held_out.examples[i] for i in row] for row in plan.eval_rows),
         key=lambda row: sum(len(example.input_ids) for example in row),

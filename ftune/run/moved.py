@@ -32,12 +32,13 @@ class MoveWatch:
         """Whether every parameter has moved."""
         return not self._waiting
 
-    def after_update(self, model: nn.Module, *, last: bool) -> None:
+    def after_update(self, model: nn.Module, *, last: bool, at_peak: bool = True) -> None:
         """Look at the parameters after an update, while their gradients are still there.
 
         Args:
             model: The adapted model.
             last: Whether the run ends with this update.
+            at_peak: Whether the warm-up is over: before, an update of a large weight may be less than its last bit.
 
         Raises:
             RunFailed: A parameter is outside the graph, or did not move in ``PATIENCE`` updates.
@@ -55,7 +56,7 @@ class MoveWatch:
         self._waiting = {
             name: before for name, before in self._waiting.items() if _checksum(parameters[name]) == before
         }
-        if self._updates >= PATIENCE or (last and len(self._waiting) == self._trained):
+        if (at_peak and self._updates >= PATIENCE) or (last and len(self._waiting) == self._trained):
             resting = list(self._waiting)
         else:
             resting = []

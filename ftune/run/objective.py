@@ -15,7 +15,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from ftune.data.batches import Batch
 
-__all__ = ["Objective", "autocast"]
+__all__ = ["Objective", "autocast", "packing_error"]
 
 
 def autocast(dtype: torch.dtype, device_type: str) -> AbstractContextManager[Any]:
@@ -57,3 +57,39 @@ class Objective(nn.Module):
         return F.cross_entropy(
             logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=-100, reduction="sum"
         )
+
+
+@torch.no_grad()
+def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vocab: int) -> tuple[float, float]:
+    """How much a packed document depends on its neighbour, and on standing behind it.
+
+    Args:
+        model: A causal model; left in training mode if it was.
+        dtype: What it computes in.
+        device: Where it is.
+        vocab: Size of its vocabulary, from which three documents of 12 tokens are made.
+
+    Returns:
+        The largest change of the second document's logits when the first is another one, and when it is taken away,
+        both as shares of the logits' standard deviation. Both are 0, up to rounding, where documents are isolated.
+    """
+    ids = torch.arange(36, device=device) * 7919 % vocab
+    first, other, second = ids[:12], ids[12:24], ids[24:]
+    places = torch.arange(12, device=device)
+
+    def logits(documents: list[Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": torch.cat(documents)[None], "use_cache": False}
+        if len(documents) > 1:
+            inputs["position_ids"] = torch.cat([places] * len(documents))[None]
+        with autocast(dtype, device.type):
+            found: Tensor = model(**inputs).logits[0, -12:].float()
+        return found
+
+    was_training = model.training
+    model.eval()
+    try:
+        packed, behind_other, alone = logits([first, second]), logits([other, second]), logits([second])
+    finally:
+        model.train(was_training)
+    spread = float(alone.std())
+    return float((packed - behind_other).abs().max()) / spread, float((packed - alone).abs().max()) / spread

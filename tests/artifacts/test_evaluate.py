@@ -43,6 +43,47 @@ def test_base_and_tuned_side_by_side(name: str, tmp_path: Path) -> None:
     assert "change" in table.splitlines()[0]
 
 
+def test_a_recipe_that_changed_since_is_not_its_run(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path, evaluation={"metrics": ["contains"], "max_new_tokens": 4})
+    train(tiny.recipe(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(loaded.text)
+    # How to evaluate may change after training; what was trained may not.
+    assert set(evaluate(find_target(path), base=False)["tuned"]["metrics"]) == {"contains"}
+    path.write_text(tiny.recipe(tmp_path, method={"rank": 8}).text)
+    with pytest.raises(RunDirError, match="another `method`"):
+        find_target(path)
+
+
+def test_rows_that_were_trained_on_are_not_held_out(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path, data={"eval": None, "eval_fraction": 0.25}))
+    tiny.write_chats(tmp_path / "train.jsonl", 27)
+    with pytest.raises(DataError, match="were trained on"):
+        evaluate(find_target(tmp_path / "run"), base=False)
+
+
+def test_held_out_data_of_its_own_may_change_and_is_mentioned(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path))
+    tiny.write_chats(tmp_path / "eval.jsonl", 5, start=50)
+    result = evaluate(find_target(tmp_path / "run"), base=False)
+    assert "differs from that of the run" in evaluation_table(result, 80)
+
+
+def test_two_patterns_are_two_metrics(tmp_path: Path) -> None:
+    metrics = [{"name": "regex", "pattern": p} for p in ("(It)", "(\\d)")]
+    train(tiny.recipe(tmp_path, evaluation={"metrics": metrics, "max_new_tokens": 4}))
+    found = evaluate(find_target(tmp_path / "run"), base=False)["tuned"]["metrics"]
+    assert set(found) == {"regex (It)", "regex (\\d)"}
+
+
+def test_text_has_no_answers_to_compare(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path, evaluation={"metrics": ["contains"]})
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some words that are long enough"}\n' * 3)
+    with pytest.raises(DataError, match="format `text`"):
+        train(loaded)
+
+
 def test_without_held_out_data_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, data={"eval": None})
     (tmp_path / "recipe.yaml").write_text(loaded.text)

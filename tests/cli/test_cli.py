@@ -153,7 +153,7 @@ def test_interrupted_is_130(recipe: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert f"continue with `ftune train {recipe} --resume`" in err
+    assert f"continue with `ftune train {recipe} --set training.max_steps=5000 --resume`" in err
     assert "Traceback" not in err
     last = tiny.events(tmp_path / "run", "step")[-1]["step"]
     assert (tmp_path / f"run/checkpoints/step-{last}/manifest.json").is_file()
@@ -177,6 +177,20 @@ def test_init_writes_a_recipe_that_validates(
     code, _, err = run(capsys, "init", method)
     assert code == 2
     assert "--force" in err
+
+
+@pytest.mark.parametrize("arguments", [["foo"], ["lora", "--out", "no/such/x.yaml"], ["lora", "--out", ".", "--force"]])
+def test_init_mistakes_are_two(arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "init", *arguments)
+    assert code == 2
+    assert err.startswith("error:")
+
+
+def test_an_output_dir_that_cannot_be_written_is_two(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "train", recipe, "--set", "output_dir=/proc/nothing/here")
+    assert code == 2
+    assert "choose another output_dir" in err
 
 
 def test_validate_shows_what_is_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

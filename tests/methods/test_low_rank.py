@@ -130,6 +130,12 @@ def test_what_cannot_work_is_refused_while_parsing(method: dict[str, Any], messa
         require(tiny.recipe(tmp_path, method=method))
 
 
+def test_an_expression_never_reaches_the_output_head() -> None:
+    model = adapted(tiny.method("lora", target_modules=r".*(q_proj|lm_head|mlp.*)"))
+    found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert found == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_dora_keeps_the_norms_it_starts_from_and_moves_them(tmp_path: Path) -> None:
     method = tiny.method("dora")
     model = adapted(method)

@@ -17,12 +17,12 @@ from ftune.artifacts import training
 from ftune.artifacts.training import train
 from ftune.data.batches import collate
 from ftune.data.tokenize import Example
-from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.errors import DataError, Interrupted, ModelError, RunDirError, RunFailed
 from ftune.methods import METHODS
 from ftune.recipe.load import Loaded
-from ftune.run.events import Saved, StepEnd
+from ftune.run.events import StepEnd
 from ftune.run.loop import Loop
-from ftune.run.objective import Objective
+from ftune.run.objective import Objective, packing_error
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 
@@ -203,8 +203,9 @@ def test_a_save_that_dies_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunFailed, match="no space"):
         train(tiny.recipe(tmp_path))
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
@@ -215,6 +216,42 @@ class TestRunDirectory:
         with pytest.raises(RunDirError, match="already holds a run"):
             train(loaded)
         train(loaded, overwrite=True)
+
+    def test_a_recipe_that_cannot_run_costs_nothing(self, tmp_path: Path) -> None:
+        train(tiny.recipe(tmp_path))
+        before = (tmp_path / "run/run.json").read_text()
+        with (tmp_path / "train.jsonl").open("a") as file:
+            file.write("not json\n")
+        with pytest.raises(DataError):
+            train(tiny.recipe(tmp_path), overwrite=True)
+        assert (tmp_path / "run/run.json").read_text() == before
+        assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+    def test_what_a_killed_rehearsal_left_is_swept_away(self, tmp_path: Path) -> None:
+        (tmp_path / "run/.tmp-rehearsal-x").mkdir(parents=True)
+        train(tiny.recipe(tmp_path))
+        assert not (tmp_path / "run/.tmp-rehearsal-x").exists()
+
+    def test_another_number_of_steps_is_another_run(self, tmp_path: Path, monkeypatch: Any) -> None:
+        with monkeypatch.context() as patched:
+            stop_after(patched, 1)
+            with pytest.raises(Interrupted):
+                train(tiny.recipe(tmp_path))
+        record = tmp_path / "run/run.json"
+        data = json.loads(record.read_text())
+        # As if it had been started on two processes.
+        data["plan"]["training"] |= {"world_size": 2, "steps": 2}
+        record.write_text(json.dumps(data))
+        with pytest.raises(RunDirError, match="processes: 2 then, 1 now"):
+            train(tiny.recipe(tmp_path), resume=True)
+
+    def test_tensorboard_gets_the_numbers(self, tmp_path: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        train(tiny.recipe(tmp_path, tracking=["jsonl", "tensorboard"]))
+        found = [path.parent for path in (tmp_path / "run/tracking").rglob("events.*")]
+        scalars = {tag for where in found for tag in EventAccumulator(str(where)).Reload().Tags()["scalars"]}
+        assert {"train/loss", "eval/loss"} <= scalars
 
     def test_never_deletes_what_is_not_its_own(self, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
@@ -259,15 +296,64 @@ def test_loss_falls(tmp_path: Path) -> None:
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
 
 
-def test_events_say_where_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Saved] = []
-    emit = Loop.save
+def test_a_failing_evaluation_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
 
-    def save(self: Loop, step: int) -> None:
-        emit(self, step)
-        saved.append(Saved(step, f"step-{step}"))
-
-    monkeypatch.setattr(Loop, "save", save)
-    train(tiny.recipe(tmp_path))
-    assert saved == [Saved(4, "step-4")]
+    loaded = tiny.recipe(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "evaluate", out_of_memory)
+        with pytest.raises(MemoryError):
+            train(loaded)
     assert (tmp_path / "run/checkpoints/step-4/manifest.json").is_file()
+    # Every step was made: resuming only has to write what was trained.
+    record = train(loaded, resume=True)
+    assert record["status"] == "finished"
+    assert record["measured"]["steps"] == 4
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_long_warm_up_is_no_failure(tmp_path: Path) -> None:
+    # The first updates are less than the last bit of an fp32 weight.
+    loaded = tiny.recipe(
+        tmp_path,
+        "full",
+        optimizer={"learning_rate": 1e-6},
+        schedule={"warmup_steps": 60},
+        training={"max_steps": 70, "gradient_accumulation_steps": 1},
+        data={"max_length": 64},
+    )
+    assert train(loaded)["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+        ("opt", {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("llama", {}),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("qwen2", {}),
+    ],
+)
+def test_the_probe_finds_architectures_that_cannot_be_packed(model_type: str, sizes: dict[str, int]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    grouped = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = sizes or {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **grouped}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    leak, shift = packing_error(model, torch.float32, torch.device("cpu"), 64)
+    assert (leak > 1e-3 or shift > 0.1) == (model_type in ("mamba", "opt"))
+    assert model.training
+
+
+def test_a_model_that_leaks_is_not_trained_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "packing_error", lambda *_: (0.5, 0.5))
+    with pytest.raises(ModelError, match="does not keep packed documents apart"):
+        train(tiny.recipe(tmp_path))
+    train(tiny.recipe(tmp_path, data={"packing": False}), overwrite=True)

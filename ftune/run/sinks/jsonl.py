@@ -9,7 +9,7 @@ from typing import Any
 
 from ftune.run.events import Event
 
-__all__ = ["JsonlSink", "truncate_after"]
+__all__ = ["JsonlSink", "read_events", "truncate_after"]
 
 
 class JsonlSink:
@@ -30,16 +30,19 @@ class JsonlSink:
         self._file.close()
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the events after ``step``, and a torn last line: a resumed run makes those steps again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events in a file, without a torn last line; none when there is no file."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            event: dict[str, Any] = json.loads(line)
+            events.append(json.loads(line))
         except ValueError:
             continue
-        if event.get("step", 0) <= step and event.get("event") != "end":
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return events
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the events after ``step``, and a torn last line: a resumed run makes those steps again."""
+    if path.is_file():
+        kept = [event for event in read_events(path) if event.get("step", 0) <= step and event.get("event") != "end"]
+        path.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from typing import TextIO
@@ -50,7 +51,11 @@ class ProgressSink:
         self._drawn = False
 
     def receive(self, event: Event) -> None:
-        """Show one event."""
+        """Show one event; a reader that has gone away must not stop the training."""
+        with contextlib.suppress(BrokenPipeError):
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, RunStart):
             self._total, self._start, self._began = event.total_steps, event.step, time.monotonic()
         elif isinstance(event, StepEnd):

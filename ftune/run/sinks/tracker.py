@@ -37,7 +37,9 @@ class TrackerSink:
 
     def close(self) -> None:
         """Let the trackers flush."""
-        self._accelerator.end_training()
+        # Not end_training: that also ends the process group, which the other processes still need.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
