@@ -60,7 +60,7 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vocab: int) -> tuple[float, float]:
+def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vocab: int) -> tuple[float, float, float]:
     """How much a packed document depends on its neighbour, and on standing behind it.
 
     Args:
@@ -70,26 +70,31 @@ def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vo
         vocab: Size of its vocabulary, from which three documents of 12 tokens are made.
 
     Returns:
-        The largest change of the second document's logits when the first is another one, and when it is taken away,
-        both as shares of the logits' standard deviation. Both are 0, up to rounding, where documents are isolated.
+        Mean changes of one document's logits, as shares of their standard deviation: when the document before it is
+        another one (same shapes, so 0 where documents are isolated); when there is none before it; and, as the
+        measure of rounding between these shapes, when it stands first in a row of that length.
     """
     ids = torch.arange(36, device=device) * 7919 % vocab
-    first, other, second = ids[:12], ids[12:24], ids[24:]
+    first, other, probe = ids[:12], ids[12:24], ids[24:]
     places = torch.arange(12, device=device)
 
-    def logits(documents: list[Tensor]) -> Tensor:
+    def logits(documents: list[Tensor], packed: bool = False) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": torch.cat(documents)[None], "use_cache": False}
-        if len(documents) > 1:
+        if packed:
             inputs["position_ids"] = torch.cat([places] * len(documents))[None]
         with autocast(dtype, device.type):
-            found: Tensor = model(**inputs).logits[0, -12:].float()
+            found: Tensor = model(**inputs).logits[0].float()
         return found
 
     was_training = model.training
     model.eval()
     try:
-        packed, behind_other, alone = logits([first, second]), logits([other, second]), logits([second])
+        behind = logits([first, probe], packed=True)[12:]
+        behind_other = logits([other, probe], packed=True)[12:]
+        alone, in_front = logits([probe]), logits([probe, other])[:12]
     finally:
         model.train(was_training)
-    spread = float(alone.std())
-    return float((packed - behind_other).abs().max()) / spread, float((packed - alone).abs().max()) / spread
+    spread = alone.std()
+    leak, shift, rounding = ((a - b).abs().mean() / spread for a, b in
+                             ((behind, behind_other), (behind, alone), (in_front, alone)))  # fmt: skip
+    return float(leak), float(shift), float(rounding)

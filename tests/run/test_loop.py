@@ -97,7 +97,7 @@ def test_micro_batches_and_accumulation_give_one_result(name: str, packing: bool
         results.append((step["loss"], step["grad_norm"], step["target_tokens"]))
     for loss, norm, targets in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
-        assert norm == pytest.approx(results[0][1], rel=1e-5)
+        assert norm == pytest.approx(results[0][1], rel=1e-6)
         assert targets == results[0][2]
 
 
@@ -336,7 +336,10 @@ def test_a_long_warm_up_is_no_failure(tmp_path: Path) -> None:
         ("qwen2", {}),
     ],
 )
-def test_the_probe_finds_architectures_that_cannot_be_packed(model_type: str, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_finds_architectures_that_cannot_be_packed(
+    model_type: str, sizes: dict[str, int], dtype: torch.dtype
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -347,13 +350,13 @@ def test_the_probe_finds_architectures_that_cannot_be_packed(model_type: str, si
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    leak, shift = packing_error(model, torch.float32, torch.device("cpu"), 64)
-    assert (leak > 1e-3 or shift > 0.1) == (model_type in ("mamba", "opt"))
+    leak, shift, rounding = packing_error(model.to(dtype), dtype, torch.device("cpu"), 64)
+    assert (leak > 1e-4 or shift > 4 * rounding + 1e-4) == (model_type in ("mamba", "opt"))
     assert model.training
 
 
 def test_a_model_that_leaks_is_not_trained_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "packing_error", lambda *_: (0.5, 0.5))
+    monkeypatch.setattr(training, "packing_error", lambda *_: (0.5, 0.5, 0.0))
     with pytest.raises(ModelError, match="does not keep packed documents apart"):
         train(tiny.recipe(tmp_path))
     train(tiny.recipe(tmp_path, data={"packing": False}), overwrite=True)
