@@ -59,7 +59,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     items, too_long = _generation_items(plan)
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
-        "method": plan.summary()["method"]["name"],
+        "method": recipe.method.name,
         "model": recipe.model.id,
         "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
         "generated": len(items),

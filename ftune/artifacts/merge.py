@@ -78,7 +78,7 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     method = recipe.method
     if not method.mergeable:
         raise FtuneError(
-            f"a run of `{run.read()['plan']['method']['name']}` cannot be merged",
+            f"a run of `{method.name}` cannot be merged",
             help=method.not_mergeable_because,
         )
     target = out or run.root / "merged"

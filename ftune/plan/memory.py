@@ -30,7 +30,10 @@ from typing import Any
 from ftune.methods import METHODS, Method, ModelShape
 from ftune.methods.quantization import Quantization
 
-__all__ = ["MemoryEstimate", "available_bytes", "estimate", "what_to_change"]
+__all__ = ["ITEMS", "MemoryEstimate", "available_bytes", "estimate", "what_to_change"]
+
+ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
+"""What a peak is made of, in the order in which it is shown."""
 
 LOSS_BYTES = 12
 """Bytes a logit takes at the start of the backward pass: log-softmax, its gradient, the logits' gradient."""
@@ -82,18 +85,7 @@ class MemoryEstimate:
 
     def as_dict(self) -> dict[str, int]:
         """The items and the total, in bytes."""
-        names = (
-            "weights",
-            "adapters",
-            "gradients",
-            "optimizer",
-            "activations",
-            "logits",
-            "buffers",
-            "runtime",
-            "total",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*ITEMS, "total")}
 
 
 def estimate(

@@ -6,22 +6,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from ftune.plan.memory import ITEMS
+
 __all__ = ["bytes_text", "count_text", "render_plan"]
 
 LABEL = 12  # columns of the label in front of every line
 ITEM = 14  # columns of a name inside the memory block
 BAR = 30  # columns of the largest bar
-
-_MEMORY_ITEMS = (
-    "weights",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "buffers",
-    "runtime",
-)
 
 
 def bytes_text(value: float) -> str:
@@ -198,7 +189,7 @@ def _device(model: dict[str, Any], device: dict[str, Any]) -> Iterator[str]:
 def _memory(plan: dict[str, Any], width: int) -> list[str]:
     """The items, the largest bar for the total, and the verdict."""
     memory: dict[str, int] = plan["memory"]
-    items = [(name, memory[name]) for name in _MEMORY_ITEMS if memory.get(name)]
+    items = [(name, memory[name]) for name in ITEMS if memory.get(name)]
     total = memory.get("total") or sum(value for _, value in items)
     room = min(BAR, width - LABEL - ITEM - 22)
     lines = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.run.events import EvalEnd, Event, StepEnd
@@ -49,8 +48,3 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def logging_dir(run: Path) -> Path:
-    """Where trackers that write files write them."""
-    return run / "tracking"
