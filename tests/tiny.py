@@ -99,9 +99,11 @@ def batch(rows: int = 2, length: int = 12, seed: int = 3) -> dict[str, torch.Ten
 
 
 def logits(of: torch.nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """Logits at the positions of the inputs: prompt tuning puts its own in front."""
     of.eval()
+    inputs = inputs or batch()
     with torch.no_grad():
-        return of(**(inputs or batch()), use_cache=False).logits
+        return of(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
 
 
 def disturb(adapted: torch.nn.Module, scale: float = 0.1) -> None:

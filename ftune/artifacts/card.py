@@ -22,7 +22,7 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     plan, measured, resolved = record["plan"], record["measured"], record["resolved"]
     method, data, training = plan["method"], plan["data"], plan["training"]
     base = plan["model"]["public_name"]
-    front: dict[str, Any] = {"library_name": "peft" if method["artifact"] == "adapter" else "transformers"}
+    front: dict[str, Any] = {"library_name": method["saved_as"]}
     if "/" in base and "://" not in base:  # a hub id; of a local path only the last part is public
         front["base_model"] = base
     front["tags"] = ["ftune", method["name"]]
@@ -44,7 +44,7 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     title = f"{base.rsplit('/', 1)[-1]}, tuned by {method['name']}"
     (directory / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
-        f"Made with ftune. {_how_to_load(method['artifact'], base)}\n\n| | |\n|---|---|\n{table}\n",
+        f"Made with ftune. {_how_to_load(method['saved_as'], base)}\n\n| | |\n|---|---|\n{table}\n",
         encoding="utf-8",
     )
 
@@ -63,7 +63,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _how_to_load(artifact: str, base: str) -> str:
-    if artifact == "model":
+def _how_to_load(saved_as: str, base: str) -> str:
+    if saved_as == "ftune":
+        return f"Use it with `ftune eval RUN` and `ftune chat RUN`, over `{base}`."
+    if saved_as == "transformers":
         return "Load it with `AutoModelForCausalLM.from_pretrained(DIRECTORY)`."
     return f"Load it with `PeftModel.from_pretrained(model, DIRECTORY)` over `{base}`."

@@ -13,7 +13,7 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
-from ftune.plan.base_model import load_config
+from ftune.plan.base_model import configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json
 from ftune.run.loop import held_out_loss
@@ -118,7 +118,7 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     held_out, spec = plan.splits.eval, plan.recipe.evaluation
     assert held_out is not None
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
-    context = getattr(load_config(plan.recipe.model), "max_position_embeddings", None) or sys.maxsize
+    context = getattr(configured(plan.recipe.model, plan.recipe.method), "max_position_embeddings", None) or sys.maxsize
     fitting = [item for item in items if len(item.prompt_ids) + spec.max_new_tokens <= context]
     if not fitting:
         raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")

@@ -35,8 +35,7 @@ def training_summary(record: dict[str, Any], output_dir: str) -> str:
         f"{human_bytes(measured['predicted_peak_bytes'])} ({measured['predicted_over_measured']:.2f} x)",
     ]
     if record["vitals"]:
-        vitals = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in record["vitals"].items())
-        lines.append(f"vitals: {vitals}")
+        lines.append(f"at work: {record['vitals_line']}")
     lines.append(f"saved: {output_dir}/{method['artifact']}")
     return "\n".join(lines)
 

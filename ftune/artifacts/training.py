@@ -22,7 +22,7 @@ from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
-from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd
+from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd, Vitals
 from ftune.run.files import new_directory
 from ftune.run.loop import Loop
 from ftune.run.objective import Objective, packing_error
@@ -135,6 +135,7 @@ def train(
         "plan": summary,
         "measured": {},
         "vitals": {},
+        "vitals_line": "",
         "versions": package_versions(),
         "device": summary["device"] | {"processes": accelerator.num_processes},
         "seed": recipe.training.seed,
@@ -176,10 +177,13 @@ def train(
             facts = {"fingerprint": summary["data"]["fingerprint"], "total_steps": plan.total_steps}
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, facts)
             loop.run(start)
+            record["vitals"] = recipe.method.vitals(model, optimizer)
+            record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
+            emit(Vitals(plan.total_steps, record["vitals"]))
+            _require_at_work(recipe, record["vitals"])
             if main:
                 with new_directory(run.root / recipe.method.artifact) as out:
                     _save_artifact(plan, model, out)
-                    record["vitals"] = recipe.method.vitals(model)
                     record["measured"] = tally.measured(plan.memory.total)
                     record["measured"]["wall_seconds"] = time.perf_counter() - began
                     write_card(out, record)
@@ -249,6 +253,20 @@ def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool
     if any(name not in _LOCAL_SINKS for name in recipe.tracking):
         sinks.append(TrackerSink(accelerator, run.root.name, flatten(recipe.model_dump(mode="json"))))
     return sinks
+
+
+def _require_at_work(recipe: Recipe, vitals: dict[str, float]) -> None:
+    """Hold that the method did what it says.
+
+    Raises:
+        RunFailed: The vitals show that it did nothing.
+    """
+    reason = recipe.method.not_at_work(vitals)
+    if reason is not None:
+        raise RunFailed(
+            f"`{recipe.method.name}` was not at work: {reason}",
+            help="only the checkpoints were kept; run.json has the vitals",
+        )
 
 
 def _save_artifact(plan: Plan, model: nn.Module, out: Path) -> None:

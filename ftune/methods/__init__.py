@@ -10,12 +10,21 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from ftune.methods.adalora import AdaLora
 from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods.bottleneck import Bottleneck
 from ftune.methods.dora import Dora
+from ftune.methods.fourierft import FourierFt
 from ftune.methods.full import Full
+from ftune.methods.galore import GaLore
+from ftune.methods.ia3 import Ia3
+from ftune.methods.longlora import LongLora
 from ftune.methods.lora import Lora
 from ftune.methods.optimizer import OptimizerSpec
+from ftune.methods.prefix import Prefix
+from ftune.methods.prompt import Prompt
 from ftune.methods.qlora import QLora
+from ftune.methods.vera import Vera
 
 __all__ = [
     "METHODS",
@@ -28,7 +37,10 @@ __all__ = [
     "Problem",
 ]
 
-AnyMethod = Annotated[Full | Lora | QLora | Dora, Field(discriminator="name")]
+AnyMethod = Annotated[
+    Full | Lora | QLora | Dora | AdaLora | Ia3 | Vera | FourierFt | LongLora | GaLore | Prefix | Prompt | Bottleneck,
+    Field(discriminator="name"),
+]
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["name"].default: cls for cls in get_args(get_args(AnyMethod)[0])}
 """Method name to class, in the order of the union."""

@@ -19,6 +19,7 @@ from ftune.methods.quantization import Quantization
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 __all__ = ["LowRank"]
 
@@ -92,9 +93,23 @@ class LowRank(Method):
         """Add the update to the weights it was trained against, dequantized first where they are 4-bit."""
         return _shared.merge_peft(model)
 
-    def vitals(self, model: nn.Module) -> dict[str, float]:
-        """How many projections are adapted, and how large the trained update is against its base."""
+    def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """How many projections are adapted, how large B became, and what is 4-bit."""
         return _shared.update_vitals(model) | _shared.quantization_vitals(model)
+
+    def not_at_work(self, vitals: dict[str, float]) -> str | None:
+        """A B that is still zero, or a base that should be 4-bit and is not."""
+        if not vitals["lora_b_norm_min"] > 0:
+            return "a matrix B is still zero, so its projection computes as the base does"
+        return _shared.quantization_failure(self.quantization, vitals)
+
+    def vitals_line(self, vitals: dict[str, float]) -> str:
+        """For people."""
+        line = (
+            f"{vitals['adapted_layers']:.0f} projections adapted, norm of B {vitals['lora_b_norm_mean']:.3g} on "
+            f"average, at least {vitals['lora_b_norm_min']:.3g}"
+        )
+        return line + _shared.quantization_line(vitals)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """``rank * (in + out)`` for each target."""

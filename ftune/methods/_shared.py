@@ -378,6 +378,20 @@ def quantization_vitals(model: nn.Module) -> dict[str, float]:
     return {"quantized_layers": float(len(layers)), "quantized_bytes": float(packed)}
 
 
+def quantization_failure(quantization: Quantization | None, vitals: dict[str, float]) -> str | None:
+    """Why the 4-bit base is none, or None."""
+    if quantization is not None and not vitals.get("quantized_layers"):
+        return "no projection of the base is 4-bit, though the recipe asks for it"
+    return None
+
+
+def quantization_line(vitals: dict[str, float]) -> str:
+    """The 4-bit base for people, to be put behind another line; empty when nothing is quantized."""
+    if not vitals.get("quantized_layers"):
+        return ""
+    return f"; {vitals['quantized_layers']:.0f} of them 4-bit in {vitals['quantized_bytes'] / 2**20:,.1f} MiB"
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------
 
 

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from ftune.errors import FtuneError
 from ftune.methods.optimizer import OptimizerSpec, build_optimizer, state_bytes_per_element
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -49,6 +52,7 @@ class Context:
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
         base_name: How the base model is named in files that leave the machine; never a local path.
         revision: The hub revision of the base model, where it has one.
+        world_size: Processes that share an update.
     """
 
     total_steps: int
@@ -58,6 +62,7 @@ class Context:
     gradient_checkpointing: bool = False
     base_name: str = ""
     revision: str | None = None
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,14 @@ class Method(BaseModel):
     """The forward pass in one line."""
     typical_share: ClassVar[str]
     """Trainable share of a 7B model at the defaults, e.g. ``0.6 %``."""
+    choose: ClassVar[str]
+    """When to choose it, in a sentence or two."""
+    avoid: ClassVar[str]
+    """When not to."""
+    cost: ClassVar[str]
+    """What it costs in memory, time and storage, against LoRA."""
+    composes: ClassVar[str]
+    """What it works with, and what it refuses."""
     default_learning_rate: ClassVar[float] = 2e-4
     mergeable: ClassVar[bool] = True
     not_mergeable_because: ClassVar[str] = ""
@@ -134,13 +147,24 @@ class Method(BaseModel):
     """Whether the base weights can be 4-bit under it."""
     packable: ClassVar[bool] = True
     """Whether several documents may share a row (false for methods that prepend virtual tokens)."""
-    artifact: ClassVar[str] = "adapter"
-    """Directory under the run that holds what was trained: ``adapter`` or ``model``."""
+    starts_as_base: ClassVar[bool] = True
+    """Whether the adapted model computes as its base before the first update."""
+    artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
+    """Directory under the run that holds what was trained."""
+    saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "peft"
+    """Which library loads what ``save`` wrote."""
+    as_lora: ClassVar[Literal["exact", "approximate"] | None] = None
+    """Whether the trained update can be written as a plain LoRA adapter."""
+    not_lora_because: ClassVar[str] = ""
 
     # --- while parsing: no torch ---
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield what cannot work in this recipe because of this method."""
+        yield from ()
+
+    def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
+        """Yield what cannot work on this model or in this many steps, once the plan knows both."""
         yield from ()
 
     def resolved(self) -> Self:
@@ -159,6 +183,10 @@ class Method(BaseModel):
 
     def configure(self, config: Any) -> None:
         """Change the model's configuration before the model is built (LongLoRA's RoPE scaling)."""
+
+    def attention(self, requested: str) -> str:
+        """The attention implementation to build the model with, where the recipe asks for ``requested``."""
+        return requested
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Turn a freshly loaded base model into the one that trains.
@@ -187,17 +215,42 @@ class Method(BaseModel):
 
     # --- in the loop ---
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether parameters are updated while gradients are computed, and their gradients freed at once."""
+        return False
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A term added to the training loss once an update, never to the evaluation loss."""
         return None
+
+    def gradient_norm(self, trained: Sequence[nn.Parameter], optimizer: Optimizer) -> float:
+        """The global norm of the update's gradients, asked for after the last backward pass."""
+        import torch
+
+        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
         """Act after ``optimizer.step()`` and before the gradients are cleared; returns numbers to log."""
         return {}
 
-    def vitals(self, model: nn.Module) -> dict[str, float]:
-        """Numbers that prove the method is at work, taken after the last update."""
+    def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """Numbers that prove the method is at work, taken after evaluations and after the last update.
+
+        They describe the whole run: a resumed run gives the same ones, even when no update was left to make.
+        """
         return {}
+
+    def not_at_work(self, vitals: dict[str, float]) -> str | None:
+        """Why these numbers show that the method did nothing, or None where they show that it worked.
+
+        Asked after the last update; a reason fails the run.
+        """
+        return None
+
+    def vitals_line(self, vitals: dict[str, float]) -> str:
+        """The vitals in one line for people."""
+        return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in vitals.items())
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint must hold beside trainable parameters and optimizer state."""
@@ -227,6 +280,22 @@ class Method(BaseModel):
         """
         raise NotImplementedError(self.not_mergeable_because)
 
+    def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """The trained update as the factors of plain LoRA, in fp32.
+
+        Args:
+            model: From ``load``; it is not changed.
+            rank: Rank of every update; None: the least that is exact, or the method's own rank.
+
+        Returns:
+            For each adapted projection of the base model, by name, ``A`` (r, in) and ``B`` (out, r): the update
+            is ``B A``.
+
+        Raises:
+            FtuneError: The update is no low-rank matrix beside the weights.
+        """
+        raise FtuneError("this method cannot be written as LoRA", help=self.not_lora_because)
+
     # --- arithmetic for the planner: shapes only ---
 
     def trainable_parameters(self, shape: ModelShape) -> int:
@@ -239,6 +308,10 @@ class Method(BaseModel):
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """Bytes of the trainable parameters that are not themselves base weights."""
+        return 4 * self.trainable_parameters(shape)
+
+    def gradient_bytes(self, shape: ModelShape) -> int:
+        """Bytes of the gradients that are held at once."""
         return 4 * self.trainable_parameters(shape)
 
     def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:

@@ -12,6 +12,7 @@ from ftune.methods.base import Context, Method, ModelShape
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 __all__ = ["Full"]
 
@@ -23,8 +24,14 @@ class Full(Method):
     summary: ClassVar[str] = "every weight of the model"
     formula: ClassVar[str] = "h = (W + dW) x"
     typical_share: ClassVar[str] = "100 %"
+    choose: ClassVar[str] = "When memory allows it and the task is far from what the base knows, or data is plentiful."
+    avoid: ClassVar[str] = "On little data (it overfits and forgets most), or when many tunes of one base are kept."
+    cost: ClassVar[str] = "16 bytes for each parameter of the model (8-bit AdamW: 10), and a whole model a run."
+    composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW. No 4-bit base: it has to change."
+    not_lora_because: ClassVar[str] = "it changes every weight, norms and embeddings included"
     default_learning_rate: ClassVar[float] = 2e-5
-    artifact: ClassVar[str] = "model"
+    artifact: ClassVar[Literal["adapter", "model"]] = "model"
+    saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "transformers"
 
     name: Literal["full"] = Field("full", description="Full fine-tuning.")
 
@@ -37,6 +44,22 @@ class Full(Method):
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Let every parameter require grad."""
         return model.requires_grad_(True)
+
+    def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """How many parameters train, and how many the optimizer kept moments of."""
+        return {
+            "trained_tensors": float(sum(p.requires_grad for p in model.parameters())),
+            "tensors_with_state": float(len(optimizer.state)),
+        }
+
+    def not_at_work(self, vitals: dict[str, float]) -> str | None:
+        """A weight that the optimizer never updated."""
+        left = int(vitals["trained_tensors"] - vitals["tensors_with_state"])
+        return f"the optimizer never updated {left} of the model's tensors" if left > 0 else None
+
+    def vitals_line(self, vitals: dict[str, float]) -> str:
+        """For people."""
+        return f"all {vitals['trained_tensors']:.0f} tensors of the model were updated"
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""

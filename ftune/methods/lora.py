@@ -27,6 +27,11 @@ class Lora(LowRank):
     summary: ClassVar[str] = "a low-rank update beside each frozen matrix"
     formula: ClassVar[str] = "h = W x + (alpha/r) B A x"
     typical_share: ClassVar[str] = "0.1-1 %"
+    choose: ClassVar[str] = "First. It is the yardstick: well understood, cheap, and served by every inference engine."
+    avoid: ClassVar[str] = "When the task is far from what the base knows: then full fine-tuning or GaLore learn more."
+    cost: ClassVar[str] = "The yardstick: 16 bytes of state for each trained parameter, a few MB a file."
+    composes: ClassVar[str] = "4-bit bases, packing, checkpointing, rsLoRA, LoRA+, PiSSA, OLoRA; merges exactly."
+    not_lora_because: ClassVar[str] = "it is plain LoRA already: RUN/adapter loads as it is"
     quantizable: ClassVar[bool] = True
 
     name: Literal["lora"] = Field("lora", description="Low-rank adaptation.")

@@ -19,6 +19,11 @@ class QLora(LowRank):
     summary: ClassVar[str] = "LoRA over base weights kept in 4 bits"
     formula: ClassVar[str] = "h = dequant(NF4(W)) x + (alpha/r) B A x"
     typical_share: ClassVar[str] = "0.1-1 %"
+    choose: ClassVar[str] = "When the base does not fit in 16 bits, or barely: the weights shrink to a quarter."
+    avoid: ClassVar[str] = "When the base fits: dequantizing costs time, and the model is tuned around its rounding."
+    cost: ClassVar[str] = "A quarter of the base's memory; 1.2 to 2 x LoRA's step time; files as LoRA's."
+    composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW; merges onto the dequantized base."
+    not_lora_because: ClassVar[str] = "it is plain LoRA already: RUN/adapter loads as it is"
     quantizable: ClassVar[bool] = True
 
     name: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["choose_device", "choose_dtype", "load_base", "load_config", "load_tokenizer"]
+__all__ = ["choose_device", "choose_dtype", "configured", "load_base", "load_config", "load_tokenizer"]
 
 
 def choose_device() -> torch.device:
@@ -77,6 +77,13 @@ def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration, a fresh copy at every call; no weights are read."""
     return copy.deepcopy(_read_config(spec))
+
+
+def configured(spec: ModelSpec, method: Method) -> Any:
+    """The model's configuration as the method changes it before the model is built."""
+    config = load_config(spec)
+    method.configure(config)
+    return config
 
 
 @functools.cache
@@ -138,13 +145,11 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
     located = locate_model(spec)
-    config = load_config(spec)
-    method.configure(config)
     quantization = method.quantization_config(dtype)
     settings: dict[str, Any] = {
-        "config": config,
+        "config": configured(spec, method),
         "dtype": method.base_dtype(dtype),
-        "attn_implementation": spec.attention,
+        "attn_implementation": method.attention(spec.attention),
         **_source(spec, located),
     }
     if located.gguf_file:

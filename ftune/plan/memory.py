@@ -170,7 +170,7 @@ def estimate(
     items = {
         "weights": method.base_bytes(shape, stored),
         "adapters": method.adapter_bytes(shape),
-        "gradients": 4 * trained,
+        "gradients": method.gradient_bytes(shape),
         "optimizer": method.optimizer_bytes(shape, optimizer),
         "activations": activations,
         "logits": logit_bytes,

@@ -15,7 +15,7 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
-from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_config, load_tokenizer
+from ftune.plan.base_model import choose_device, choose_dtype, configured, load_base, load_tokenizer
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
 from ftune.plan.shapes import read_shape
 from ftune.recipe.locate import locate_model
@@ -125,9 +125,10 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total_steps)
 
-    config = load_config(recipe.model)
-    _refuse(recipe, config)
+    config = configured(recipe.model, recipe.method)
     shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
+    context = context_of(recipe, device, dtype, total_steps, world_size)
+    _refuse(recipe, config, shape, context)
     lengths = row_lengths(splits.train, rows)
     memory = estimate(
         recipe.method,
@@ -153,17 +154,19 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
         total_steps=total_steps,
         warmup_steps=min(warmup, total_steps),
         shape=shape,
-        context=context_of(recipe, device, dtype, total_steps),
+        context=context,
         memory=memory,
     )
 
 
-def _refuse(recipe: Recipe, config: Any) -> None:
-    """Refuse what this architecture cannot do.
+def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) -> None:
+    """Refuse what this architecture, or the method on it, cannot do.
 
     Raises:
         ModelError: Names the architecture and the way out.
     """
+    for problem in recipe.method.refusals(shape, context):
+        raise ModelError(problem.message, help=problem.help)
     text = config.get_text_config()
     if recipe.model.attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
         raise ModelError(
@@ -197,7 +200,9 @@ def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
     )
 
 
-def context_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, total_steps: int = 1) -> Context:
+def context_of(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, total_steps: int = 1, world_size: int = 1
+) -> Context:
     """What the recipe's method may know."""
     located = locate_model(recipe.model)
     return Context(
@@ -208,6 +213,7 @@ def context_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, total_s
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         base_name=located.public_name,
         revision=located.revision,
+        world_size=world_size,
     )
 
 
@@ -255,6 +261,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "method": {
             "name": recipe.method.name,
             "artifact": method.artifact,
+            "saved_as": method.saved_as,
             "trainable": trainable,
             "share": trainable / total,
             "settings": method.model_dump(mode="json", exclude={"name"}),

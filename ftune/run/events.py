@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["EvalEnd", "Event", "Resumed", "RunEnd", "RunStart", "Saved", "Sink", "StepEnd"]
+__all__ = ["EvalEnd", "Event", "Resumed", "RunEnd", "RunStart", "Saved", "Sink", "StepEnd", "Vitals"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class EvalEnd(Event):
 
 
 @dataclass(frozen=True)
+class Vitals(Event):
+    """Numbers that show whether the method is at work."""
+
+    extra: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Saved(Event):
     """A checkpoint, or the trained adapter or model, is complete on disk."""
 
@@ -102,6 +109,7 @@ _NAMES: dict[type[Event], str] = {
     Resumed: "resume",
     StepEnd: "step",
     EvalEnd: "eval",
+    Vitals: "vitals",
     Saved: "saved",
     RunEnd: "end",
 }

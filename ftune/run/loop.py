@@ -25,7 +25,7 @@ from ftune.errors import Interrupted, RunFailed
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
 from ftune.run.checkpoint import Checkpoints
-from ftune.run.events import EvalEnd, Event, Saved, StepEnd
+from ftune.run.events import EvalEnd, Event, Saved, StepEnd, Vitals
 from ftune.run.memory import PeakMeter
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
@@ -75,7 +75,10 @@ class Loop:
         model, training = self.objective.model, self.plan.recipe.training
         wrapped = self.accelerator.prepare_model(self.objective) if plan.world_size > 1 else self.objective
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        watch, meter = MoveWatch(model), PeakMeter(self.accelerator.device)
+        watch, meter = (
+            MoveWatch(model, keeps_gradients=not method.updates_in_backward),
+            PeakMeter(self.accelerator.device),
+        )
         order_of, order = -1, [[0]]
         wrapped.train()
         for step in range(start, plan.total_steps):
@@ -122,7 +125,7 @@ class Loop:
                     # Not accelerator.backward: that divides by a number from the environment.
                     loss.backward()
 
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+            norm = method.gradient_norm(trained, self.optimizer)
             if not math.isfinite(norm):
                 raise RunFailed(
                     f"the gradient norm is {norm} at step {step + 1}, rows {self._row_numbers(rows)}",
@@ -174,6 +177,8 @@ class Loop:
         loss, count = held_out_loss(self.objective, self.plan, self.accelerator)
         perplexity = math.exp(min(loss, 700.0))
         self.emit(EvalEnd(step, loss, perplexity, count, time.perf_counter() - began))
+        if step < self.plan.total_steps:  # those of the end are judged, by the caller
+            self.emit(Vitals(step, self.plan.recipe.method.vitals(self.objective.model, self.optimizer)))
 
     def save(self, step: int) -> None:
         """Save a checkpoint on the main process; the others wait."""

@@ -18,9 +18,12 @@ class MoveWatch:
 
     Args:
         model: The adapted model, before its first update.
+        keeps_gradients: Whether gradients are still there after the update; False where each parameter is
+            updated, and its gradient freed, during the backward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keeps_gradients: bool = True) -> None:
+        self._keeps_gradients = keeps_gradients
         self._waiting = {name: _checksum(p) for name, p in model.named_parameters() if p.requires_grad}
         self._trained = len(self._waiting)
         self._updates = 0
@@ -48,7 +51,7 @@ class MoveWatch:
         self._updates += 1
         parameters = dict(model.named_parameters())
         outside = [name for name in self._waiting if parameters[name].grad is None]
-        if outside:
+        if outside and self._keeps_gradients:
             raise RunFailed(
                 f"{_some(outside)} got no gradient: trained in name only",
                 help="the model does not use them; narrow method.target_modules",

@@ -52,7 +52,8 @@ class Objective(nn.Module):
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
         with autocast(self.dtype, batch.input_ids.device.type):
-            logits_BKV = self.model(**inputs, logits_to_keep=positions).logits
+            # Counted from the end: prompt tuning puts its own positions in front.
+            logits_BKV = self.model(**inputs, logits_to_keep=positions - batch.input_ids.shape[1]).logits
         targets_BK = targets_BT[:, positions]
         return F.cross_entropy(
             logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=-100, reduction="sum"

@@ -1,0 +1,26 @@
+"""AdaLora: skeleton."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ftune.methods.base import Method
+
+__all__ = ["AdaLora"]
+
+
+class AdaLora(Method):
+    """Skeleton."""
+
+    paper: ClassVar[str] = "arXiv:2303.10512"
+    summary: ClassVar[str] = "-"
+    formula: ClassVar[str] = "-"
+    typical_share: ClassVar[str] = "-"
+    choose: ClassVar[str] = "-"
+    avoid: ClassVar[str] = "-"
+    cost: ClassVar[str] = "-"
+    composes: ClassVar[str] = "-"
+
+    name: Literal["adalora"] = Field("adalora", description="-")

@@ -1,0 +1,26 @@
+"""Bottleneck: skeleton."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ftune.methods.base import Method
+
+__all__ = ["Bottleneck"]
+
+
+class Bottleneck(Method):
+    """Skeleton."""
+
+    paper: ClassVar[str] = "arXiv:1902.00751"
+    summary: ClassVar[str] = "-"
+    formula: ClassVar[str] = "-"
+    typical_share: ClassVar[str] = "-"
+    choose: ClassVar[str] = "-"
+    avoid: ClassVar[str] = "-"
+    cost: ClassVar[str] = "-"
+    composes: ClassVar[str] = "-"
+
+    name: Literal["bottleneck"] = Field("bottleneck", description="-")
