@@ -294,6 +294,30 @@ def merge(
 
 
 @app.command()
+def convert(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default RUN/lora.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the adapter; default: the least that is exact.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what was trained as a plain LoRA adapter, which every engine serves.
+
+    It is read back from the disk and compared with the tuned model on real text. A method whose update is no
+    low-rank matrix is refused with the reason, or approximated and the error printed.
+    """
+    from ftune.artifacts.report import convert_summary
+
+    with _libraries():
+        from ftune.artifacts.convert import to_lora
+        from ftune.artifacts.run_dir import RunDir
+
+        report = to_lora(RunDir(run), out, rank)
+    _print_json(report) if as_json else print(convert_summary(report))
+
+
+@app.command()
 def chat(
     target: RunOrRecipe,
     base: Annotated[bool, typer.Option("--base", help="Begin with the base model.")] = False,

@@ -6,57 +6,26 @@ loaded again from the disk and must give the reference's logits on real text; el
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from ftune.artifacts.divergence import Divergence, divergence, in_fp32, logits_of, require_exact, sample_texts
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import FtuneError, RunFailed
-from ftune.methods._shared import is_4bit
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import new_directory
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Divergence", "divergence", "merge"]
+__all__ = ["merge"]
 
-MAX_ERROR_FP32 = 1e-3
-"""Largest difference of a logit that summation order explains (measured: 2e-6 to 2e-4)."""
 MAX_KL_ROUNDED = 0.02
 """Largest mean divergence, in nats a token, that rounding the weights to 16 bits explains (measured: 2e-3)."""
-TEXT_TOKENS = 512  # tokens of real text compared
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far one model's next-token distributions are from a reference's, over real text.
-
-    Attributes:
-        max_error: Largest absolute difference of two logits.
-        kl: Mean KL divergence KL(reference || model), in nats a token.
-        top1: Share of positions with the same most likely token.
-    """
-
-    max_error: float
-    kl: float
-    top1: float
-
-
-def divergence(reference: list[Tensor], other: list[Tensor]) -> Divergence:
-    """Compare logits of shape (tokens, vocabulary), text by text."""
-    worst, kl, same, count = 0.0, 0.0, 0, 0
-    for a_TV, b_TV in zip(reference, other, strict=True):
-        worst = max(worst, float((a_TV - b_TV).abs().max()))
-        kl += float(F.kl_div(b_TV.log_softmax(-1), a_TV.log_softmax(-1), log_target=True, reduction="sum"))
-        same += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
-        count += a_TV.shape[0]
-    return Divergence(worst, max(0.0, kl / count), same / count)
 
 
 def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dict[str, Any]:
@@ -90,19 +59,19 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     except OSError as error:
         raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
     plan = resolve(recipe)
-    texts = _texts(plan)
+    texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))
 
-    model = _in_fp32(load_plain(plan))
-    base_logits = _logits(model, texts)
-    model = _in_fp32(load_tuned(model, plan, run))
-    reference = _logits(model, texts)
+    model = in_fp32(load_plain(plan))
+    base_logits = logits_of(model, texts)
+    model = in_fp32(load_tuned(model, plan, run))
+    reference = logits_of(model, texts)
     effect = divergence(reference, base_logits)
     del base_logits
     merged = cast(Any, method.merge(model, plan.context))
     merged.eval()
-    in_memory = divergence(reference, _logits(merged, texts))
-    _require_exact(in_memory, "the merged weights")
+    in_memory = divergence(reference, logits_of(merged, texts))
+    require_exact(in_memory, "the merged weights")
 
     with new_directory(target) as aside:
         merged.to(saved_dtype)
@@ -110,7 +79,7 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
         merged.save_pretrained(str(aside), max_shard_size="4GB")
         plan.tokenizer.save_pretrained(str(aside))
         del merged, model
-        found = divergence(reference, _logits(_reload(aside, plan), texts))
+        found = divergence(reference, logits_of(_reload(aside, plan), texts))
         report = {
             "out": str(target),
             "dtype": str(saved_dtype).removeprefix("torch."),
@@ -127,18 +96,10 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     return report
 
 
-def _require_exact(found: Divergence, what: str) -> None:
-    if not found.max_error <= MAX_ERROR_FP32:
-        raise RunFailed(
-            f"{what} are not the model that was trained: in fp32 a logit differs by {found.max_error:.3g} "
-            f"(at most {MAX_ERROR_FP32:g} is rounding), KL {found.kl:.3g}; nothing was written"
-        )
-
-
 def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:
     """Fail unless what was read back from the disk is the trained model, up to rounding to its dtype."""
     if dtype == torch.float32:
-        _require_exact(found, "the weights read back from the disk")
+        require_exact(found, "the weights read back from the disk")
         return
     if not found.kl <= MAX_KL_ROUNDED:
         raise RunFailed(
@@ -154,19 +115,6 @@ def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:
         )
 
 
-def _in_fp32(model: nn.Module) -> nn.Module:
-    """Compute in fp32 on the weights as they are: exact for 16-bit ones, dequantized on the fly for 4-bit ones."""
-    # transformers' own float() refuses quantized models; torch's casts the floating parts and leaves packed ones.
-    torch.nn.Module.float(model).eval()
-    for module in model.modules():
-        if is_4bit(module):
-            layer = cast(Any, module)
-            layer.compute_dtype = torch.float32
-            # Whoever dequantizes (DoRA's norms, the merge) gets the codes times their scales, not rounded again.
-            layer.weight.quant_state.dtype = torch.float32
-    return model
-
-
 def _reload(directory: Path, plan: Plan) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
@@ -177,25 +125,3 @@ def _reload(directory: Path, plan: Plan) -> nn.Module:
         trust_remote_code=plan.recipe.model.trust_remote_code,
     )
     return cast("nn.Module", model.to(plan.context.device).eval())
-
-
-def _texts(plan: Plan) -> list[list[int]]:
-    """Real text, held-out where there is some: ``TEXT_TOKENS`` tokens of the first examples."""
-    split = plan.splits.eval or plan.splits.train
-    texts: list[list[int]] = []
-    left = TEXT_TOKENS
-    for example in split.examples:
-        if left < 2:
-            break
-        texts.append(example.input_ids[:left].tolist())
-        left -= len(texts[-1])
-    return texts
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, texts: list[list[int]]) -> list[Tensor]:
-    """Logits of each text, (tokens, vocabulary), fp32."""
-    device = next(model.parameters()).device
-    return [
-        model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu() for text in texts
-    ]

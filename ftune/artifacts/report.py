@@ -7,7 +7,7 @@ from typing import Any
 
 from ftune.run.sinks.progress import human_bytes, human_time
 
-__all__ = ["evaluation_table", "merge_summary", "table", "training_summary"]
+__all__ = ["convert_summary", "evaluation_table", "merge_summary", "table", "training_summary"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -82,19 +82,31 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
 def merge_summary(report: dict[str, Any]) -> str:
     """Where the merged model is and how close it is to what was trained."""
     found, effect = report["merged_vs_adapter"], report["base_vs_adapter"]
-    rows = [
-        [name, f"{d['max_error']:.2g}", f"{d['kl']:.2g}", f"{100 * d['top1']:.1f} %"]
-        for name, d in (("merged, from disk", found), ("base model", effect))
-    ]
     return (
         f"merged: {report['out']} ({report['dtype']}, {human_bytes(report['bytes'])})\n"
         f"in fp32, before rounding, the largest difference of a logit is {report['merge_error']:.2g}\n\n"
-        + table(
-            ["against the tuned model", "max |dlogit|", "KL, nats/token", "same top token"],
-            rows,
-            right=(1, 2, 3),
-        )
+        + _divergence_table((("merged, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared"
+    )
+
+
+def convert_summary(report: dict[str, Any]) -> str:
+    """Where the LoRA adapter is and how close it is to what was trained."""
+    found, effect = report["lora_vs_tuned"], report["base_vs_tuned"]
+    kind = "exact" if report["exact"] else "an approximation"
+    return (
+        f"converted: {report['out']} (plain LoRA of rank {report['rank']}, {human_bytes(report['bytes'])}, {kind})\n\n"
+        + _divergence_table((("LoRA adapter, from disk", found), ("base model", effect)))
+        + f"\n\n{report['tokens_compared']} tokens of real text compared, in fp32"
+    )
+
+
+def _divergence_table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """How far models are from the tuned one."""
+    return table(
+        ["against the tuned model", "max |dlogit|", "KL, nats/token", "same top token"],
+        [[name, f"{d['max_error']:.2g}", f"{d['kl']:.2g}", f"{100 * d['top1']:.1f} %"] for name, d in rows],
+        right=(1, 2, 3),
     )
 
 

@@ -223,6 +223,36 @@ def _difference(state: dict[str, Tensor], initial: dict[str, Tensor], config: An
     }
 
 
+def save_as_lora(factors: dict[str, tuple[Tensor, Tensor]], base: nn.Module, out: Path, context: Context) -> int:
+    """Save low-rank updates as a plain LoRA adapter of scale 1; returns its rank.
+
+    Every update is padded with zeros to the largest rank among them: inference engines know one rank an adapter.
+
+    Args:
+        factors: For each projection, by name, ``A`` (r, in) and ``B`` (out, r).
+        base: The model that the names belong to; it is wrapped in place.
+        out: An existing, empty directory.
+        context: Names the base model.
+    """
+    import torch
+    from peft import LoraConfig
+
+    rank = max(1, *(a.shape[0] for a, _ in factors.values()))
+    leaves = {name.rsplit(".", 1)[-1] for name in factors}
+    fitting = {linear.name for linear in match_targets(list_linears(base), tuple(sorted(leaves)))}
+    targets = tuple(sorted(leaves if fitting == set(factors) else factors))
+    config = LoraConfig(r=rank, lora_alpha=rank, **peft_settings(base, targets, context))
+    wrapped = attach(base, config, context)
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            layer = cast(Any, wrapped.get_submodule(f"base_model.model.{name}"))
+            for weight, given in ((layer.lora_A["default"].weight, a), (layer.lora_B["default"].weight, b)):
+                weight.zero_()
+                weight[: given.shape[0], : given.shape[1]] = given
+    save_peft(wrapped, out, context)
+    return rank
+
+
 def load_peft(base: nn.Module, directory: Path) -> nn.Module:
     """Attach an adapter saved by ``save_peft``; nothing requires grad."""
     from peft import PeftModel

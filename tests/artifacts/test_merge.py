@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftune.artifacts import merge as merging
-from ftune.artifacts.merge import divergence, merge
+from ftune.artifacts.divergence import divergence
+from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.errors import FtuneError, RunDirError, RunFailed

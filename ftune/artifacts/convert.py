@@ -1,0 +1,85 @@
+"""Conversion: the trained update as a plain LoRA adapter, which every inference engine serves.
+
+As with merging, what was written is read back over a fresh base model and compared with the tuned one on real
+text. Where the update is low-rank by construction the two must agree; where it is not, the report says how far
+the adapter is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ftune.artifacts.divergence import divergence, in_fp32, logits_of, require_exact, sample_texts
+from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.tuned import load_plain, load_tuned
+from ftune.errors import FtuneError, RunFailed
+from ftune.methods._shared import load_peft, save_as_lora
+from ftune.plan.resolve import resolve
+from ftune.run.files import new_directory, write_json
+
+__all__ = ["to_lora"]
+
+
+def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> dict[str, Any]:
+    """Write what a finished run trained as a plain LoRA adapter.
+
+    Args:
+        run: A finished run.
+        out: Where to write; default ``RUN/lora``. An older conversion there is replaced.
+        rank: Rank of the adapter; default: the least that is exact, or the method's choice.
+
+    Returns:
+        The report: where, of which rank, and the divergence from the tuned model and of the base from it.
+
+    Raises:
+        FtuneError: The method's update is no LoRA, or ``out`` holds something else.
+        RunFailed: The adapter is not what was trained; nothing is left at ``out``.
+    """
+    recipe = run.recipe()
+    method = recipe.method
+    if method.as_lora is None:
+        raise FtuneError(f"a run of `{method.name}` cannot be converted to LoRA", help=method.not_lora_because)
+    target = out or run.root / "lora"
+    if target.exists() and not (target / "convert.json").is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise FtuneError(f"{target} exists and is no converted adapter", help="choose another --out")
+    run.artifact(recipe)
+    plan = resolve(recipe)
+    texts = sample_texts(plan)
+
+    model = in_fp32(load_plain(plan))
+    base_logits = logits_of(model, texts)
+    model = in_fp32(load_tuned(model, plan, run))
+    reference = logits_of(model, texts)
+    effect = divergence(reference, base_logits)
+    factors = method.to_lora(model, rank)
+    del model, base_logits
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
+    with new_directory(target) as aside:
+        used = save_as_lora(factors, in_fp32(load_plain(plan)), aside, plan.context)
+        plan.tokenizer.save_pretrained(str(aside))
+        found = divergence(reference, logits_of(load_peft(in_fp32(load_plain(plan)), aside).eval(), texts))
+        if method.as_lora == "exact" and rank is None:
+            require_exact(found, "the LoRA matrices")
+        elif found.kl >= effect.kl:
+            raise RunFailed(
+                f"at rank {used} the LoRA adapter is no closer to the tuned model (KL {found.kl:.3g}) than the base "
+                f"model is ({effect.kl:.3g}); nothing was written",
+                help="ask for a higher --rank, or merge the run instead",
+            )
+        report = {
+            "out": str(target),
+            "rank": used,
+            "exact": method.as_lora == "exact" and rank is None,
+            "tokens_compared": sum(len(text) for text in texts),
+            "lora_vs_tuned": asdict(found),
+            "base_vs_tuned": asdict(effect),
+            "bytes": sum(path.stat().st_size for path in aside.glob("*.safetensors")),
+        }
+        write_json(aside / "convert.json", report)
+    return report
