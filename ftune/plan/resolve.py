@@ -167,6 +167,11 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
     """
     for problem in recipe.method.refusals(shape, context):
         raise ModelError(problem.message, help=problem.help)
+    if shape.extra["transposed"] and getattr(recipe.method, "quantization", None) is not None:
+        raise ModelError(
+            f"{config.model_type} keeps its weights transposed (Conv1D), which transformers cannot quantize",
+            help="leave out `quantization`, or take another model",
+        )
     text = config.get_text_config()
     if recipe.model.attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
         raise ModelError(

@@ -59,11 +59,14 @@ def shape_of(model: Any) -> ModelShape:
     - ``ffn_saved``: how many tensors of that width autograd keeps when the weights are frozen;
     - ``head_elements``: elements of the output head's weight, tied or not;
     - ``sliding_window``: the shortest attention window, or None;
+    - ``transposed``: whether projections are kept transposed, as ``Conv1D``;
     - ``softcap``: whether attention scores are capped; ``attention_dropout``: whether they are dropped out.
 
     Args:
         model: A causal language model of transformers, without adapters.
     """
+    from transformers.pytorch_utils import Conv1D
+
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers)
@@ -116,6 +119,7 @@ def shape_of(model: Any) -> ModelShape:
             "head_elements": head_elements,
             "sliding_window": _window(config),
             "softcap": bool(_first(config, "attn_logit_softcapping")),
+            "transposed": any(isinstance(module, Conv1D) for module in model.modules()),
             "attention_dropout": bool(_first(config, "attention_dropout", "attn_pdrop")),
         },
     )

@@ -24,7 +24,9 @@ from ftune.methods import METHODS
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2"]
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("qlora", "gpt2"): "Conv1D",
+}
 """Method and architecture, and words of the refusal."""
 
 
