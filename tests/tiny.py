@@ -24,6 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "qlora": {"rank": 4},
     "dora": {"rank": 4},
+    "longlora": {"rank": 4, "group_size": 32},
+    "adalora": {"init_rank": 6, "target_rank": 4},
+    "bottleneck": {"bottleneck_size": 8},
 }
 """Settings under which a method suits a tiny model; a method that is not here runs on its defaults."""
 
