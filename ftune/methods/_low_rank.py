@@ -59,6 +59,10 @@ class LowRank(Method):
         """Keyword arguments of ``peft.LoraConfig`` that are this method's own."""
         return {}
 
+    def trained_whole(self, model: nn.Module) -> dict[str, Any]:
+        """Keyword arguments of ``peft.LoraConfig`` that name modules to train whole, beside the updates."""
+        return {}
+
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Freeze the base and attach ``A`` and ``B`` in fp32 to every target.
 
@@ -73,6 +77,7 @@ class LowRank(Method):
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             **self.lora_settings(),
+            **self.trained_whole(model),
             **_shared.peft_settings(model, self.target_modules, context),
         )
         return _shared.attach(model, config, context)

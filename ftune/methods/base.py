@@ -53,6 +53,7 @@ class Context:
         base_name: How the base model is named in files that leave the machine; never a local path.
         revision: The hub revision of the base model, where it has one.
         world_size: Processes that share an update.
+        max_length: Tokens in the longest row that the recipe allows.
     """
 
     total_steps: int
@@ -63,6 +64,7 @@ class Context:
     base_name: str = ""
     revision: str | None = None
     world_size: int = 1
+    max_length: int = 1024
 
 
 @dataclass(frozen=True)

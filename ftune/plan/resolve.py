@@ -219,6 +219,7 @@ def context_of(
         base_name=located.public_name,
         revision=located.revision,
         world_size=world_size,
+        max_length=recipe.data.max_length,
     )
 
 

@@ -26,6 +26,7 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", 
 
 REFUSED: dict[tuple[str, str], str] = {
     ("qlora", "gpt2"): "Conv1D",
+    ("longlora", "gemma2"): "caps its attention scores",
 }
 """Method and architecture, and words of the refusal."""
 
