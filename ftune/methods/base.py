@@ -320,6 +320,13 @@ class Method(BaseModel):
         """Bytes of optimizer state."""
         return int(self.trainable_parameters(shape) * state_bytes_per_element(optimizer))
 
+    def update_bytes(self, shape: ModelShape, optimizer: str) -> int:
+        """Bytes of temporaries of ``optimizer.step()`` on CUDA.
+
+        torch's AdamW updates all parameters at once there (foreach), through one more copy of what trains.
+        """
+        return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Bytes of activations that the method keeps for the backward pass, above the base model's own."""
         return 0

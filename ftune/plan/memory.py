@@ -133,7 +133,7 @@ def estimate(
     mask = rows * length**2 * dtype_bytes * masked
     logits = target_tokens * shape.vocab
     # Autocast casts a trained fp32 weight once in a forward pass; the copy lives until its backward is done.
-    cast = dtype_bytes if dtype_bytes < 4 else 0
+    cast = dtype_bytes if dtype_bytes < (stored if whole else 4) else 0
     head_copy = cast * shape.extra["head_elements"] if whole else 0
     copies = cast * sum(linear.elements for linear in shape.linears) + head_copy if whole else cast * trained
     scratch = _dequantized_bytes(method, shape, stored, dtype_bytes)
@@ -156,8 +156,7 @@ def estimate(
         ]
     else:
         moments.append((kept, logits * LOSS_BYTES, copies + layers * mask + scratch))
-    # torch updates all parameters at once on CUDA (foreach), through one more copy of what trains
-    moments.append((0, 0, 4 * trained if device_type == "cuda" and optimizer == "adamw" else 0))
+    moments.append((0, 0, method.update_bytes(shape, optimizer) if device_type == "cuda" else 0))
 
     activations, logit_bytes, buffers = max(moments, key=sum)
     if device_type == "cpu":
@@ -211,7 +210,7 @@ def _base_bytes_per_token(
     attended = shape.layers * (compute * (2 * query + 2 * key) + 4 * shape.heads)
     feed_forward = extra["ffn_saved"] * extra["ffn_width"] * compute
     inputs = 0
-    if whole and compute < 4:
+    if whole and compute < stored:
         # autocast casts the input for each linear layer anew; the output projection's is attention's output
         inputs = compute * (sum(linear.in_features for linear in shape.linears) - shape.layers * query)
     elif whole:
@@ -285,7 +284,7 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
     method: Method = arguments["method"]
     if not arguments["gradient_checkpointing"]:
         changes.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
-    if arguments["rows"] > 1:
+    if arguments["rows"] > 1 and not method.updates_in_backward:
         rows = arguments["rows"]
         steps = recipe.training.gradient_accumulation_steps * rows
         changes.append(

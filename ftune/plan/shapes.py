@@ -58,6 +58,7 @@ def shape_of(model: Any) -> ModelShape:
     - ``ffn_width``: elements of the feed-forward's inner activation for one token, over all blocks;
     - ``ffn_saved``: how many tensors of that width autograd keeps when the weights are frozen;
     - ``head_elements``: elements of the output head's weight, tied or not;
+    - ``vectors``: elements of all parameters that are no matrices: norms and biases;
     - ``sliding_window``: the shortest attention window, or None;
     - ``transposed``: whether projections are kept transposed, as ``Conv1D``;
     - ``softcap``: whether attention scores are capped; ``attention_dropout``: whether they are dropped out.
@@ -117,6 +118,7 @@ def shape_of(model: Any) -> ModelShape:
             "ffn_width": layers * (experts * expert_width if experts else intermediate),
             "ffn_saved": (2 if gated else 0) + (_COMPOSED if activation in _COMPOSED_ACTIVATIONS else 1),
             "head_elements": head_elements,
+            "vectors": sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2),
             "sliding_window": _window(config),
             "softcap": bool(_first(config, "attn_logit_softcapping")),
             "transposed": any(isinstance(module, Conv1D) for module in model.modules()),
