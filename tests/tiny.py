@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "longlora": {"rank": 4, "group_size": 32},
     "adalora": {"init_rank": 6, "target_rank": 4},
     "bottleneck": {"bottleneck_size": 8},
+    "galore": {"rank": 8, "update_every": 2},
 }
 """Settings under which a method suits a tiny model; a method that is not here runs on its defaults."""
 
