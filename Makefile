@@ -14,7 +14,7 @@ RUN := runs/quickstart
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast smoke quickstart golden audit clean
+.PHONY: help setup check fix test test-fast smoke quickstart methods docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,13 @@ quickstart: $(STAMP) ## train, evaluate and merge a real model on real data: a f
 	$(BIN)/ftune merge $(RUN)
 	@echo
 	@$(BIN)/python scripts/quickstart_summary.py $(RUN)
+
+methods: $(STAMP) ## train every method's recipe beside LoRA, for docs/methods.md: about forty minutes on two cores
+	$(BIN)/python scripts/measure_methods.py
+	$(MAKE) docs
+
+docs: $(STAMP) ## write docs/methods.md from the union and the measured figures
+	$(BIN)/python scripts/make_method_docs.py
 
 golden: $(STAMP) ## re-record the golden files; the commit says why
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --record-golden

@@ -352,11 +352,19 @@ def chat(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List every method: paper, what it trains, what it composes with."""
-    from ftune.artifacts.method_table import method_rows, method_table
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="One method in full.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every method; of one: when to choose it, what it costs, what it composes with."""
+    from ftune.artifacts.method_table import method_card, method_rows, method_table
 
-    _print_json(method_rows()) if as_json else print(method_table(_width()))
+    card = None if name is None else method_card(name, _width())
+    if as_json:
+        rows = method_rows()
+        _print_json(rows if name is None else next(row for row in rows if row["name"] == name))
+    else:
+        print(card or method_table(_width()))
 
 
 @app.command()

@@ -41,6 +41,8 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     method = recipe.method
     if method.as_lora is None:
         raise FtuneError(f"a run of `{method.name}` cannot be converted to LoRA", help=method.not_lora_because)
+    if method.as_lora == "already":
+        raise FtuneError(f"a run of `{method.name}` is plain LoRA already", help=f"{run.root}/adapter loads as it is")
     target = out or run.root / "lora"
     if target.exists() and not (target / "convert.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FtuneError(f"{target} exists and is no converted adapter", help="choose another --out")

@@ -119,7 +119,8 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     assert held_out is not None
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
     context = getattr(configured(plan.recipe.model, plan.recipe.method), "max_position_embeddings", None) or sys.maxsize
-    fitting = [item for item in items if len(item.prompt_ids) + spec.max_new_tokens <= context]
+    room = context - plan.recipe.method.virtual_positions - spec.max_new_tokens
+    fitting = [item for item in items if len(item.prompt_ids) <= room]
     if not fitting:
         raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")
     return fitting, len(items) - len(fitting)

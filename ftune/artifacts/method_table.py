@@ -1,13 +1,16 @@
-"""The table of methods, generated from the union."""
+"""What each method says of itself, generated from the union: as a table, and one by one."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from ftune.artifacts.report import table
+from ftune.errors import FtuneError
 from ftune.methods import METHODS
+from ftune.recipe.diagnose import closest
 
-__all__ = ["method_rows", "method_table"]
+__all__ = ["method_card", "method_rows", "method_table"]
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -18,9 +21,16 @@ def method_rows() -> list[dict[str, Any]]:
             "summary": cls.summary,
             "paper": cls.paper,
             "formula": cls.formula,
+            "choose": cls.choose,
+            "avoid": cls.avoid,
+            "cost": cls.cost,
+            "composes": cls.composes,
             "mergeable": cls.mergeable,
+            "not_mergeable_because": cls.not_mergeable_because,
             "quantizable": cls.quantizable,
             "packing": cls.packable,
+            "as_lora": cls.as_lora,
+            "not_lora_because": cls.not_lora_because,
             "typical_share": cls.typical_share,
             "learning_rate": cls.default_learning_rate,
         }
@@ -28,19 +38,19 @@ def method_rows() -> list[dict[str, Any]]:
     ]
 
 
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def method_table(width: int) -> str:
     """The table as text, one method a row; the summary is left out where it does not fit ``width``."""
-
-    def yes(value: bool) -> str:
-        return "yes" if value else "no"
-
     rows = [
         [
             row["name"],
             row["paper"],
-            yes(row["mergeable"]),
-            yes(row["quantizable"]),
-            yes(row["packing"]),
+            _yes(row["mergeable"]),
+            _yes(row["quantizable"]),
+            _yes(row["packing"]),
             row["typical_share"],
             row["summary"],
         ]
@@ -51,3 +61,35 @@ def method_table(width: int) -> str:
     if max(len(line) for line in whole.splitlines()) <= width:
         return whole
     return table(head[:-1], [row[:-1] for row in rows])
+
+
+def method_card(name: str, width: int) -> str:
+    """All that one method says of itself, wrapped to ``width``.
+
+    Raises:
+        FtuneError: There is no such method.
+    """
+    found = next((row for row in method_rows() if row["name"] == name), None)
+    if found is None:
+        near = closest(name, list(METHODS))
+        raise FtuneError(
+            f"unknown method `{name}`", help=f"did you mean `{near}`?" if near else f"methods: {', '.join(METHODS)}"
+        )
+    facts = [
+        ("trains", f"{found['summary']}; {found['typical_share']} of a 7B model"),
+        ("formula", found["formula"]),
+        ("choose it", found["choose"]),
+        ("not", found["avoid"]),
+        ("costs", found["cost"]),
+        ("composes", found["composes"]),
+        ("packing", _yes(found["packing"])),
+        ("4-bit base", _yes(found["quantizable"])),
+        ("merge", "exact" if found["mergeable"] else f"no: {found['not_mergeable_because']}"),
+        ("as LoRA", found["as_lora"] or f"no: {found['not_lora_because']}"),
+        ("rate", f"{found['learning_rate']:g} by default"),
+    ]
+    lines = [f"{name} ({found['paper']})"]
+    for key, text in facts:
+        wrapped = textwrap.wrap(text, width - 12, break_long_words=False, break_on_hyphens=False)
+        lines += [f"{key if not i else '':10}  {part}" for i, part in enumerate(wrapped)]
+    return "\n".join(lines)

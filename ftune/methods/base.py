@@ -54,6 +54,7 @@ class Context:
         revision: The hub revision of the base model, where it has one.
         world_size: Processes that share an update.
         max_length: Tokens in the longest row that the recipe allows.
+        tokenizer: The base model's tokenizer, where the run has loaded it.
     """
 
     total_steps: int
@@ -65,6 +66,7 @@ class Context:
     revision: str | None = None
     world_size: int = 1
     max_length: int = 1024
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,16 @@ class Method(BaseModel):
     """Whether the base weights can be 4-bit under it."""
     packable: ClassVar[bool] = True
     """Whether several documents may share a row (false for methods that prepend virtual tokens)."""
+    recomputable: ClassVar[bool] = True
+    """Whether blocks may be recomputed in the backward pass (gradient checkpointing)."""
     starts_as_base: ClassVar[bool] = True
     """Whether the adapted model computes as its base before the first update."""
     artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
     """Directory under the run that holds what was trained."""
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "peft"
     """Which library loads what ``save`` wrote."""
-    as_lora: ClassVar[Literal["exact", "approximate"] | None] = None
-    """Whether the trained update can be written as a plain LoRA adapter."""
+    as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = None
+    """Whether the trained update is, or can be written as, a plain LoRA adapter."""
     not_lora_because: ClassVar[str] = ""
 
     # --- while parsing: no torch ---
@@ -218,6 +222,11 @@ class Method(BaseModel):
     # --- in the loop ---
 
     @property
+    def virtual_positions(self) -> int:
+        """Positions of the model's context that the method takes in front of every row."""
+        return 0
+
+    @property
     def updates_in_backward(self) -> bool:
         """Whether parameters are updated while gradients are computed, and their gradients freed at once."""
         return False
@@ -235,6 +244,10 @@ class Method(BaseModel):
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
         """Act after ``optimizer.step()`` and before the gradients are cleared; returns numbers to log."""
         return {}
+
+    def at_rest(self, model: nn.Module) -> frozenset[str]:
+        """Names of trained parameters that the method holds still as the loop begins (pruned, on resuming)."""
+        return frozenset()
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """Numbers that prove the method is at work, taken after evaluations and after the last update.

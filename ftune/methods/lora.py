@@ -31,7 +31,7 @@ class Lora(LowRank):
     avoid: ClassVar[str] = "When the task is far from what the base knows: then full fine-tuning or GaLore learn more."
     cost: ClassVar[str] = "The yardstick: 16 bytes of state for each trained parameter, a few MB a file."
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing, rsLoRA, LoRA+, PiSSA, OLoRA; merges exactly."
-    not_lora_because: ClassVar[str] = "it is plain LoRA already: RUN/adapter loads as it is"
+    as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True
 
     name: Literal["lora"] = Field("lora", description="Low-rank adaptation.")

@@ -23,7 +23,7 @@ class QLora(LowRank):
     avoid: ClassVar[str] = "When the base fits: dequantizing costs time, and the model is tuned around its rounding."
     cost: ClassVar[str] = "A quarter of the base's memory; 1.2 to 2 x LoRA's step time; files as LoRA's."
     composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW; merges onto the dequantized base."
-    not_lora_because: ClassVar[str] = "it is plain LoRA already: RUN/adapter loads as it is"
+    as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True
 
     name: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base.")

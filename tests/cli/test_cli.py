@@ -17,7 +17,7 @@ import tiny
 from ftune import cli
 from ftune.methods import METHODS
 
-COMMANDS = ["init", "validate", "plan", "train", "eval", "merge", "chat", "methods", "schema"]
+COMMANDS = ["init", "validate", "plan", "train", "eval", "merge", "convert", "chat", "methods", "schema"]
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -216,3 +216,21 @@ def test_methods_lists_the_union(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "methods")
     for name, cls in METHODS.items():
         assert re.search(rf"^{name} +{re.escape(cls.paper)} ", out, re.M)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_in_full(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "methods", name)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    flat = " ".join(out.split())
+    cls = METHODS[name]
+    for said in (cls.formula, cls.choose, cls.avoid, cls.cost, cls.composes):
+        assert " ".join(said.split()) in flat
+
+
+def test_an_unknown_method_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "methods", "dorra")
+    assert code == 2
+    assert "did you mean `dora`" in err
