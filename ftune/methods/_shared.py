@@ -182,7 +182,13 @@ def require_same_initial(model: nn.Module, state: dict[str, Tensor]) -> None:
 # --- saving and loading ------------------------------------------------------------------------------------
 
 
-def save_peft(model: nn.Module, out: Path, context: Context, initial: dict[str, Tensor] | None = None) -> None:
+def save_peft(
+    model: nn.Module,
+    out: Path,
+    context: Context,
+    initial: dict[str, Tensor] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Save an adapter in PEFT's format, naming the base model without a local path.
 
     Args:
@@ -191,6 +197,7 @@ def save_peft(model: nn.Module, out: Path, context: Context, initial: dict[str, 
         context: Gives the public name and revision of the base.
         initial: The adapter at the start, when it was taken out of the base weights: the saved adapter is then
             the difference, of rank 2r, and fits the untouched base.
+        settings: What the saved configuration says instead, where the saved tensors are other ones than trained.
     """
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
@@ -205,6 +212,7 @@ def save_peft(model: nn.Module, out: Path, context: Context, initial: dict[str, 
     save_file(state, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     # PEFT keeps sets in its configuration: sorted, two runs of one recipe write the same bytes.
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    plain |= settings or {}
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
@@ -318,6 +326,26 @@ def merge_peft(model: nn.Module) -> nn.Module:
         set_peft_model_state_dict(peft_model, state)
     merged = peft_model.float().merge_and_unload(safe_merge=True)
     return cast("nn.Module", merged)
+
+
+def merge_factors(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """Take a PEFT adapter off and add its low-rank updates, in fp32, to the weights it was trained against.
+
+    Args:
+        model: The wrapped model; its base is changed in place, 4-bit layers dequantized.
+        factors: For each projection, by name, ``A`` (r, in) and ``B`` (out, r), fp32.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    plain = cast("nn.Module", cast(Any, model).unload())
+    if any(is_4bit(module) for module in plain.modules()):
+        plain = dequantize(plain)
+    plain = plain.float()
+    for name, (a, b) in factors.items():
+        layer = cast(Any, plain.get_submodule(name))
+        update = b @ a
+        layer.weight.data += update.T if isinstance(layer, Conv1D) else update
+    return plain
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -118,6 +118,7 @@ def estimate(
         packed: Whether rows hold several documents, which takes a mask to keep apart.
     """
     arguments = dict(locals())
+    length += method.virtual_positions
     tokens = rows * length
     trained = method.trainable_parameters(shape)
     whole = method.artifact == "model"
@@ -282,7 +283,7 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
     """Changes to a recipe that save memory: what to write, and the arguments of ``estimate`` it changes."""
     changes: list[tuple[str, dict[str, Any]]] = []
     method: Method = arguments["method"]
-    if not arguments["gradient_checkpointing"]:
+    if not arguments["gradient_checkpointing"] and method.recomputable:
         changes.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
     if arguments["rows"] > 1 and not method.updates_in_backward:
         rows = arguments["rows"]

@@ -127,7 +127,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
 
     config = configured(recipe.model, recipe.method)
     shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
-    context = context_of(recipe, device, dtype, total_steps, world_size)
+    context = context_of(recipe, device, dtype, total_steps, world_size, tokenizer)
     _refuse(recipe, config, shape, context)
     lengths = row_lengths(splits.train, rows)
     memory = estimate(
@@ -206,7 +206,12 @@ def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
 
 
 def context_of(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, total_steps: int = 1, world_size: int = 1
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    total_steps: int = 1,
+    world_size: int = 1,
+    tokenizer: Any = None,
 ) -> Context:
     """What the recipe's method may know."""
     located = locate_model(recipe.model)
@@ -220,6 +225,7 @@ def context_of(
         revision=located.revision,
         world_size=world_size,
         max_length=recipe.data.max_length,
+        tokenizer=tokenizer,
     )
 
 
@@ -239,7 +245,7 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
 
 def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass, without the reentrant form (exact, and needs no input grads)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _most_targets(split: Split, rows: Rows) -> int:

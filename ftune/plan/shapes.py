@@ -61,6 +61,7 @@ def shape_of(model: Any) -> ModelShape:
     - ``vectors``: elements of all parameters that are no matrices: norms and biases;
     - ``sliding_window``: the shortest attention window, or None;
     - ``transposed``: whether projections are kept transposed, as ``Conv1D``;
+    - ``max_positions``: the longest row the model was made for, or None;
     - ``softcap``: whether attention scores are capped; ``attention_dropout``: whether they are dropped out.
 
     Args:
@@ -120,6 +121,7 @@ def shape_of(model: Any) -> ModelShape:
             "head_elements": head_elements,
             "vectors": sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2),
             "sliding_window": _window(config),
+            "max_positions": _first(config, "max_position_embeddings"),
             "softcap": bool(_first(config, "attn_logit_softcapping")),
             "transposed": any(isinstance(module, Conv1D) for module in model.modules()),
             "attention_dropout": bool(_first(config, "attention_dropout", "attn_pdrop")),
