@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods import _s2
+from ftune.methods import _context, _s2
 from ftune.methods._low_rank import LowRank
 from ftune.methods.base import Context, ModelShape, Problem
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["LongLora"]
 
 _ATTENTION = r".*(attn|attention)\.[^.]+"
-_CONTEXT_FILE = "ftune.json"
 
 
 class LongLora(LowRank):
@@ -56,7 +54,7 @@ class LongLora(LowRank):
     context_length: int | None = Field(
         None, ge=8, description="Extend the model's context to this many tokens. Default: as it is."
     )
-    rope: Literal["linear", "yarn", "none"] | None = Field(
+    rope: _context.Scaling | None = Field(
         None,
         description="How rotary positions are scaled to context_length: linear (the paper's), yarn "
         "(arXiv:2309.00071), or none. Default: linear.",
@@ -119,41 +117,9 @@ class LongLora(LowRank):
         return _s2.register() if requested == "sdpa" else requested
 
     def configure(self, config: Any) -> None:
-        """Extend the context: scale the rotary positions, and say how long rows may be.
-
-        Raises:
-            ModelError: The model has no rotary positions, scales them already or by layer, or is as long as asked.
-        """
-        if self.context_length is None:
-            return
-        text = config.get_text_config()
-        rope, kind = getattr(text, "rope_parameters", None), config.model_type
-        if not rope:
-            raise ModelError(
-                f"{kind} has no rotary positions: its context cannot be extended", help="leave out `context_length`"
-            )
-        if "rope_theta" not in rope:
-            raise ModelError(
-                f"{kind} has other rotary positions in each kind of layer, which `context_length` cannot extend",
-                help="leave out `context_length`",
-            )
-        if rope.get("rope_type", "default") != "default":
-            raise ModelError(
-                f"this model scales its rotary positions already ({rope['rope_type']})",
-                help="leave out `context_length`",
-            )
-        original = text.max_position_embeddings
-        if self.context_length <= original:
-            raise ModelError(
-                f"the context of this model is {original} tokens already", help="leave out `context_length`"
-            )
-        if self.rope != "none":
-            scaled = rope | {"rope_type": self.rope or "linear", "factor": self.context_length / original}
-            if self.rope == "yarn":
-                # Left out, transformers would take the extended length for the original one.
-                scaled["original_max_position_embeddings"] = original
-            text.rope_parameters = scaled
-        text.max_position_embeddings = self.context_length
+        """Extend the context where the recipe asks for it."""
+        if self.context_length is not None:
+            _context.extend(config, self.context_length, self.rope or "linear")
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Attach A and B, train embedding and norms in fp32 copies, and group every attention layer.
@@ -265,21 +231,11 @@ class LongLora(LowRank):
         """Write a PEFT adapter, and beside it the positions it needs where the context was extended."""
         super().save(model, out, context)
         if self.context_length is not None:
-            positions = _positions(cast(Any, model).config)
-            (out / _CONTEXT_FILE).write_text(json.dumps(positions, indent=2, sort_keys=True) + "\n")
+            _context.save_positions(cast(Any, model).config, out)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
-        """Attach a saved adapter to a base with the positions it was trained on.
-
-        Raises:
-            ModelError: The base was built with other positions.
-        """
-        file = directory / _CONTEXT_FILE
-        if file.exists() and json.loads(file.read_text()) != _positions(cast(Any, base).config):
-            raise ModelError(
-                f"the adapter in {directory} was trained on other positions than this base has",
-                help=f"build the base with the values of {file.name}, as ftune does from the run's recipe",
-            )
+        """Attach a saved adapter to a base with the positions it was trained on."""
+        _context.require_positions(cast(Any, base).config, directory)
         return super().load(base, directory, context)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
@@ -319,14 +275,6 @@ def _is_tied(model: Any) -> bool:
     """Whether the output head multiplies with the input embedding itself."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _positions(config: Any) -> dict[str, Any]:
-    text = config.get_text_config()
-    return {
-        "max_position_embeddings": text.max_position_embeddings,
-        "rope_parameters": getattr(text, "rope_parameters", None),
-    }
 
 
 def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
