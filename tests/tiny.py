@@ -24,8 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "qlora": {"rank": 4},
     "dora": {"rank": 4},
+    "vera": {"rank": 64, "d_initial": 1.0},
     "longlora": {"rank": 4, "group_size": 32},
-    "adalora": {"init_rank": 6, "target_rank": 4},
+    "adalora": {"init_rank": 6, "target_rank": 4, "alpha": 240},
     "bottleneck": {"bottleneck_size": 8},
     "galore": {"rank": 8, "update_every": 2},
 }
