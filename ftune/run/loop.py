@@ -76,7 +76,7 @@ class Loop:
         wrapped = self.accelerator.prepare_model(self.objective) if plan.world_size > 1 else self.objective
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         watch, meter = (
-            MoveWatch(model, keeps_gradients=not method.updates_in_backward),
+            MoveWatch(model, keeps_gradients=not method.updates_in_backward, at_rest=method.at_rest(model)),
             PeakMeter(self.accelerator.device),
         )
         order_of, order = -1, [[0]]

@@ -20,14 +20,18 @@ class MoveWatch:
         model: The adapted model, before its first update.
         keeps_gradients: Whether gradients are still there after the update; False where each parameter is
             updated, and its gradient freed, during the backward pass.
+        at_rest: Parameters that the method holds still, which are not watched.
     """
 
-    def __init__(self, model: nn.Module, *, keeps_gradients: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, keeps_gradients: bool = True, at_rest: frozenset[str] = frozenset()
+    ) -> None:
         self._keeps_gradients = keeps_gradients
-        self._waiting = {name: _checksum(p) for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._waiting = {name: _checksum(p) for name, p in trained.items() if name not in at_rest}
         self._trained = len(self._waiting)
         self._updates = 0
-        if not self._waiting:
+        if not trained:
             raise RunFailed("the method left nothing to train: no parameter requires grad")
 
     @property
