@@ -89,7 +89,8 @@ def test_micro_batches_and_accumulation_give_one_result(name: str, packing: bool
             tmp_path,
             name,
             data={"packing": packing},
-            training={"max_steps": 1, "micro_batch_size": size, "gradient_accumulation_steps": accumulation},
+            # The first update is compared; AdaLoRA needs three to have its phases.
+            training={"max_steps": 3, "micro_batch_size": size, "gradient_accumulation_steps": accumulation},
             output_dir=str(run),
         )
         train(loaded)
