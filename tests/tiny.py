@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qlora": {"rank": 4},
     "dora": {"rank": 4},
     "vera": {"rank": 64, "d_initial": 1.0},
+    "fourierft": {"n_frequency": 100, "scaling": 2000},
     "longlora": {"rank": 4, "group_size": 32},
     "adalora": {"init_rank": 6, "target_rank": 4, "alpha": 240},
     "bottleneck": {"bottleneck_size": 8},

@@ -7,8 +7,8 @@ and every resume. It has a file of its own: safetensors writes several metadata 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,17 @@ from ftune.errors import ModelError, RunFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_state", "check", "require_same_state", "write"]
+__all__ = ["as_state", "check", "of", "require_same_state", "write"]
 
 _FILE = "fingerprint.json"
+
+
+def of(*tensors: Tensor) -> str:
+    """SHA-256 over the bytes of tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write(out: Path, what: str, digest: str) -> None:
@@ -27,7 +35,7 @@ def write(out: Path, what: str, digest: str) -> None:
     (out / _FILE).write_text(json.dumps({"drawn": what, "sha256": digest}, indent=2) + "\n")
 
 
-def check(directory: Path, what: str, digest: str, ways_out: Sequence[str]) -> None:
+def check(directory: Path, what: str, digest: str, way_out: str) -> None:
     """Compare what was drawn now with what the saved adapter was trained with; without the file, trust it.
 
     Raises:
@@ -35,7 +43,7 @@ def check(directory: Path, what: str, digest: str, ways_out: Sequence[str]) -> N
     """
     file = directory / _FILE
     if file.is_file() and json.loads(file.read_text())["sha256"] != digest:
-        raise ModelError(f"the {what} drawn here are not those this adapter was trained with", help="; ".join(ways_out))
+        raise ModelError(f"the {what} drawn here are not those this adapter was trained with", help=way_out)
 
 
 def as_state(digest: str) -> dict[str, Tensor]:

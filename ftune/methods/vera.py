@@ -115,7 +115,7 @@ class Vera(Method):
             model = _shared.load_peft(base, directory)
         if _config(model).save_projection:
             return _put_projections(model, _projections(model), context)
-        _fingerprint.check(directory, _DRAWN, _digest(model), _WAYS_OUT)
+        _fingerprint.check(directory, _DRAWN, _digest(model), _WAY_OUT)
         return _put_projections(model, _drawn(model), context)
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
@@ -192,10 +192,9 @@ class Vera(Method):
 # --- the shared projections ----------------------------------------------------------------------------------
 
 _DRAWN = "random projections"
-_WAYS_OUT = (
-    "restore projection_prng_key, r and target_modules in adapter_config.json, or use the torch version it was "
-    "trained with",
-    "`save_projection: true` stores the projections with an adapter",
+_WAY_OUT = (
+    "restore projection_prng_key, r and target_modules in adapter_config.json, or use the version of torch that "
+    "trained it; `save_projection: true` stores the projections of adapters to come"
 )
 
 
@@ -225,9 +224,7 @@ def _drawn(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _digest(model: nn.Module) -> str:
-    from ftune.ops.vera import fingerprint
-
-    return fingerprint(*_drawn(model))
+    return _fingerprint.of(*_drawn(model))
 
 
 def _put_projections(model: nn.Module, projections: tuple[Tensor, Tensor], context: Context) -> nn.Module:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_projections", "fingerprint"]
+__all__ = ["draw_projections"]
 
 
 def draw_projections(rank: int, in_features: int, out_features: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -32,11 +31,3 @@ def draw_projections(rank: int, in_features: int, out_features: int, seed: int) 
         return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
 
     return uniform(rank, in_features), uniform(out_features, rank)
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """SHA-256 over the bytes of tensors on the CPU, in hexadecimal."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
