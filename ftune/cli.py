@@ -201,13 +201,23 @@ def _show_data(recipe: Any) -> None:
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    sizes: Annotated[
+        Path | None,
+        typer.Option("--sizes", help="Plan for the sizes in this directory's config.json: configs/shapes/llama-2-7b."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a run would do and need, without loading weights."""
+    if sizes is not None and not (sizes / "config.json").is_file():
+        raise FtuneError(f"there is no {sizes}/config.json", help="configs/shapes has those of well-known models")
     loaded = _load(recipe, overrides)
     with _libraries():
         from ftune.plan.resolve import resolve
 
-        summary = resolve(loaded.recipe).summary()
+        summary = resolve(loaded.recipe, sizes=sizes).summary()
     _print_json(summary) if as_json else _print_plan(summary)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.data.packing import pack
@@ -49,6 +50,7 @@ class Plan:
         shape: The base model's sizes.
         context: What the method may know.
         memory: Predicted bytes, itemised.
+        sizes: Where the sizes came from, when they are not those of the recipe's model.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class Plan:
     shape: ModelShape
     context: Context
     memory: MemoryEstimate
+    sizes: Path | None = None
 
     @property
     def global_batch(self) -> int:
@@ -93,8 +96,14 @@ def make_rows(split: Split, recipe: Recipe) -> Rows:
     return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
 
 
-def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
+def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -> Plan:
     """Decide everything that needs no weights.
+
+    Args:
+        recipe: What to run.
+        world_size: Processes that share an update.
+        sizes: A directory whose ``config.json`` gives the model's sizes instead of the recipe's model, to plan
+            for a model that is not there; its tokens are counted with the tokenizer of the recipe's.
 
     Raises:
         ModelError: The configuration or the tokenizer cannot be read, or a target matches nothing.
@@ -125,7 +134,10 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total_steps)
 
-    config = configured(recipe.model, recipe.method)
+    sized = recipe.model
+    if sizes is not None:
+        sized = sized.model_copy(update={"id": str(sizes), "gguf_file": None, "revision": None})
+    config = configured(sized, recipe.method)
     shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
     context = context_of(recipe, device, dtype, total_steps, world_size, tokenizer)
     _refuse(recipe, config, shape, context)
@@ -156,6 +168,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1) -> Plan:
         shape=shape,
         context=context,
         memory=memory,
+        sizes=sizes,
     )
 
 
@@ -263,7 +276,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
     fits = plan.memory.total <= available
     return {
         "model": {
-            "id": recipe.model.id,
+            "id": str(plan.sizes or recipe.model.id),
             "public_name": context.base_name,
             "type": plan.shape.model_type,
             "parameters": plan.shape.parameters,
@@ -333,6 +346,8 @@ def _warnings(plan: Plan) -> list[str]:
     """What works, but perhaps not as meant."""
     train, recipe = plan.splits.train, plan.recipe
     found = []
+    if plan.sizes is not None:
+        found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
     if train.stats.truncated:
         share = train.stats.truncated / train.stats.rows
         found.append(f"{train.stats.truncated} of {train.stats.rows} examples ({share:.0%}) are cut at data.max_length")
