@@ -20,6 +20,10 @@ __all__ = ["Prefix"]
 
 DEFAULT_ENCODER = 512
 
+# Projections that make keys and values, and those that make queries as well.
+_SEPARATE = ("k_proj", "v_proj")
+_FUSED = ("qkv_proj", "query_key_value", "c_attn")
+
 
 class Prefix(VirtualTokens):
     """Train keys and values of virtual tokens in every block (Li and Liang, arXiv:2101.00190)."""
@@ -78,15 +82,18 @@ class Prefix(VirtualTokens):
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield models whose blocks differ in their keys and values, and windows that the prefix would fill."""
         yield from super().refusals(shape, context)
-        width = shape.kv_heads * shape.head_dim
-        found = {
-            linear.out_features for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in ("k_proj", "v_proj")
-        }
-        if found - {width}:
+        width, query = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
+        expected = dict.fromkeys(_SEPARATE, width) | dict.fromkeys(_FUSED, query + 2 * width)
+        found = [
+            linear.out_features == expected[leaf]
+            for linear in shape.linears
+            if (leaf := linear.name.rsplit(".", 1)[-1]) in expected
+        ]
+        if len(found) < shape.layers or not all(found):
             yield Problem(
                 ("method", "name"),
-                f"the keys and values of this {shape.model_type} are {sorted(found)} wide, and a prefix needs {width} "
-                "in every block",
+                f"not every block of this {shape.model_type} has plain keys and values of {shape.kv_heads} heads of "
+                f"{shape.head_dim}, which a prefix stands in for",
                 "use `method: prompt`",
             )
         window = shape.extra["sliding_window"]
@@ -155,15 +162,10 @@ class Prefix(VirtualTokens):
                 cache = base(input_ids=ids[None], use_cache=True, logits_to_keep=1).past_key_values
         finally:
             model.train(was_training)
-        pairs = [
-            (layer.keys, layer.values)
-            for layer in getattr(cache, "layers", ())
-            if getattr(layer, "keys", None) is not None
-        ]
-        shapes = {tensor.shape for pair in pairs for tensor in pair}
-        if len(pairs) != config.num_hidden_layers or len(shapes) != 1 or next(iter(shapes))[2] != len(ids):
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        if any(tensor.shape[2] != len(ids) for pair in pairs for tensor in pair):
             raise ModelError(
-                f"{config.model_type} does not keep keys and values of one width for {len(ids)} tokens in every block",
+                f"{config.model_type} does not keep keys and values of all {len(ids)} tokens in every block",
                 help="use `method: prompt`",
             )
         return pack_prefix(pairs)
