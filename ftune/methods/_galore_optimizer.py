@@ -211,10 +211,9 @@ class GaLoreAdamW(Optimizer):
         assert parameter.grad is not None
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         if not torch.isfinite(norm):
-            done = int(max((state["step"] for state in self.state.values()), default=0))
+            done = int(self.state[parameter]["step"]) if parameter in self.state else 0
             raise RunFailed(
-                f"the norm of the gradient of `{name}` is {float(norm)} after {done} updates; "
-                "it was not applied, and no weight holds it",
+                f"the norm of the gradient of `{name}` is {float(norm)} at step {done + 1}: it was not applied",
                 help="lower optimizer.learning_rate, or look at the data; `per_layer: false` names the rows",
             )
         self._norms[parameter] = norm
