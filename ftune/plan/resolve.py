@@ -258,7 +258,10 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
 
 def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass, without the reentrant form (exact, and needs no input grads)."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # its name in older versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _most_targets(split: Split, rows: Rows) -> int:
