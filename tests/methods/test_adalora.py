@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +366,52 @@ def test_parameters_and_state_on_known_shapes(tmp_path: Path) -> None:
     importance = sum(value.numel() * value.element_size() for values in kept for value in values.values())
     adam = 8 * method.trainable_parameters(read_shape(tiny.config()))
     assert method.optimizer_bytes(read_shape(tiny.config()), "adamw") == adam + importance
+
+
+EVERY_PROCESS = """
+import json, sys
+import torch
+from pathlib import Path
+from ftune.artifacts import training
+from ftune.recipe import load_recipe
+
+build, models = training.build, []
+
+def keep(plan):
+    models.append(build(plan))
+    return models[-1]
+
+training.build = keep
+record = training.train(load_recipe(Path(sys.argv[1])), progress=False)
+model = models[0][0]
+trained = {n: p.detach().double().sum().item() for n, p in model.named_parameters() if p.requires_grad}
+mine = [trained, model.peft_config["default"].rank_pattern, record["vitals"]]
+found = [None] * torch.distributed.get_world_size()
+torch.distributed.all_gather_object(found, mine)
+if torch.distributed.get_rank() == 0:
+    Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_prune_the_same_triplets(tmp_path: Path) -> None:
+    loaded = tiny.recipe(
+        tmp_path,
+        "adalora",
+        data={"packing": False},
+        training={"max_steps": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+    )
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+    (tmp_path / "every_process.py").write_text(EVERY_PROCESS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, *(str(tmp_path / name) for name in ("every_process.py", "recipe.yaml", "found.json"))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "found.json").read_text())
+    assert first == second
+    assert first[2]["ranks_total"] == 4 * 14
