@@ -33,6 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings under which a method suits a tiny model; a method that is not here runs on its defaults."""
 
+LEARNING_RATES = {"full": 1e-3, "prefix": 1e-1}
+"""Rates at which a few steps show; 1e-2 for a method that is not here."""
+
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -149,7 +152,7 @@ def recipe(where: Path, method: str = "lora", /, **blocks: Any) -> Loaded:
         "model": {"id": str(where / "base"), "dtype": "float32"},
         "method": {"name": method, **SETTINGS.get(method, {})},
         "data": {"train": str(where / "train.jsonl"), "eval": str(where / "eval.jsonl"), "max_length": 256},
-        "optimizer": {"learning_rate": 1e-2 if method != "full" else 1e-3},
+        "optimizer": {"learning_rate": LEARNING_RATES.get(method, 1e-2)},
         "training": {"max_steps": 4, "micro_batch_size": 1, "gradient_accumulation_steps": 2},
         "tracking": ["jsonl"],
         "output_dir": str(where / "run"),
