@@ -256,10 +256,16 @@ class LongLora(LowRank):
         whole = shape.embedding * self.train_embeddings + shape.norms * self.train_norms
         return super().trainable_parameters(shape) + whole
 
+    def gradient_bytes(self, shape: ModelShape) -> int:
+        """All, and of a tied embedding the head's part, which waits whole until the embedding's own is there."""
+        waiting = 4 * shape.embedding if self.train_embeddings and not shape.head else 0
+        return super().gradient_bytes(shape) + waiting
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """LoRA's, and of every trained norm its normalized input, in fp32 as the trained embedding is."""
+        """LoRA's, every trained norm's normalized input in fp32, and the heads' outputs put beside each other."""
         norms = 4 * shape.extra.get("norm_width", 0) * self.train_norms
-        return super().saved_bytes_per_token(shape, dtype_bytes) + int(norms)
+        joined = dtype_bytes * shape.layers * shape.heads * shape.head_dim
+        return super().saved_bytes_per_token(shape, dtype_bytes) + int(norms) + joined
 
 
 def _quarter(length: int) -> int:
