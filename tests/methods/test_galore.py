@@ -381,7 +381,12 @@ def test_it_trains_with_autocast_checkpointing_and_decay(tied: bool, tmp_path: P
 AT_ONCE: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_grad_norm": None, "max_steps": 5}
 
 
-def test_updates_in_the_backward_pass_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_updates_in_the_backward_pass_are_the_same(tied: bool, tmp_path: Path) -> None:
+    # A tied embedding has two gradients, and must wait for both.
+    tiny.model_dir(tmp_path / "base", tie_word_embeddings=tied)
+    tiny.write_chats(tmp_path / "train.jsonl", 24)
+    tiny.write_chats(tmp_path / "eval.jsonl", 6, start=100)
     for per_layer in (False, True):
         train(
             tiny.recipe(
