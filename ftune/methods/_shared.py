@@ -447,7 +447,7 @@ def quantization_line(vitals: dict[str, float]) -> str:
     """The 4-bit base for people, to be put behind another line; empty when nothing is quantized."""
     if not vitals.get("quantized_layers"):
         return ""
-    return f"; {vitals['quantized_layers']:.0f} of them 4-bit in {vitals['quantized_bytes'] / 2**20:,.1f} MiB"
+    return f"; {vitals['quantized_layers']:.0f} layers in 4 bits ({vitals['quantized_bytes'] / 2**20:,.1f} MiB)"
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------

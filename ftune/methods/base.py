@@ -340,6 +340,10 @@ class Method(BaseModel):
         """
         return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
 
+    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""
+        return 0
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Bytes of activations that the method keeps for the backward pass, above the base model's own."""
         return 0

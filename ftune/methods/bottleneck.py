@@ -64,7 +64,7 @@ def find_positions(linears: Sequence[Linear], hidden: int, layers: int, variant:
 class Bottleneck(Method):
     """Train small layers behind each block's projections (Houlsby et al., arXiv:1902.00751)."""
 
-    paper: ClassVar[str] = "arXiv:1902.00751, arXiv:2005.00247"
+    paper: ClassVar[str] = "arXiv:1902.00751"
     summary: ClassVar[str] = "small non-linear layers behind the projections of each block"
     formula: ClassVar[str] = "h = W x + W_up f(W_down W x)"
     typical_share: ClassVar[str] = "0.5-2 %"
@@ -89,7 +89,8 @@ class Bottleneck(Method):
     name: Literal["bottleneck"] = Field("bottleneck", description="Bottleneck adapters.")
     variant: Literal["houlsby", "pfeiffer"] = Field(
         "houlsby",
-        description="houlsby: behind attention and behind the feed-forward; pfeiffer: behind the latter only.",
+        description="houlsby: behind attention and behind the feed-forward; pfeiffer (arXiv:2005.00247): behind the "
+        "latter only.",
     )
     reduction_factor: int | None = Field(
         None, ge=1, description="Hidden width over bottleneck width. Default: 16, unless bottleneck_size is given."

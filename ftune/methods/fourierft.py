@@ -176,12 +176,9 @@ class FourierFt(Method):
         """``n_frequency`` for each target."""
         return self.n_frequency * len(self._targets(shape))
 
-    def adapter_bytes(self, shape: ModelShape) -> int:
-        """The coefficients, and every update made dense in fp32, which autograd keeps until the backward pass.
-
-        With gradient checkpointing, or computing in 16 bits, fewer or smaller ones are kept at once.
-        """
-        return 4 * self.trainable_parameters(shape) + 4 * sum(linear.elements for linear in self._targets(shape))
+    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Every update made dense, which autograd keeps until the backward pass."""
+        return dtype_bytes * sum(linear.elements for linear in self._targets(shape))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """The input of each dense update; in 16 bits a cast copy for each, in fp32 shared by q and v."""

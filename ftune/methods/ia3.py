@@ -168,8 +168,7 @@ class Ia3(Method):
             f"{vitals['vectors']:.0f} vectors, {vitals['factors']:,.0f} factors, off one by "
             f"{vitals['factor_change_mean']:.3g} on average, at most {vitals['factor_change_max']:.3g}"
         )
-        layers = vitals.get("quantized_layers")
-        return line + (f"; {layers:.0f} layers in 4 bits" if layers else "")
+        return line + _shared.quantization_line(vitals)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """One for each scaled output and each scaled input."""

@@ -164,8 +164,7 @@ class Vera(Method):
             f"{vitals['adapted_layers']:.0f} projections adapted, mean |b| {vitals['b_mean']:.3g}, "
             f"d off its start by {vitals['d_change_mean']:.3g}"
         )
-        layers = vitals.get("quantized_layers")
-        return line + (f"; {layers:.0f} layers in 4 bits" if layers else "")
+        return line + _shared.quantization_line(vitals)
 
     def _targets(self, shape: ModelShape) -> list[Linear]:
         targets = _roles.or_attention(shape.linears, self.target_modules, "query", "value")

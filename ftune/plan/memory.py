@@ -129,7 +129,7 @@ def estimate(
     kept_by_base = tokens * _base_bytes_per_token(
         shape, whole, stored, dtype_bytes, attention, masked, device_type
     ) + rows * _attention_matrices(shape, length, dtype_bytes, attention, device_type)
-    kept_by_method = tokens * method.saved_bytes_per_token(shape, dtype_bytes)
+    kept_by_method = tokens * method.saved_bytes_per_token(shape, dtype_bytes) + method.saved_bytes(shape, dtype_bytes)
     kept = kept_by_base + kept_by_method
     mask = rows * length**2 * dtype_bytes * masked
     logits = target_tokens * shape.vocab
