@@ -59,12 +59,12 @@ def violations(source: str, name: str, is_package: bool = False) -> list[str]:
     return found
 
 
-def named_methods(source: str) -> list[int]:
+def named_methods(source: str, ignored: tuple[str, ...] = ()) -> list[int]:
     """Lines that compare something with a method's name, match it, or make a table of several names."""
 
     def names(node: ast.AST) -> set[str]:
         elements = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node]
-        return {e.value for e in elements if isinstance(e, ast.Constant) and e.value in METHODS}
+        return {e.value for e in elements if isinstance(e, ast.Constant) and e.value in METHODS} - set(ignored)
 
     lines = []
     for node in ast.walk(ast.parse(source)):
@@ -92,7 +92,9 @@ def test_every_module_has_a_layer() -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if layer(module_name(path)) != "methods"], ids=module_name)
 def test_no_ladder_over_method_names(path: Path) -> None:
-    assert named_methods(path.read_text()) == []
+    # In the data layer a prompt is a column of the rows.
+    ignored = ("prompt",) if layer(module_name(path)) == "data" else ()
+    assert named_methods(path.read_text(), ignored) == []
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings under which a method suits a tiny model; a method that is not here runs on its defaults."""
 
-LEARNING_RATES = {"full": 1e-3, "prefix": 1e-1}
+LEARNING_RATES = {"full": 1e-3, "prefix": 1e-1, "ia3": 1e-1, "vera": 3e-2}
 """Rates at which a few steps show; 1e-2 for a method that is not here."""
 
 

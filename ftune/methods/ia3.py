@@ -25,9 +25,9 @@ __all__ = ["Ia3"]
 
 
 class Ia3(Method):
-    """Train one factor for each key, value and inner activation (Liu et al., arXiv:2205.05638, sec. 3.3).
+    """Train one factor for each key, value and inner activation (Liu et al., arXiv:2205.05638).
 
-    The feed-forward's vector scales the input of the projection back to the residual stream, the others the
+    Sec. 3.3: the feed-forward's vector scales the input of the projection back to the residual stream, the others the
     output of theirs. Where queries, keys and values are one fused projection, all of its output is scaled.
 
     Computing in bfloat16, a factor closer to one than 2^-9 changes no product; the vectors are fp32, so that

@@ -32,7 +32,7 @@ class Vera(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2310.11454"
-    summary: ClassVar[str] = "two vectors a matrix, around random projections that all layers share"
+    summary: ClassVar[str] = "two vectors a matrix around shared random projections"
     formula: ClassVar[str] = "h = W x + b * (B (d * (A x))), A and B random, frozen and shared"
     typical_share: ClassVar[str] = "0.004 %"
     choose: ClassVar[str] = "A great many adapters of one base: a file is about a tenth of LoRA's and converts to LoRA."
