@@ -58,8 +58,8 @@ quickstart: $(STAMP) ## train, evaluate and merge a real model on real data: a f
 	@echo
 	@$(BIN)/python scripts/quickstart_summary.py $(RUN)
 
-methods: $(STAMP) ## train every method's recipe beside LoRA, for docs/methods.md: about forty minutes on two cores
-	$(BIN)/python scripts/measure_methods.py
+methods: $(STAMP) ## train 20 updates of every method's recipe beside LoRA, for docs/methods.md: half an hour
+	$(BIN)/python scripts/measure_methods.py --set training.max_steps=20
 	$(MAKE) docs
 
 docs: $(STAMP) ## write docs/methods.md from the union and the measured figures

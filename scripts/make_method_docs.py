@@ -33,8 +33,8 @@ What each method trains, when it is the right one, and what it costs. Every run 
 MEASURED = """\
 ## Measured
 
-`make methods`: each recipe under `recipes/`, as it stands, on SmolLM2-135M-Instruct (the base's held-out loss is
-{base_loss:.3f}); the same {rows}. Step time and peak memory are ratios against LoRA's recipe, trained in turns with
+`make methods`: {steps} updates of each recipe under `recipes/` on SmolLM2-135M-Instruct, of about a thousand tokens
+each, on the same rows (the base's held-out loss is {base_loss:.3f}). Step time and peak memory are ratios against LoRA's recipe, trained in turns with
 the method, one update each ({machine}; torch {torch}, transformers {transformers}, peft {peft}); the spread is that
 of the single pairs. The merge error is the largest difference of a logit in fp32, read back from the disk. One
 seed and one learning rate each: the losses show that the methods learn, not which one wins on your data.
@@ -109,7 +109,7 @@ def measured(figures: dict[str, Any]) -> str:
     steps = figures["rows"]["lora"]["steps"]
     text = MEASURED.format(
         base_loss=figures["base_loss"],
-        rows=f"240 training rows, {steps} updates",
+        steps=steps,
         machine=figures["machine"],
         **{name: figures["versions"][name] for name in ("torch", "transformers", "peft")},
     )
