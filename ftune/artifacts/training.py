@@ -149,6 +149,7 @@ def train(
     try:
         with StopRequest() as stop:
             model, optimizer = build(plan)
+            record["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             _probe_packing(plan, model)
             if main:

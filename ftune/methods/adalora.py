@@ -213,7 +213,7 @@ class AdaLora(Method):
         )
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Ranks as the singular values have them, against the budget, and how often they were allocated."""
+        """Ranks as the singular values have them, against the budget and by module, and how often they were shared out."""
         ranks = _ranks(model)
         return {
             "ranks_mean": sum(ranks) / len(ranks),
@@ -224,6 +224,7 @@ class AdaLora(Method):
             "modules": float(len(ranks)),
             "modules_pruned": float(ranks.count(0)),
             "allocations": float(_allocator(model).allocations),
+            **{f"rank of {name}": float(rank) for name, rank in zip(_layers(model), ranks, strict=True)},
         } | _shared.quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:

@@ -177,6 +177,7 @@ def test_trained_it_is_at_work(name: str, tmp_path: Path) -> None:
     from ftune.artifacts.training import train
 
     record = train(tiny.recipe(tmp_path, name))
+    assert record["optimizer"].rpartition(".")[2].startswith("GaLoreAdamW" if name == "galore" else "AdamW")
     line = record["vitals_line"]
     assert line
     assert len(line) <= 150

@@ -133,6 +133,8 @@ def test_the_ranks_add_up_to_the_budget(accumulation: int, every: int, tmp_path:
     )
     vitals = record["vitals"]
     assert vitals["ranks_total"] == vitals["budget"] == 4 * 14
+    by_module = {key: rank for key, rank in vitals.items() if key.startswith("rank of model.layers.")}
+    assert (len(by_module), sum(by_module.values())) == (14, vitals["ranks_total"])
     assert vitals["ranks_min"] < vitals["ranks_mean"] == 4.0 < vitals["ranks_max"] <= 6
     assert vitals["allocations"] == (7 if every == 1 else 2)  # updates 2 to 8
     steps = tiny.events(tmp_path / "run", "step")

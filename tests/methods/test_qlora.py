@@ -83,7 +83,9 @@ def test_an_evaluation_pass_leaves_gradients_as_they_were(dtype: torch.dtype, ba
     assert all(map(torch.equal, packed, [m.weight.data for m in model.modules() if is_4bit(m)]))
 
 
-def test_the_naive_merge_is_another_model(base_dir: Path, tmp_path: Path) -> None:
+def test_the_naive_merge_is_another_model(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
+    base_dir = tiny.model_dir(tmp_path / "base", **sizes)
     method, context = tiny.method("qlora"), tiny.context()
     model = method.adapt(quantized(base_dir), context)
     tiny.disturb(model)
@@ -91,8 +93,8 @@ def test_the_naive_merge_is_another_model(base_dir: Path, tmp_path: Path) -> Non
     method.save(model, tmp_path, context)
     right = method.merge(method.load(quantized(base_dir), tmp_path, context), context)
     assert (tiny.logits(right) - expected).abs().max() <= 1e-4
-    naive = PeftModel.from_pretrained(tiny.model(), str(tmp_path)).merge_and_unload()
-    assert (tiny.logits(naive) - expected).abs().max() > 0.3
+    naive = PeftModel.from_pretrained(tiny.model(**sizes), str(tmp_path)).merge_and_unload()
+    assert (tiny.logits(naive) - expected).abs().max() > 1
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
