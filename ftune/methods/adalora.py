@@ -213,7 +213,7 @@ class AdaLora(Method):
         )
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Ranks as the singular values have them, against the budget and by module, and how often they were shared out."""
+        """Ranks as the singular values have them, against the budget and by module, and how often they were pruned."""
         ranks = _ranks(model)
         return {
             "ranks_mean": sum(ranks) / len(ranks),
