@@ -157,7 +157,7 @@ def train(
                 if overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
-            start, notes, found = _restore(checkpoints, plan, model, optimizer, resume)
+            start, notes, found, kept = _restore(checkpoints, plan, model, optimizer, resume)
             if main:
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
@@ -175,8 +175,7 @@ def train(
             if found is not None:
                 emit(Resumed(start, found.name))
             objective = Objective(model, plan.context.dtype)
-            facts = {"fingerprint": summary["data"]["fingerprint"], "total_steps": plan.total_steps}
-            loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, facts)
+            loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
             loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
@@ -318,15 +317,15 @@ def _probe_packing(plan: Plan, model: nn.Module) -> None:
 
 def _restore(
     checkpoints: Checkpoints, plan: Plan, model: nn.Module, optimizer: Optimizer, resume: bool
-) -> tuple[int, list[str], Path | None]:
-    """Load the newest whole checkpoint; returns the step, warnings and where it was."""
+) -> tuple[int, list[str], Path | None, dict[str, Any]]:
+    """Load the newest whole checkpoint; returns the step, warnings, where it was, and what the loop kept in it."""
     if not resume:
-        return 0, [], None
+        return 0, [], None, {}
     path, notes = checkpoints.newest()
     if path is None:
-        return 0, [*notes, "no checkpoint to resume from: starting at step 0"], None
+        return 0, [*notes, "no checkpoint to resume from: starting at step 0"], None, {}
     restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
-    return restored.step, notes, path
+    return restored.step, notes, path, restored.progress
 
 
 def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir) -> None:

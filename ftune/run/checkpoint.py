@@ -67,7 +67,7 @@ class Checkpoints:
             model: The adapted model, unwrapped.
             method: Adds its own state.
             optimizer: The optimizer.
-            progress: JSON-able facts that the run wants back (fingerprints, counters).
+            progress: JSON-able facts that the run wants back.
         """
         with new_directory(self.path(step)) as out:
             save_file(_trained(model), out / "trained.safetensors")

@@ -52,7 +52,7 @@ class Loop:
         checkpoints: Where to save.
         emit: Called with every event, on the main process only.
         stop: Whether a signal asked to stop.
-        progress: Facts kept with every checkpoint.
+        progress: Facts kept with every checkpoint: which parameters have not moved yet (``resting``).
     """
 
     plan: Plan
@@ -76,7 +76,12 @@ class Loop:
         wrapped = self.accelerator.prepare_model(self.objective) if plan.world_size > 1 else self.objective
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         watch, meter = (
-            MoveWatch(model, keeps_gradients=not method.updates_in_backward, at_rest=method.at_rest(model)),
+            MoveWatch(
+                model,
+                keeps_gradients=not method.updates_in_backward,
+                at_rest=method.at_rest(model),
+                only=self.progress.get("resting"),
+            ),
             PeakMeter(self.accelerator.device),
         )
         order_of, order = -1, [[0]]
@@ -110,6 +115,8 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
 
+            if plan.world_size == 1:  # other processes would wait for the exchange of gradients
+                mine = [micro for micro in mine if micro]
             total = torch.zeros((), device=self.accelerator.device)
             for micro_step, micro in enumerate(mine):
                 self._reseed(step, micro_step)
@@ -136,7 +143,13 @@ class Loop:
             self.optimizer.step()
             # Must run before zero_grad: importance scores read .grad.
             extra = method.after_step(model, step + 1)
-            watch.after_update(model, last=step + 1 == plan.total_steps, at_peak=step >= plan.warmup_steps)
+            watch.after_update(
+                model,
+                last=step + 1 == plan.total_steps,
+                learning_rate=min(group["lr"] for group in self.optimizer.param_groups),
+                at_peak=step >= plan.warmup_steps,
+            )
+            self.progress["resting"] = watch.resting
             self.optimizer.zero_grad(set_to_none=True)
 
             loss_sum = float(self.accelerator.reduce(total, "sum"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ __all__ = ["MoveWatch"]
 
 # LoRA's A has no gradient while B is zero, and a vanishing gradient may take an update to show in fp32.
 PATIENCE = 3
+# Elements of a bf16 weight that must be expected to have moved, rounded at random, before none is suspicious.
+EXPECTED_MOVES = 30
 
 
 class MoveWatch:
@@ -21,38 +25,49 @@ class MoveWatch:
         keeps_gradients: Whether gradients are still there after the update; False where each parameter is
             updated, and its gradient freed, during the backward pass.
         at_rest: Parameters that the method holds still, which are not watched.
+        only: The parameters that had not moved when the run was interrupted; None: all of them.
     """
 
     def __init__(
-        self, model: nn.Module, *, keeps_gradients: bool = True, at_rest: frozenset[str] = frozenset()
+        self,
+        model: nn.Module,
+        *,
+        keeps_gradients: bool = True,
+        at_rest: frozenset[str] = frozenset(),
+        only: Collection[str] | None = None,
     ) -> None:
         self._keeps_gradients = keeps_gradients
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._waiting = {name: _checksum(p) for name, p in trained.items() if name not in at_rest}
-        self._trained = len(self._waiting)
-        self._updates = 0
         if not trained:
             raise RunFailed("the method left nothing to train: no parameter requires grad")
+        watched = trained.keys() - at_rest if only is None else trained.keys() & set(only) - at_rest
+        self._waiting = {name: _checksum(p) for name, p in trained.items() if name in watched}
+        self._all = only is None
+        self._trained = len(self._waiting)
+        self._updates = 0
+        self._rates = 0.0
 
     @property
-    def done(self) -> bool:
-        """Whether every parameter has moved."""
-        return not self._waiting
+    def resting(self) -> list[str]:
+        """The parameters that have not moved yet."""
+        return list(self._waiting)
 
-    def after_update(self, model: nn.Module, *, last: bool, at_peak: bool = True) -> None:
+    def after_update(self, model: nn.Module, *, last: bool, learning_rate: float, at_peak: bool = True) -> None:
         """Look at the parameters after an update, while their gradients are still there.
 
         Args:
             model: The adapted model.
             last: Whether the run ends with this update.
+            learning_rate: Of this update, the lowest of all groups: about what AdamW moves an element by.
             at_peak: Whether the warm-up is over: before, an update of a large weight may be less than its last bit.
 
         Raises:
-            RunFailed: A parameter is outside the graph, or did not move in ``PATIENCE`` updates.
+            RunFailed: A parameter is outside the graph, or did not move in ``PATIENCE`` updates that should show.
         """
-        if self.done:
+        if not self._waiting:
             return
         self._updates += 1
+        self._rates += learning_rate
         parameters = dict(model.named_parameters())
         outside = [name for name in self._waiting if parameters[name].grad is None]
         if outside and self._keeps_gradients:
@@ -63,15 +78,24 @@ class MoveWatch:
         self._waiting = {
             name: before for name, before in self._waiting.items() if _checksum(parameters[name]) == before
         }
-        if (at_peak and self._updates >= PATIENCE) or (last and len(self._waiting) == self._trained):
+        resting = []
+        if at_peak and self._updates >= PATIENCE:
+            resting = [name for name in self._waiting if self._should_show(parameters[name], learning_rate)]
+        if last and self._all and len(self._waiting) == self._trained:
             resting = list(self._waiting)
-        else:
-            resting = []
         if resting:
             raise RunFailed(
                 f"{_some(resting)} did not move in {self._updates} update{'s' * (self._updates > 1)}",
                 help="raise optimizer.learning_rate, or check that the method suits this model",
             )
+
+    def _should_show(self, parameter: Tensor, learning_rate: float) -> bool:
+        """Whether an update of this size changes the last bit of the parameter's smallest element."""
+        bit = float(parameter.detach().abs().min()) * torch.finfo(parameter.dtype).eps
+        if parameter.dtype == torch.float32:
+            return learning_rate >= bit
+        # Rounded at random, an element moves with the probability of the update over the bit.
+        return self._rates * parameter.numel() >= EXPECTED_MOVES * bit
 
 
 def _some(names: list[str]) -> str:
@@ -80,7 +104,12 @@ def _some(names: list[str]) -> str:
 
 
 def _checksum(parameter: Tensor) -> int:
-    """The sum of the parameter's bits, read as integers: any change of any element shows in it."""
+    """A sum of the parameter's bits, each element's times an odd number of its own, modulo 2^64."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    bits = parameter.detach().contiguous().view(integers[parameter.element_size()]).flatten()
+    total = 0
+    # In pieces: as 64-bit integers a whole embedding would take twice its memory.
+    for piece in torch.split(bits, 2**20):
+        factors = torch.arange(piece.numel(), device=piece.device).mul_(0x1E3779B97F4A7C15).bitwise_or_(1)
+        total = (total * 31 + int((piece.long() * factors).sum())) % 2**64
+    return total

@@ -1,0 +1,71 @@
+"""The watch over what should move: it sees every change, and blames no weight for a step below its last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from run.test_loop import stop_after
+
+from ftune.artifacts.training import train
+from ftune.errors import Interrupted, RunFailed
+from ftune.run.moved import MoveWatch, _checksum
+
+
+def watched(value: torch.Tensor, rate: float, updates: int, **settings: Any) -> MoveWatch:
+    """A watch over one parameter that an optimizer forgot."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(value)
+    watch = MoveWatch(model, **settings)
+    for _ in range(updates):
+        model.weight.grad = torch.ones_like(model.weight)
+        watch.after_update(model, last=False, learning_rate=rate)
+    return watch
+
+
+def test_two_changes_that_cancel_are_seen() -> None:
+    before = torch.ones(64)
+    after = before.clone()
+    after.view(torch.int32)[3] += 1
+    after.view(torch.int32)[7] -= 1
+    assert _checksum(before) != _checksum(after)
+    assert _checksum(before) == _checksum(before.clone())
+
+
+def test_a_weight_that_should_show_its_updates_fails() -> None:
+    with pytest.raises(RunFailed, match="did not move in 3 updates"):
+        watched(torch.ones(8), 1e-5, 3)
+    with pytest.raises(RunFailed, match="did not move"):
+        watched(torch.zeros(8), 1e-12, 3)
+    with pytest.raises(RunFailed, match="did not move"):
+        watched(torch.ones(4096, dtype=torch.bfloat16), 1e-4, 3)
+
+
+def test_a_weight_whose_updates_are_below_its_last_bit_is_not_blamed() -> None:
+    assert watched(torch.ones(8), 1e-8, 9).resting == ["weight"]
+    # Rounded at random, one element in some thousand moves.
+    assert watched(torch.ones(64, dtype=torch.bfloat16), 1e-5, 9).resting == ["weight"]
+
+
+def test_what_had_moved_before_an_interruption_is_not_watched_again() -> None:
+    assert watched(torch.ones(8), 1e-5, 9, only=[]).resting == []
+
+
+@pytest.mark.parametrize("name", ["galore", "longlora"])
+def test_a_run_is_resumed_however_late(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last rates of a cosine are below the last bit of a norm.
+    loaded = tiny.recipe(
+        tmp_path,
+        name,
+        optimizer={"learning_rate": 1e-5},
+        training={"max_steps": 120, "gradient_accumulation_steps": 1},
+        data={"max_length": 128},
+    )
+    with monkeypatch.context() as patched:
+        stop_after(patched, 117)
+        with pytest.raises(Interrupted):
+            train(loaded)
+    assert train(loaded, resume=True)["status"] == "finished"
