@@ -101,6 +101,13 @@ class VirtualTokens(Method):
         object.__setattr__(model, "_ftune_start", trained_rows(model))
         return model
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Nothing decays: zero is neither where a virtual token starts nor where it has no effect.
+
+        So it is with the encoder of a prefix, which starts as what makes the keys and values of real tokens.
+        """
+        return False
+
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How far the virtual tokens are from where they started, as a share of their length there."""
         start = cast(Any, model)._ftune_start

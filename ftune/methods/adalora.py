@@ -178,6 +178,10 @@ class AdaLora(Method):
             layer.ranknum["default"].requires_grad_(False).fill_(self.init_rank)
         return model
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Singular values do not decay, though stored as matrices of one column: pruning alone takes them to zero."""
+        return "lora_E" not in name and super().decays(name, parameter)
+
     # --- in the loop ---
 
     def penalty(self, model: nn.Module) -> Tensor | None:

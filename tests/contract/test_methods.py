@@ -141,11 +141,10 @@ def test_nothing_decays_towards_zero_that_is_not_a_matrix(name: str, base_dir: P
     model = method.adapt(load(method, base_dir), tiny.context())
     optimizer = method.optimizer(model, OptimizerSpec(weight_decay=0.5))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    # Zero is not their neutral value, though some of them are stored as matrices of one column.
+    # Vectors, though some of them are stored as matrices of one row or column, and virtual tokens.
+    words = ("magnitude", "ia3_l", "vera_lambda", "lora_E", "prompt_encoder")
     neutral = {
-        key
-        for key, parameter in trained(model).items()
-        if parameter.ndim < 2 or any(word in key for word in ("magnitude", "ia3_l", "vera_lambda"))
+        key for key, parameter in trained(model).items() if parameter.ndim < 2 or any(word in key for word in words)
     }
     assert decayed or neutral == set(trained(model)), "weight decay reaches nothing"
     assert not [key for key, parameter in trained(model).items() if key in neutral and id(parameter) in decayed]
@@ -170,6 +169,19 @@ def test_untrained_it_is_found_not_to_be_at_work(name: str, base_dir: Path) -> N
     assert vitals
     assert all(type(value) is float for value in vitals.values())
     assert method.not_at_work(vitals), "vitals of a run that never began pass for those of one that trained"
+
+
+# Whole models are left out: weight decay moves their weights as it should.
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_weight_decay_alone_does_not_put_it_to_work(name: str, base_dir: Path) -> None:
+    method = tiny.method(name)
+    model = method.adapt(load(method, base_dir), tiny.context())
+    optimizer = method.optimizer(model, OptimizerSpec(learning_rate=1e-2, weight_decay=0.1))
+    for _ in range(50):
+        for parameter in trained(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert method.not_at_work(method.vitals(model, optimizer)), "the vitals take decay for training"
 
 
 @EVERY

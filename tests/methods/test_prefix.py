@@ -75,6 +75,16 @@ def test_a_trained_encoder_is_saved_as_the_prefix_it_makes(tmp_path: Path) -> No
     assert record["vitals"]["moved_min"] > 0
 
 
+def test_weight_decay_leaves_the_prefix_of_an_encoder_where_it_starts() -> None:
+    method = tiny.method("prefix", **ENCODER)
+    model = method.adapt(tiny.model().requires_grad_(False), tiny.context())
+    optimizer = method.optimizer(model, OptimizerSpec(learning_rate=1e-2, weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    assert method.vitals(model, optimizer)["moved_min"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
