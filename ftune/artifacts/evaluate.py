@@ -126,6 +126,18 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     return fitting, len(items) - len(fitting)
 
 
+def _padding_shows(plan: Plan, items: list[GenerationItem]) -> bool:
+    """Whether padding changes answers: it stands behind the virtual tokens, and a short window counts it.
+
+    The window of a short prompt would end in the padding, before it comes to the virtual tokens.
+    """
+    ahead, window = plan.recipe.method.virtual_positions, plan.shape.extra["sliding_window"]
+    if not ahead or window is None:
+        return False
+    longest = max(len(item.prompt_ids) for item in items)
+    return bool(ahead + longest + plan.recipe.evaluation.max_new_tokens > window)
+
+
 def _measure(
     model: nn.Module, plan: Plan, items: list[GenerationItem], accelerator: Accelerator
 ) -> tuple[dict[str, Any], list[str]]:
@@ -143,6 +155,7 @@ def _measure(
             dtype=dtype,
             batch_size=spec.batch_size,
             max_new_tokens=spec.max_new_tokens,
+            equal_lengths=_padding_shows(plan, items),
         )
         numbers["metrics"] = {}
         for metric in spec.metrics:

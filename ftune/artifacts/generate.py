@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,6 +35,7 @@ def greedy(
     dtype: torch.dtype,
     batch_size: int,
     max_new_tokens: int,
+    equal_lengths: bool = False,
 ) -> list[str]:
     """Answer each prompt greedily.
 
@@ -44,16 +46,15 @@ def greedy(
         dtype: What the model computes in.
         batch_size: Prompts generated together; those of similar length share a batch.
         max_new_tokens: Longest answer.
+        equal_lengths: Let only prompts of one length share a batch, so that none is padded.
 
     Returns:
         The answers in the order of the prompts, without special tokens, stripped.
     """
     device = next(model.parameters()).device
     ends = end_token_ids(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in _batches([len(prompt) for prompt in prompts], batch_size, equal_lengths=equal_lengths):
         longest = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -77,3 +78,12 @@ def greedy(
         for row, index in enumerate(chosen):
             answers[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True).strip()
     return answers
+
+
+def _batches(lengths: Sequence[int], batch_size: int, *, equal_lengths: bool) -> Iterator[list[int]]:
+    """Indices of the prompts that are answered together, the shortest first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    runs = [list(run) for _, run in groupby(order, key=lengths.__getitem__)] if equal_lengths else [order]
+    for run in runs:
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]

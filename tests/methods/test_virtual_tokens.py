@@ -16,8 +16,10 @@ from plan.architectures import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ftune.artifacts.evaluate import evaluate
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.training import train
+from ftune.artifacts.tuned import find_target
 from ftune.data.batches import collate
 from ftune.data.tokenize import Example
 from ftune.errors import ModelError, RecipeError
@@ -180,6 +182,48 @@ def test_answers_in_a_batch_are_those_of_one_row_without_a_cache(name: str, kind
     with switch:
         assert greedy(loaded, tokenizer, prompts, **settings) == plain
     assert greedy(loaded, tokenizer, prompts, **settings) == expected
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_in_short_windows_prompts_of_one_length_share_a_batch(name: str, kind: str) -> None:
+    model = adapted(virtual(name), architecture(kind, sliding_window=16)).eval()
+    tiny.disturb(model, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 200, (length,), generator=generator).tolist() for length in (5, 27, 21, 5)]
+
+    def answers(batch_size: int, equal_lengths: bool) -> list[str]:
+        return greedy(
+            model,
+            tiny.tokenizer(),
+            prompts,
+            dtype=torch.float32,
+            batch_size=batch_size,
+            max_new_tokens=8,
+            equal_lengths=equal_lengths,
+        )
+
+    expected = [one_after_another(model, prompt, 8) for prompt in prompts]
+    assert answers(1, False) == expected
+    assert answers(3, True) == expected
+    assert answers(3, False) != expected, "the padding has no effect, and need not be kept away"
+
+
+@BOTH
+def test_answers_of_a_run_in_short_windows_do_not_depend_on_the_batch(name: str, tmp_path: Path) -> None:
+    architecture("mistral", sliding_window=32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    tiny.write_chats(tmp_path / "train.jsonl", 24)
+    tiny.write_chats(tmp_path / "eval.jsonl", 5, start=100)
+    answers = []
+    for size in (1, 5):
+        spec = {"batch_size": size, "metrics": ["exact_match"], "max_new_tokens": 8}
+        recipe = tiny.recipe(tmp_path, name, evaluation=spec, output_dir=str(tmp_path / f"run{size}"))
+        train(recipe)
+        result = evaluate(find_target(tmp_path / f"run{size}"), base=False)
+        answers.append([sample["tuned"] for sample in result["samples"]])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
 
 
 @pytest.mark.parametrize(("name", "projection"), [("prompt", False), ("prefix", False), ("prefix", True)])
