@@ -100,8 +100,9 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     if data.packing is True and not recipe.method.packable:
         yield Problem(
             ("data", "packing"),
-            f"`packing: true` cannot work with method `{recipe.method.name}`",
-            "use `packing: auto`",
+            f"`packing: true` cannot work with method `{recipe.method.name}`: what it trains stands in front of a row, "
+            "not of each document in it",
+            "use `packing: auto` or `packing: false`",
         )
     if data.chat_template is not None:
         path = Path(data.chat_template).expanduser()

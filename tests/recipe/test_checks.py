@@ -78,3 +78,12 @@ def test_packing_needs_a_method_that_can(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check(loaded.recipe) == []
     monkeypatch.setattr(type(loaded.recipe.method), "packable", False)
     assert [problem.loc for problem in check(loaded.recipe)] == [("data", "packing")]
+
+
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if not cls.packable])
+@pytest.mark.parametrize("packing", ["auto", "false"])
+def test_what_is_offered_instead_of_packing_passes(method: str, packing: str) -> None:
+    data = "{train: train.jsonl, packing: %s}"
+    (problem,) = check(parse_recipe(recipe(method=method, data=data % "true"), "r").recipe)
+    assert f"`packing: {packing}`" in (problem.help or "")
+    assert check(parse_recipe(recipe(method=method, data=data % packing), "r").recipe) == []
