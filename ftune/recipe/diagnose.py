@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from ftune.errors import RecipeError
 from ftune.methods import METHODS, Problem
+from ftune.methods.quantization import Quantization
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 
 __all__ = [
@@ -321,6 +322,27 @@ ELSEWHERE = {
     "use_rslora": "method.rslora",
     "init_lora_weights": "method.init",
     "loraplus_lr_ratio": "method.lora_plus_ratio",
+    "target_r": "method.target_rank",
+    "init_r": "method.init_rank",
+    "tinit": "method.init_warmup",
+    "tfinal": "method.final_warmup",
+    "deltaT": "method.allocate_every",
+    "orth_reg_weight": "method.orthogonal_weight",
+    "galore_rank": "method.rank",
+    "galore_scale": "method.scale",
+    "galore_target": "method.target_modules",
+    "galore_layerwise": "method.per_layer",
+    "galore_update_interval": "method.update_every",
+    "update_proj_gap": "method.update_every",
+    "trainable_params": "method.train_embeddings",
+    "rope_scaling": "method.rope",
+    "vera_dropout": "method.dropout",
+    "projection_prng_key": "method.projection_seed",
+    "random_loc_seed": "method.location_seed",
+    "num_virtual_tokens": "method.virtual_tokens",
+    "prompt_tuning_init": "method.init",
+    "prompt_tuning_init_text": "method.init_text",
+    "prefix_projection": "method.projection",
     "adapter": "method.name",
     "finetuning_type": "method.name",
     "load_in_4bit": "method.quantization",
@@ -366,6 +388,7 @@ ELSEWHERE = {
     "attn_implementation": "model.attention",
     "flash_attention": "model.attention",
     "save_steps": "checkpoint.every_steps",
+    "save_every_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",
     "eval_steps": "evaluation.every_steps",
     "logging": "tracking",
@@ -373,6 +396,9 @@ ELSEWHERE = {
     "out_dir": "output_dir",
     "save_dir": "output_dir",
 }
+
+_OTHER_UNIT = dict.fromkeys(("tinit", "tfinal"), "a share of all updates, not a number of them")
+"""What to say of a name whose value means something else here."""
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -419,26 +445,53 @@ def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
     homes = [name for name, model in blocks.items() if word in model.model_fields and (name,) != parent]
     if not parent:
         homes = [name for name in homes if name != "data"] or homes
-    elsewhere = ELSEWHERE.get(str(word))
+    elsewhere = ELSEWHERE.get(str(word), "")
     if elsewhere and _exists(elsewhere, raw):
         block, _, name = elsewhere.rpartition(".")
-        if block == dotted(parent):
-            return f"did you mean `{name}`?", None
-        return f"write it as `{elsewhere}`", None
+        label = f"did you mean `{name}`?" if block == dotted(parent) else f"write it as `{elsewhere}`"
+        return label, f"`{name}` is {_OTHER_UNIT[str(word)]}" if word in _OTHER_UNIT else None
+    if other := _of_other_methods(elsewhere or (dotted(path) if parent == ("method",) else ""), word, raw):
+        return other
     if 1 <= len(homes) <= 2 and not closest(word, siblings, 0.85):
         return f"`{word}` belongs to {_either([f'`{home}`' for home in homes])}", None
     if near := closest(word, siblings):
         return f"did you mean `{near}`?", None
-    if parent == ("method",):
-        owners = [name for name, method in METHODS.items() if word in method.model_fields]
-        if owners:
-            return f"a field of {_either([f'`{name}`' for name in owners])}", None
     far = {name: f"{block}.{name}" for block, model in blocks.items() for name in model.model_fields}
     far |= {name: name for name in Recipe.model_fields}
     if near := closest(word, far, 0.8):
         return f"did you mean `{far[near]}`?", None
+    if meant := _required_instead(parent, raw):
+        return f"did you mean `{meant}`?", None
     where = "the recipe" if not parent else f"`{dotted(parent)}`"
     return "", f"fields of {where}: {', '.join(siblings)}" if siblings else None
+
+
+def _of_other_methods(path: str, word: str | int, raw: Any) -> tuple[str, str | None] | None:
+    """Label and help for a field of ``method`` that the recipe's method does not have and others do."""
+    block, _, name = path.partition(".")
+    name = name.partition(".")[0]
+    if block != "method":
+        return None
+    method = raw["method"]["name"] if model_at(("method",), raw) else None
+    if name == "quantization" and method is not None and not METHODS[method].quantizable:
+        able = [f"`{other}`" for other, cls in METHODS.items() if cls.quantizable]
+        return "", f"`{method}` needs unquantized base weights: remove it, or use {_either(able)}"
+    owners = [f"`{other}`" for other, cls in METHODS.items() if name in cls.model_fields]
+    if not owners:
+        return None
+    return f"{'' if name == word else f'`{name}`, '}a field of {_either(owners)}", None
+
+
+def _required_instead(block: KeyPath, raw: Any) -> str | None:
+    """The one required field that a block lacks, where one key that it does not know stands in it instead."""
+    model, written = model_at(block, raw), raw
+    for key in block:
+        written = written[key]
+    if not block or model is None:
+        return None
+    lacking = [name for name, info in model.model_fields.items() if info.is_required() and name not in written]
+    unknown = [key for key in written if key not in model.model_fields]
+    return lacking[0] if len(lacking) == len(unknown) == 1 else None
 
 
 def _exists(path: str, raw: Any) -> bool:
@@ -625,6 +678,8 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
     label = f"did you mean `{near}`?" if near else _conversion(value, words)
     if value is None and not _is_required(path, raw):
         label = "remove it to get the default"
+    if path == ("method", "quantization") and "a block of fields" in words:
+        label = label or _as_quantization(value, raw)
     if allowed and not words:
         if isinstance(value, str):
             help = None if near and len(allowed) > 4 else f"one of {_ticked(allowed)}"
@@ -633,6 +688,14 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
         return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
     words += [f"`{word}`" for word in allowed]
     return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
+
+
+def _as_quantization(value: object, raw: Any) -> str:
+    """How to write the ``quantization`` block that a switch or a type's name stands for."""
+    if value is False:
+        return "remove it" if METHODS[raw["method"]["name"]].model_fields["quantization"].default is None else ""
+    info = Quantization.model_fields["type"]
+    return f"write {{type: {closest(value, get_args(info.annotation)) or info.default}}}"
 
 
 _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
@@ -683,6 +746,8 @@ def _limit(entry: _Entry) -> str:
             return f"must be less than {_limit_number(context['lt'])}, not {shown}"
         case "less_than_equal":
             return f"must be at most {_limit_number(context['le'])}, not {shown}"
+        case "multiple_of":
+            return f"must be a multiple of {context['multiple_of']:g}, not {shown}"
         case "string_too_short":
             return "must not be empty"
         case "too_few":

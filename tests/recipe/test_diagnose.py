@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from ftune.errors import RecipeError
 from ftune.methods import METHODS
+from ftune.recipe import parse_recipe
 from ftune.recipe.diagnose import ELSEWHERE, Mistake, Source, Span, closest, model_at, printable, render
 from ftune.recipe.schema import Recipe
 
@@ -79,6 +81,57 @@ def test_every_name_of_another_tool_leads_to_a_field_of_some_method(path: str) -
     *parent, name = path.split(".")
     models = [model_at(tuple(parent), {"method": {"name": method}}) for method in METHODS]
     assert any(model is not None and name in model.model_fields for model in models)
+
+
+def method_report(method: str, field: str) -> str:
+    text = f"model: org/tiny\nmethod: {{name: {method}, {field}}}\ndata: x.jsonl\noutput_dir: runs/x\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    return caught.value.render()
+
+
+@pytest.mark.parametrize(
+    ("method", "word", "field"),
+    [
+        ("adalora", "tinit", "init_warmup"),
+        ("adalora", "tfinal", "final_warmup"),
+        ("adalora", "deltaT", "allocate_every"),
+        ("adalora", "orth_reg_weight", "orthogonal_weight"),
+        ("adalora", "target_r", "target_rank"),
+        ("adalora", "init_r", "init_rank"),
+        ("galore", "update_proj_gap", "update_every"),
+        ("galore", "galore_rank", "rank"),
+        ("longlora", "trainable_params", "train_embeddings"),
+        ("vera", "projection_prng_key", "projection_seed"),
+        ("fourierft", "random_loc_seed", "location_seed"),
+        ("prompt", "num_virtual_tokens", "virtual_tokens"),
+        ("prompt", "prompt_tuning_init_text", "init_text"),
+        ("prefix", "prefix_projection", "projection"),
+    ],
+)
+def test_the_name_that_peft_and_the_papers_code_use(method: str, word: str, field: str) -> None:
+    assert f"did you mean `{field}`?" in method_report(method, f"{word}: 1")
+
+
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if not cls.quantizable])
+@pytest.mark.parametrize("field", ["quantization: {}", "load_in_4bit: true", "bnb_4bit_quant_type: nf4"])
+def test_a_method_that_cannot_be_quantized_says_so_and_which_can(method: str, field: str) -> None:
+    report = method_report(method, field)
+    assert f"`{method}` needs unquantized base weights" in report
+    assert "did you mean" not in report
+    assert all((f"`{name}`" in report) is cls.quantizable for name, cls in METHODS.items() if name != method)
+
+
+def test_a_field_of_another_method_outranks_a_word_like_it() -> None:
+    assert "a field of `adalora`" in method_report("vera", "init_rank: 8")
+    assert "a field of `prefix` or `prompt`" in method_report("lora", "init_text: x")
+    assert "did you mean `init`?" in method_report("lora", "int: pissa")
+
+
+@pytest.mark.parametrize("value", ["nf4", "true", "NF4", "4bit"])
+def test_quantization_as_a_switch_is_shown_as_a_block(value: str) -> None:
+    assert "write {type: nf4}" in method_report("lora", f"quantization: {value}")
+    assert "remove it" in method_report("lora", "quantization: false")
 
 
 def test_no_name_of_another_tool_is_a_field_of_the_recipe() -> None:
