@@ -255,7 +255,7 @@ def train(
         return
     from ftune.artifacts.report import training_summary
 
-    print(training_summary(record, loaded.recipe.output_dir))
+    print(training_summary(record, loaded.recipe.output_dir, _width()))
 
 
 @app.command("eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def training_summary(record: dict[str, Any], output_dir: str) -> str:
-    """Three lines after training: what was reached, predicted against measured memory, and the vitals."""
+def training_summary(record: dict[str, Any], output_dir: str, width: int) -> str:
+    """What was reached, predicted against measured memory, and the vitals, wrapped to ``width``; then where it is."""
     measured, method = record["measured"], record["plan"]["method"]
+    saved = f"saved: {output_dir}/{method['artifact']}"
     if not measured:
-        return f"saved: {output_dir}/{method['artifact']} (every step had been made before)"
+        return f"{saved} (every step had been made before)"
     held_out = measured.get("held_out_loss")
     lines = [
         f"done: {measured['steps']} steps in {human_time(measured['wall_seconds'])}, "
@@ -36,8 +38,8 @@ def training_summary(record: dict[str, Any], output_dir: str) -> str:
     ]
     if record["vitals"]:
         lines.append(f"at work: {record['vitals_line']}")
-    lines.append(f"saved: {output_dir}/{method['artifact']}")
-    return "\n".join(lines)
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*map(wrap.fill, lines), saved])
 
 
 def evaluation_table(result: dict[str, Any], width: int) -> str:

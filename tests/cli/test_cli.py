@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from ftune import cli
+from ftune.artifacts.report import training_summary
 from ftune.methods import METHODS
 
 COMMANDS = ["init", "validate", "plan", "train", "eval", "merge", "convert", "chat", "methods", "schema"]
@@ -216,6 +217,25 @@ def test_methods_lists_the_union(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "methods")
     for name, cls in METHODS.items():
         assert re.search(rf"^{name} +{re.escape(cls.paper)} ", out, re.M)
+
+
+def test_the_summary_after_training_is_wrapped() -> None:
+    measured = dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "first_loss", "loss", "held_out_loss"), 1e3)
+    measured |= dict.fromkeys(("peak_bytes", "predicted_peak_bytes"), 10**9) | {"predicted_over_measured": 1.0}
+    vitals = " ".join(["gain 0.123,"] * 12)
+    record = {
+        "measured": measured,
+        "plan": {"method": {"artifact": "adapter"}},
+        "vitals": {"gain": 0.1},
+        "vitals_line": vitals,
+    }
+    lines = training_summary(record, "runs/a directory", 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "saved: runs/a directory/adapter"
+    first = next(i for i, line in enumerate(lines) if line.startswith("at work: "))
+    assert first + 2 == len(lines) - 1
+    assert lines[first + 1].startswith("  gain")
+    assert " ".join(" ".join(lines[first:-1]).split()) == f"at work: {vitals}"
 
 
 @pytest.mark.parametrize("name", METHODS)
