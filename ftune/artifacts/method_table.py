@@ -12,6 +12,13 @@ from ftune.recipe.diagnose import closest
 
 __all__ = ["method_card", "method_rows", "method_table"]
 
+_LAYOUTS = (
+    ("method", "paper", "merge", "4-bit", "packing", "trained", "what it trains"),
+    ("method", "merge", "4-bit", "packing", "trained", "what it trains"),
+    ("method", "merge", "4-bit", "what it trains"),
+)
+"""Columns of the table, widest first; the last fits 80 columns while summaries have at most 54 characters."""
+
 
 def method_rows() -> list[dict[str, Any]]:
     """What each method says of itself."""
@@ -43,24 +50,24 @@ def _yes(value: bool) -> str:
 
 
 def method_table(width: int) -> str:
-    """The table as text, one method a row; the summary is left out where it does not fit ``width``."""
-    rows = [
-        [
-            row["name"],
-            row["paper"],
-            _yes(row["mergeable"]),
-            _yes(row["quantizable"]),
-            _yes(row["packing"]),
-            row["typical_share"],
-            row["summary"],
-        ]
+    """The table as text, one method a row: the first layout that fits ``width``, each with the summary."""
+    cells = [
+        {
+            "method": row["name"],
+            "paper": row["paper"],
+            "merge": _yes(row["mergeable"]),
+            "4-bit": _yes(row["quantizable"]),
+            "packing": _yes(row["packing"]),
+            "trained": row["typical_share"],
+            "what it trains": row["summary"],
+        }
         for row in method_rows()
     ]
-    head = ["method", "paper", "merge", "4-bit", "packing", "trained", "what it trains"]
-    whole = table(head, rows)
-    if max(len(line) for line in whole.splitlines()) <= width:
-        return whole
-    return table(head[:-1], [row[:-1] for row in rows])
+    for head in _LAYOUTS:
+        text = table(head, [[row[name] for name in head] for row in cells])
+        if max(map(len, text.splitlines())) <= width:
+            break
+    return f"{text}\n\n`ftune methods NAME` says more"
 
 
 def method_card(name: str, width: int) -> str:

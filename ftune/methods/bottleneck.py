@@ -65,7 +65,7 @@ class Bottleneck(Method):
     """Train small layers behind each block's projections (Houlsby et al., arXiv:1902.00751)."""
 
     paper: ClassVar[str] = "arXiv:1902.00751"
-    summary: ClassVar[str] = "small non-linear layers behind each block's projections"
+    summary: ClassVar[str] = "small non-linear layers inside each block"
     formula: ClassVar[str] = "h = W x + W_up f(W_down W x)"
     typical_share: ClassVar[str] = "0.5-2 %"
     choose: ClassVar[str] = (

@@ -21,7 +21,7 @@ class Dora(LowRank):
     """Train direction by LoRA and a magnitude for each output (Liu et al., arXiv:2402.09353)."""
 
     paper: ClassVar[str] = "arXiv:2402.09353"
-    summary: ClassVar[str] = "LoRA on the direction, a trained magnitude for each output"
+    summary: ClassVar[str] = "direction by LoRA, and a magnitude for each output"
     formula: ClassVar[str] = "h = m (W + (alpha/r) B A) / ||W + (alpha/r) B A|| x"
     typical_share: ClassVar[str] = "0.1-1 %"
     choose: ClassVar[str] = "Small ranks (4 to 16), where LoRA falls short of full fine-tuning."

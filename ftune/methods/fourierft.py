@@ -28,7 +28,7 @@ class FourierFt(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2405.03003"
-    summary: ClassVar[str] = "a few coefficients of the Fourier transform of each update"
+    summary: ClassVar[str] = "a few Fourier coefficients of each update"
     formula: ClassVar[str] = "h = (W + s Re(ifft2(F))) x, F zero but for n places drawn once"
     typical_share: ClassVar[str] = "0.001 %"
     choose: ClassVar[str] = "When the size of a file decides: 4 kB a matrix, whatever its size."

@@ -28,7 +28,7 @@ class GaLore(Method):
     """Train every parameter, with moments of rank r for the matrices (Zhao et al., arXiv:2403.03507)."""
 
     paper: ClassVar[str] = "arXiv:2403.03507"
-    summary: ClassVar[str] = "every weight, with moments in a subspace of the gradient"
+    summary: ClassVar[str] = "every weight, moments in a subspace of its gradient"
     formula: ClassVar[str] = "W <- W - lr scale Q Adam(Q^T G), Q the r leading singular vectors of G, renewed every T"
     typical_share: ClassVar[str] = "100 %"
     choose: ClassVar[str] = "When every weight should learn and AdamW's two moments are what does not fit."

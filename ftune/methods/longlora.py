@@ -26,7 +26,7 @@ class LongLora(LowRank):
     """LoRA on attention, whole embeddings and norms, over S2-Attn (Chen et al., arXiv:2309.12307)."""
 
     paper: ClassVar[str] = "arXiv:2309.12307"
-    summary: ClassVar[str] = "LoRA, embeddings and norms, over attention in shifted groups"
+    summary: ClassVar[str] = "LoRA, embeddings, norms; attention in shifted groups"
     formula: ClassVar[str] = "h = W x + (alpha/r) B A x; half of the heads attend in groups shifted by half a group"
     typical_share: ClassVar[str] = "2.1 %"
     choose: ClassVar[str] = "Rows of many thousand tokens, or a longer context than the base has (`context_length`)."

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from ftune import cli
+from ftune.artifacts.method_table import method_table
 from ftune.artifacts.report import training_summary
 from ftune.methods import METHODS
 
@@ -215,8 +216,20 @@ def test_methods_lists_the_union(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "methods", "--json")
     assert [row["name"] for row in json.loads(out)] == list(METHODS)
     _, out, _ = run(capsys, "methods")
-    for name, cls in METHODS.items():
-        assert re.search(rf"^{name} +{re.escape(cls.paper)} ", out, re.M)
+    assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(METHODS)]] == list(METHODS)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, 4), (100, 6), (120, 7)])
+def test_the_table_of_methods_drops_columns_but_never_what_is_trained(width: int, columns: int) -> None:
+    out = method_table(width)
+    assert max(map(len, out.splitlines())) <= width
+    assert len(re.split(" {2,}", out.splitlines()[0])) == columns
+    for line, (name, cls) in zip(out.splitlines()[2:], METHODS.items(), strict=False):
+        assert len(cls.summary) <= 54
+        assert line.startswith(f"{name} ")
+        assert line.endswith(f" {cls.summary}")
+    assert out.endswith("`ftune methods NAME` says more")
+    assert method_table(40) == method_table(80)
 
 
 def test_the_summary_after_training_is_wrapped() -> None:
