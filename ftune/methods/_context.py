@@ -47,6 +47,15 @@ def extend(config: Any, length: int, scaling: Scaling) -> None:
         # Left out, transformers would take the extended length for the original one.
         text.rope_parameters["original_max_position_embeddings"] = original
     text.max_position_embeddings = length
+    try:
+        # Changed in place, a configuration is checked only when it is saved.
+        type(config).from_dict(config.to_dict())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(
+            f"{kind} cannot scale its rotary positions by `rope: {scaling}`: {reason}",
+            help="leave out `context_length`",
+        ) from error
 
 
 def save_positions(config: Any, out: Path) -> None:

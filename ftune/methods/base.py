@@ -54,6 +54,7 @@ class Context:
         revision: The hub revision of the base model, where it has one.
         world_size: Processes that share an update.
         max_length: Tokens in the longest row that the recipe allows.
+        row_lengths: Tokens in each training row, where the run has counted them.
         tokenizer: The base model's tokenizer, where the run has loaded it.
     """
 
@@ -66,6 +67,7 @@ class Context:
     revision: str | None = None
     world_size: int = 1
     max_length: int = 1024
+    row_lengths: Sequence[int] = ()
     tokenizer: Any = None
 
 
@@ -151,6 +153,8 @@ class Method(BaseModel):
     """Whether the base weights can be 4-bit under it."""
     packable: ClassVar[bool] = True
     """Whether several documents may share a row (false for methods that prepend virtual tokens)."""
+    decaying: ClassVar[bool] = True
+    """Whether weight decay reaches anything that trains (false where every parameter is a vector of factors)."""
     recomputable: ClassVar[bool] = True
     """Whether blocks may be recomputed in the backward pass (gradient checkpointing)."""
     starts_as_base: ClassVar[bool] = True
@@ -171,6 +175,14 @@ class Method(BaseModel):
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield what cannot work on this model or in this many steps, once the plan knows both."""
+        yield from ()
+
+    def remarks(self, context: Context) -> Iterator[str]:
+        """Yield what works, but perhaps not as meant: the plan prints it as warnings."""
+        yield from ()
+
+    def lighter(self) -> Iterator[tuple[str, Self]]:
+        """Yield this method with settings that need less memory, and what to write for them."""
         yield from ()
 
     def resolved(self) -> Self:
@@ -339,6 +351,10 @@ class Method(BaseModel):
         torch's AdamW updates all parameters at once there (foreach), through one more copy of what trains.
         """
         return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
+
+    def mask_cells(self, length: int) -> int:
+        """Cells of the attention mask that each layer keeps for a packed row of ``length`` tokens."""
+        return length**2
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""

@@ -36,6 +36,7 @@ class FourierFt(Method):
     cost: ClassVar[str] = "Nearly no state; but a dense update of each matrix and an FFT of it in every pass."
     composes: ClassVar[str] = "Packing, checkpointing; merges exactly; converts to LoRA approximately. No 4-bit base."
     default_learning_rate: ClassVar[float] = 3e-3
+    decaying: ClassVar[bool] = False
     as_lora: ClassVar[Literal["exact", "approximate"] | None] = "approximate"
 
     name: Literal["fourierft"] = Field("fourierft", description="Fine-tuning in the discrete Fourier domain.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field
 
@@ -68,15 +69,20 @@ class GaLore(Method):
     )
     weights: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="How the weights are kept. bfloat16: half the memory; updates are rounded at random, so that "
-        "small ones are not lost.",
+        description="How the weights are kept. bfloat16: half the memory, for gradients too; updates are rounded at "
+        "random, so that small ones are not lost.",
     )
 
     # --- while parsing ---
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield targets, optimizers and portions of an update that cannot work."""
-        yield from _shared.target_problems(self.target_modules)
+        for problem in _shared.target_problems(self.target_modules):
+            # LoRA's reason is the merge; here an embedding's moments have nothing to gain from a subspace.
+            whole = "embedding or the output head" in problem.message
+            yield (
+                replace(problem, message="embeddings and the output head train with plain AdamW") if whole else problem
+            )
         if recipe.optimizer.name.startswith("paged"):
             yield Problem(
                 ("optimizer", "name"),
@@ -118,6 +124,25 @@ class GaLore(Method):
             )
         if self.weights == "bfloat16" and str(context.dtype) != "torch.bfloat16":
             yield Problem(("method", "weights"), *_BFLOAT16_IN_FLOAT32)
+
+    def remarks(self, context: Context) -> Iterator[str]:
+        """Yield that the subspace is never renewed."""
+        if self.update_every >= context.total_steps > 1:
+            yield (
+                f"one subspace for the whole run: method.update_every is {self.update_every}, and there are "
+                f"{context.total_steps} updates"
+            )
+
+    def lighter(self) -> Iterator[tuple[str, Self]]:
+        """Yield weights in bf16, and with them updates during the backward pass."""
+        if self.weights == "float32":
+            yield "method.weights: bfloat16", self.model_copy(update={"weights": "bfloat16"})
+        if not self.per_layer:
+            yield (
+                "method.weights: bfloat16 and per_layer: true (with gradient_accumulation_steps: 1, "
+                "max_grad_norm: null)",
+                self.model_copy(update={"weights": "bfloat16", "per_layer": True}),
+            )
 
     def _saves(self, linear: Linear) -> bool:
         """Whether moments and basis of rank r are smaller than AdamW's two moments."""
@@ -194,7 +219,11 @@ class GaLore(Method):
         """The global norm; with `per_layer` of the gradients that were applied, which are gone."""
         if self.per_layer:
             return cast("GaLoreAdamW", optimizer).take_gradient_norm(trained)
-        return super().gradient_norm(trained, optimizer)
+        import torch
+
+        # Of bf16 gradients torch would give a norm in bf16, and clip by it.
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """What is projected, how often the subspace was renewed, and what the state takes."""

@@ -102,6 +102,15 @@ class LongLora(LowRank):
                 f"{shape.model_type} caps its attention scores, which attention in groups cannot do",
                 "use `method: lora` with `attention: eager`",
             )
+        group = self.group_size or _quarter(context.max_length)
+        longest_row = max(context.row_lengths, default=group + 1)
+        if longest_row <= group:
+            yield Problem(
+                ("method", "group_size"),
+                f"no row is longer than a group: the longest has {longest_row} tokens, a group {group}, so nothing "
+                "would be shifted",
+                f"set `group_size: {_quarter(longest_row)}`, or train on longer rows (data.packing)",
+            )
         longest = shape.extra.get("max_positions")
         if longest and context.max_length > longest:
             yield Problem(
@@ -109,6 +118,13 @@ class LongLora(LowRank):
                 f"rows of {context.max_length} tokens, and the context of this model is {longest}",
                 f"set `context_length: {context.max_length}` to extend it, or lower data.max_length",
             )
+
+    def remarks(self, context: Context) -> Iterator[str]:
+        """Yield that few rows are long enough to be shifted."""
+        group = self.group_size or _quarter(context.max_length)
+        long = sum(length > group for length in context.row_lengths)
+        if 2 * long < len(context.row_lengths):
+            yield f"only {long} of {len(context.row_lengths)} rows are longer than a group of {group} tokens"
 
     # --- building ---
 
@@ -260,6 +276,10 @@ class LongLora(LowRank):
         """All, and of a tied embedding the head's part, which waits whole until the embedding's own is there."""
         waiting = 4 * shape.embedding if self.train_embeddings and not shape.head else 0
         return super().gradient_bytes(shape) + waiting
+
+    def mask_cells(self, length: int) -> int:
+        """Only the blocks on the diagonal: of every group, on either half of the heads."""
+        return min(length**2, 2 * length * (self.group_size or _quarter(length)))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """LoRA's, every trained norm's normalized input in fp32, and the heads' outputs put beside each other."""

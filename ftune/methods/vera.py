@@ -41,6 +41,7 @@ class Vera(Method):
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing; merges exactly; converts to LoRA exactly."
     default_learning_rate: ClassVar[float] = 4e-3
     quantizable: ClassVar[bool] = True
+    decaying: ClassVar[bool] = False
     as_lora: ClassVar[Literal["exact", "approximate"] | None] = "exact"
 
     name: Literal["vera"] = Field("vera", description="Vector-based random matrix adaptation.")

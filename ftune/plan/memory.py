@@ -120,7 +120,7 @@ def estimate(
     arguments = dict(locals())
     length += method.virtual_positions
     tokens = rows * length
-    trained = method.trainable_parameters(shape)
+    layers, trained = shape.layers, method.trainable_parameters(shape)
     whole = method.artifact == "model"
     stored = _stored_bytes(method, dtype_bytes)
     # padding on the right of causal attention needs no mask
@@ -132,6 +132,7 @@ def estimate(
     kept_by_method = tokens * method.saved_bytes_per_token(shape, dtype_bytes) + method.saved_bytes(shape, dtype_bytes)
     kept = kept_by_base + kept_by_method
     mask = rows * length**2 * dtype_bytes * masked
+    kept_masks = layers * rows * method.mask_cells(length) * dtype_bytes * masked
     logits = target_tokens * shape.vocab
     # Autocast casts a trained fp32 weight once in a forward pass; the copy lives until its backward is done.
     cast = dtype_bytes if dtype_bytes < (stored if whole else 4) else 0
@@ -139,7 +140,6 @@ def estimate(
     copies = cast * sum(linear.elements for linear in shape.linears) + head_copy if whole else cast * trained
     scratch = _dequantized_bytes(method, shape, stored, dtype_bytes)
 
-    layers = shape.layers
     # (activations, logits, buffers) at each moment that may be the peak
     moments: list[tuple[int, int, int]] = []
     if gradient_checkpointing:
@@ -156,7 +156,7 @@ def estimate(
             ),
         ]
     else:
-        moments.append((kept, logits * LOSS_BYTES, copies + layers * mask + scratch))
+        moments.append((kept, logits * LOSS_BYTES, copies + kept_masks + scratch))
     moments.append((0, 0, method.update_bytes(shape, optimizer) if device_type == "cuda" else 0))
 
     activations, logit_bytes, buffers = max(moments, key=sum)
@@ -302,6 +302,7 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
         )
     if arguments["optimizer"] in ("adamw", "paged_adamw"):
         changes.append(("optimizer.name: adamw_8bit", {"optimizer": "adamw_8bit"}))
+    changes += [(text, {"method": lighter}) for text, lighter in method.lighter()]
     quantized = getattr(method, "quantization", None) is not None
     if method.quantizable and not quantized:
         smaller = method.model_copy(update={"quantization": Quantization()})

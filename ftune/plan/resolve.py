@@ -139,9 +139,17 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         sized = sized.model_copy(update={"id": str(sizes), "gguf_file": None, "revision": None})
     config = configured(sized, recipe.method)
     shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
-    context = context_of(recipe, device, dtype, total_steps, world_size, tokenizer)
-    _refuse(recipe, config, shape, context)
     lengths = row_lengths(splits.train, rows)
+    context = context_of(
+        recipe,
+        device,
+        dtype,
+        total_steps=total_steps,
+        world_size=world_size,
+        tokenizer=tokenizer,
+        row_lengths=lengths,
+    )
+    _refuse(recipe, config, shape, context)
     memory = estimate(
         recipe.method,
         shape,
@@ -219,14 +227,9 @@ def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
 
 
 def context_of(
-    recipe: Recipe,
-    device: torch.device,
-    dtype: torch.dtype,
-    total_steps: int = 1,
-    world_size: int = 1,
-    tokenizer: Any = None,
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, *, total_steps: int = 1, **counted: Any
 ) -> Context:
-    """What the recipe's method may know."""
+    """What the recipe's method may know; ``counted`` are further fields of the context."""
     located = locate_model(recipe.model)
     return Context(
         total_steps=total_steps,
@@ -236,9 +239,8 @@ def context_of(
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         base_name=located.public_name,
         revision=located.revision,
-        world_size=world_size,
         max_length=recipe.data.max_length,
-        tokenizer=tokenizer,
+        **counted,
     )
 
 
@@ -360,6 +362,12 @@ def _warnings(plan: Plan) -> list[str]:
         found.append(
             f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
+        )
+    found += recipe.method.remarks(plan.context)
+    if recipe.optimizer.weight_decay and not recipe.method.decaying:
+        found.append(
+            f"optimizer.weight_decay has no effect: what `{recipe.method.name}` trains is not neutral at zero, "
+            "and never decays"
         )
     if recipe.optimizer.name.startswith("paged") and plan.context.device.type != "cuda":
         found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")

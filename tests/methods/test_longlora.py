@@ -20,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
-from ftune.errors import ModelError, RecipeError, RunFailed
-from ftune.methods import Method, OptimizerSpec, _s2
+from ftune.errors import ModelError, RecipeError
+from ftune.methods import Method, OptimizerSpec, _context, _s2
 from ftune.methods.longlora import LongLora
 from ftune.plan.base_model import load_base
-from ftune.plan.resolve import enable_checkpointing
+from ftune.plan.resolve import enable_checkpointing, resolve
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 from ftune.recipe.schema import ModelSpec
@@ -285,7 +285,7 @@ def test_only_a_and_b_decay(tied: Path) -> None:
 
 def test_vitals_say_what_was_shifted_and_moved(tmp_path: Path) -> None:
     vitals = train(tiny.recipe(tmp_path, "longlora"))["vitals"]
-    assert vitals["row_passes"] == 8
+    assert vitals["row_passes"] == 7  # the last update of the only epoch has one row
     assert vitals["row_passes_shifted"] >= 6
     assert vitals["layers_shifted"] == 2
     assert 6 <= vitals["groups_per_row"] <= 8
@@ -295,10 +295,33 @@ def test_vitals_say_what_was_shifted_and_moved(tmp_path: Path) -> None:
     assert vitals["context_length"] == 512
 
 
-def test_rows_no_longer_than_a_group_fail_the_run(tmp_path: Path) -> None:
+def test_rows_no_longer_than_a_group_are_refused_by_the_plan(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, "longlora", method={"group_size": 200}, data={"packing": False})
-    with pytest.raises(RunFailed, match="no row was longer than a group of 200 tokens"):
-        train(loaded)
+    with pytest.raises(ModelError, match="no row is longer than a group: the longest has 75 tokens, a group 200"):
+        resolve(loaded.recipe)
+    few = tiny.recipe(tmp_path, "longlora", method={"group_size": 70}, data={"packing": False}).recipe
+    assert any("rows are longer than a group of 70 tokens" in line for line in resolve(few).summary()["warnings"])
+
+
+def test_rows_no_longer_than_a_group_are_found_in_the_run(base: Path) -> None:
+    method = tiny.method("longlora", group_size=200)
+    model = method.adapt(load(method, base), tiny.context())
+    optimizer = method.optimizer(model, OptimizerSpec(learning_rate=1e-2))
+    for _ in range(2):
+        training_logits(model, tokens(2, 60)).square().mean().backward()
+        optimizer.step()
+    reason = method.not_at_work(method.vitals(model, optimizer))
+    assert reason is not None
+    assert reason.startswith("no row was longer than a group of 200 tokens")
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_an_extension_that_could_not_be_saved_is_refused(rope: Any) -> None:
+    # Phi-3 knows longrope alone: trained, the model could not be merged.
+    config = tiny_config("phi3")
+    with pytest.raises(ModelError, match=f"phi3 cannot scale its rotary positions by `rope: {rope}`"):
+        _context.extend(config, 1024, rope)
+    _context.extend(tiny_config("phi3"), 1024, "none")
 
 
 @pytest.mark.parametrize("still", ["embed_tokens", "norm"])

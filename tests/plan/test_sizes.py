@@ -35,3 +35,19 @@ def test_the_sizes_are_the_other_model_s(tmp_path: Path) -> None:
     small = planned(tmp_path, "lora", {"rank": 8}, "adamw", "smollm2-135m")
     large = planned(tmp_path, "lora", {"rank": 8}, "adamw", "llama-3-8b")
     assert 40 < large["weights"] / small["weights"] < 70
+
+
+def test_galore_s_own_levers_are_named(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "galore").recipe
+    recipe = recipe.model_copy(update={"method": type(recipe.method)(rank=1024)})
+    summary = resolve(recipe, sizes=SHAPES / "llama-2-7b").summary()
+    advice = "\n".join(summary["advice"])
+    assert "method.weights: bfloat16: saves" in advice
+    assert "per_layer: true (with gradient_accumulation_steps: 1" in advice
+    assert any("one subspace for the whole run" in line for line in summary["warnings"])
+
+
+def test_a_decay_that_reaches_nothing_is_said(tmp_path: Path) -> None:
+    for name, said in (("ia3", True), ("lora", False)):
+        warnings = resolve(tiny.recipe(tmp_path, name, optimizer={"weight_decay": 0.1}).recipe).summary()["warnings"]
+        assert any("weight_decay has no effect" in line for line in warnings) == said
