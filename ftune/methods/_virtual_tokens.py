@@ -38,13 +38,14 @@ class VirtualTokens(Method):
 
     mergeable: ClassVar[bool] = False
     packable: ClassVar[bool] = False
+    decaying: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
 
     virtual_tokens: int = Field(20, ge=1, description="Trained positions in front of every row.")
     init: Literal["vocabulary", "text"] = Field(
         "vocabulary",
-        description="Where they start. vocabulary: as tokens drawn from the 5000 commonest; text: as `init_text`, "
-        "repeated to fill them.",
+        description="Where they start. vocabulary: as tokens drawn from the 5000 commonest, special ones left out; "
+        "text: as `init_text`, repeated to fill them.",
     )
     init_text: str | None = Field(None, description="The text for `init: text`; a description of the task serves well.")
 
@@ -86,15 +87,26 @@ class VirtualTokens(Method):
         ids: list[int] = context.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def start_ids(self, vocab: int, context: Context) -> Tensor:
-        """The real tokens that the virtual ones start as: (V,), a function of recipe and seed alone."""
+    def start_ids(self, embedding: nn.Module, context: Context) -> Tensor:
+        """The real tokens that the virtual ones start as: (V,), on the embedding's device.
+
+        A function of recipe, base model and seed alone, so that a resumed run has the same.
+        """
         import torch
 
+        weight: Tensor = cast(Any, embedding).weight
         if self.init == "text":
             ids = self._text_ids(context)
-            return torch.tensor((ids * math.ceil(self.virtual_tokens / len(ids)))[: self.virtual_tokens])
+            repeated = (ids * math.ceil(self.virtual_tokens / len(ids)))[: self.virtual_tokens]
+            return torch.tensor(repeated, device=weight.device)
+        # Rows of zeros say nothing; padding has one.
+        usable = weight[:COMMON_TOKENS].any(dim=1).cpu()
+        usable[[index for index in _special_ids(context.tokenizer) if index < len(usable)]] = False
+        [candidates] = usable.nonzero(as_tuple=True)
         generator = torch.Generator().manual_seed(context.seed)
-        return torch.randint(min(vocab, COMMON_TOKENS), (self.virtual_tokens,), generator=generator)
+        drawn = torch.randint(len(candidates), (self.virtual_tokens,), generator=generator)
+        start: Tensor = candidates[drawn].to(weight.device)
+        return start
 
     def _remember_start(self, model: nn.Module) -> nn.Module:
         # An attribute of the Python object, no buffer: a resumed run computes it again from the seed.
@@ -109,13 +121,17 @@ class VirtualTokens(Method):
         return False
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """How far the virtual tokens are from where they started, as a share of their length there."""
-        start = cast(Any, model)._ftune_start
-        shares = (trained_rows(model) - start).norm(dim=1) / start.norm(dim=1).clamp_min(1e-12)
+        """How far the virtual tokens are from where they started.
+
+        ``moved`` is that of all together, as a share of their length there; ``moved_min`` that of the one that moved
+        least, in the unit of its numbers.
+        """
+        start_VD = cast(Any, model)._ftune_start
+        change_VD = trained_rows(model) - start_VD
         return {
-            "virtual_tokens": float(len(shares)),
-            "moved_mean": float(shares.mean()),
-            "moved_min": float(shares.min()),
+            "virtual_tokens": float(len(change_VD)),
+            "moved": float(change_VD.norm() / start_VD.norm()),
+            "moved_min": float(change_VD.norm(dim=1).min()),
         }
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
@@ -127,8 +143,8 @@ class VirtualTokens(Method):
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
         return (
-            f"{vitals['virtual_tokens']:.0f} virtual tokens moved by {vitals['moved_mean']:.1%} of their length on "
-            f"average, at least {vitals['moved_min']:.1%}"
+            f"{vitals['virtual_tokens']:.0f} virtual tokens moved by {vitals['moved']:.1%} of their length together, "
+            f"each by {vitals['moved_min']:.3g} or more"
         )
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
@@ -138,6 +154,13 @@ class VirtualTokens(Method):
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone, on the rows as they are."""
         return _shared.disable_adapter(model)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that no text has: padding, ends, and whatever was added to the vocabulary."""
+    if tokenizer is None:
+        return set()
+    return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
 
 
 def mend_generation(model: nn.Module) -> nn.Module:

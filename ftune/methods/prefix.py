@@ -154,7 +154,7 @@ class Prefix(VirtualTokens):
         base = cast(Any, model)
         config = base.config.get_text_config()
         embedding = base.get_input_embeddings()
-        ids = self.start_ids(embedding.num_embeddings, context).to(embedding.weight.device)
+        ids = self.start_ids(embedding, context)
         was_training = model.training
         model.eval()
         try:

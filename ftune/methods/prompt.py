@@ -50,7 +50,7 @@ class Prompt(VirtualTokens):
 
         config = PromptTuningConfig(num_virtual_tokens=self.virtual_tokens, task_type="CAUSAL_LM")
         embedding = cast(Any, model).get_input_embeddings()
-        ids = self.start_ids(embedding.num_embeddings, context).to(embedding.weight.device)
+        ids = self.start_ids(embedding, context)
         wrapped = _shared.attach(model, config, context)
         with torch.no_grad():
             # Through the module: Gemma's scales what it looks up.

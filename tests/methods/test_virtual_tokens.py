@@ -53,8 +53,9 @@ def adapted(method: Method, base: nn.Module | None = None, **context: Any) -> nn
     return method.adapt((base or tiny.model()).requires_grad_(False), tiny.context(**context))
 
 
-def start_ids(method: Method) -> Tensor:
-    return method.start_ids(len(tiny.tokenizer()), tiny.context())  # type: ignore[attr-defined, no-any-return]
+def start_ids(method: Method, base: nn.Module, **context: Any) -> Tensor:
+    embedding = base.get_input_embeddings()  # type: ignore[operator]
+    return method.start_ids(embedding, tiny.context(**context))  # type: ignore[attr-defined, no-any-return]
 
 
 def in_front(ids: Tensor, inputs: Tensor) -> dict[str, Tensor]:
@@ -73,7 +74,8 @@ def test_it_starts_as_the_base_behind_real_tokens(name: str, kind: str) -> None:
     """The independent reference: virtual tokens that were not trained yet compute as the tokens they start as."""
     method, inputs = virtual(name), tiny.batch()
     with torch.no_grad():
-        whole = architecture(kind)(**in_front(start_ids(method), inputs["input_ids"]), use_cache=False).logits[:, V:]
+        ids = start_ids(method, architecture(kind))
+        whole = architecture(kind)(**in_front(ids, inputs["input_ids"]), use_cache=False).logits[:, V:]
     model = adapted(method, architecture(kind))
     assert (tiny.logits(model, inputs) - whole).abs().max() <= 1e-4 * whole.abs().max()
     assert (tiny.logits(architecture(kind), inputs) - whole).abs().max() > 0.1
@@ -85,8 +87,9 @@ def test_it_starts_as_the_base_behind_real_tokens_in_short_windows(name: str, ki
     method, inputs = virtual(name), tiny.batch(length=30)
     base = architecture(kind, sliding_window=V + 4)
     with torch.no_grad():
-        whole = base(**in_front(start_ids(method), inputs["input_ids"]), use_cache=False).logits[:, V:]
-        wide = architecture(kind)(**in_front(start_ids(method), inputs["input_ids"]), use_cache=False).logits[:, V:]
+        behind = in_front(start_ids(method, base), inputs["input_ids"])
+        whole = base(**behind, use_cache=False).logits[:, V:]
+        wide = architecture(kind)(**behind, use_cache=False).logits[:, V:]
     actual = tiny.logits(adapted(method, base), inputs)
     assert (actual - whole).abs().max() <= 1e-4 * whole.abs().max()
     assert (actual - wide).abs().max() > 0.1, "the window has no effect"
@@ -104,6 +107,32 @@ def test_the_text_is_where_it_starts(name: str) -> None:
         whole = tiny.model()(**in_front(repeated, inputs["input_ids"]), use_cache=False).logits[:, 8:]
     actual = tiny.logits(adapted(method, tokenizer=tiny.tokenizer()), inputs)
     assert (actual - whole).abs().max() <= 1e-4
+
+
+@BOTH
+def test_it_starts_as_tokens_that_text_has(name: str) -> None:
+    """Special tokens, and rows of zeros such as gemma's padding, are no sensible start."""
+    tokenizer, base = tiny.tokenizer(), tiny.model()
+    weight = base.get_input_embeddings().weight  # type: ignore[operator]
+    with torch.no_grad():
+        weight[100:200] = 0
+    drawn = start_ids(virtual(name, virtual_tokens=2000), base, tokenizer=tokenizer)
+    every = set(range(len(tokenizer))) - set(range(100, 200)) - {tokenizer.pad_token_id}  # padding's row is zero, too
+    assert len(tokenizer.all_special_ids) == 3
+    assert set(drawn.tolist()) == every - set(tokenizer.all_special_ids)
+    assert set(start_ids(virtual(name, virtual_tokens=2000), base).tolist()) == every
+
+
+@BOTH
+def test_a_row_of_zeros_at_the_start_does_not_hide_how_far_they_moved(name: str) -> None:
+    base = tiny.model()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[tiny.tokenizer()("S").input_ids[0]] = 0  # type: ignore[operator]
+    method = virtual(name, init="text", init_text="Say so")
+    model = adapted(method, base, tokenizer=tiny.tokenizer())
+    tiny.disturb(model)
+    vitals = method.vitals(model, method.optimizer(model, OptimizerSpec()))
+    assert 0.05 < vitals["moved"] < 0.2
 
 
 def examples() -> list[list[Example]]:
@@ -259,17 +288,18 @@ def test_vitals_tell_how_far_they_moved(name: str) -> None:
     model = adapted(method)
     optimizer = method.optimizer(model, OptimizerSpec())
     before = method.vitals(model, optimizer)
-    assert before == {"virtual_tokens": V, "moved_mean": 0.0, "moved_min": 0.0}
+    assert before == {"virtual_tokens": V, "moved": 0.0, "moved_min": 0.0}
     assert "where it started" in str(method.not_at_work(before))
     [parameter] = [p for p in model.parameters() if p.requires_grad]
+    start = parameter.detach().clone()
     with torch.no_grad():
         parameter[1:] *= 1.5
     after = method.vitals(model, optimizer)
-    assert after["moved_mean"] == pytest.approx(0.5 * (V - 1) / V, rel=1e-5)
+    assert after["moved"] == pytest.approx(float(0.5 * start[1:].norm() / start.norm()), rel=1e-5)
     assert method.not_at_work(after), "one of them did not move"
     with torch.no_grad():
         parameter[0] *= 1.1
-    assert method.vitals(model, optimizer)["moved_min"] == pytest.approx(0.1, rel=1e-5)
+    assert method.vitals(model, optimizer)["moved_min"] == pytest.approx(float(0.1 * start[0].norm()), rel=1e-5)
     assert method.not_at_work(method.vitals(model, optimizer)) is None
 
 
