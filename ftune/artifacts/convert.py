@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftune.artifacts.divergence import divergence, in_fp32, logits_of, require_exact, sample_texts
+from ftune.artifacts.divergence import MAX_ERROR_FP32, divergence, in_fp32, logits_of, require_exact, sample_texts
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import FtuneError, RunFailed
 from ftune.methods._shared import load_peft, save_as_lora
 from ftune.plan.resolve import resolve
-from ftune.run.files import new_directory, write_json
+from ftune.run.files import new_directory, require_writable, write_json
 
 __all__ = ["to_lora"]
 
@@ -47,6 +47,7 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     if target.exists() and not (target / "convert.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FtuneError(f"{target} exists and is no converted adapter", help="choose another --out")
     run.artifact(recipe)
+    require_writable(target)
     plan = resolve(recipe)
     texts = sample_texts(plan)
 
@@ -58,15 +59,12 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     factors = method.to_lora(model, rank)
     del model, base_logits
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
     with new_directory(target) as aside:
         used = save_as_lora(factors, in_fp32(load_plain(plan)), aside, plan.context)
         plan.tokenizer.save_pretrained(str(aside))
         found = divergence(reference, logits_of(load_peft(in_fp32(load_plain(plan)), aside).eval(), texts))
-        if method.as_lora == "exact" and rank is None:
+        exact = method.as_lora == "exact" and (rank is None or found.max_error <= MAX_ERROR_FP32)
+        if exact:
             require_exact(found, "the LoRA matrices")
         elif found.kl >= effect.kl:
             raise RunFailed(
@@ -77,7 +75,9 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
         report = {
             "out": str(target),
             "rank": used,
-            "exact": method.as_lora == "exact" and rank is None,
+            "rank_asked_for": rank,
+            "exact": exact,
+            "quantized_base": getattr(method, "quantization", None) is not None,
             "tokens_compared": sum(len(text) for text in texts),
             "lora_vs_tuned": asdict(found),
             "base_vs_tuned": asdict(effect),

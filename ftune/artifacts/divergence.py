@@ -16,7 +16,7 @@ from ftune.plan.resolve import Plan
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Divergence", "divergence", "in_fp32", "logits_of", "require_exact", "sample_texts"]
+__all__ = ["MAX_ERROR_FP32", "Divergence", "divergence", "in_fp32", "logits_of", "require_exact", "sample_texts"]
 
 MAX_ERROR_FP32 = 1e-3
 """Largest difference of a logit that summation order explains (measured: 2e-6 to 2e-4)."""

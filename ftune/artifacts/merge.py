@@ -17,7 +17,7 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import FtuneError, RunFailed
 from ftune.plan.resolve import Plan, resolve
-from ftune.run.files import new_directory
+from ftune.run.files import new_directory, require_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +54,7 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     if target.exists() and not (target / "merge.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FtuneError(f"{target} exists and is no merged model", help="choose another --out")
     run.artifact(recipe)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
+    require_writable(target)
     plan = resolve(recipe)
     texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))

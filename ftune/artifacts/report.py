@@ -96,10 +96,14 @@ def convert_summary(report: dict[str, Any]) -> str:
     """Where the LoRA adapter is and how close it is to what was trained."""
     found, effect = report["lora_vs_tuned"], report["base_vs_tuned"]
     kind = "exact" if report["exact"] else "an approximation"
+    if report["rank_asked_for"] not in (None, report["rank"]):
+        kind += f"; no more than rank {report['rank']} is needed"
+    note = "\nthe adapter fits the 4-bit base that it was trained on: on the original weights it is another model"
     return (
         f"converted: {report['out']} (plain LoRA of rank {report['rank']}, {human_bytes(report['bytes'])}, {kind})\n\n"
         + _divergence_table((("LoRA adapter, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared, in fp32"
+        + (note if report["quantized_base"] else "")
     )
 
 

@@ -128,7 +128,7 @@ class Vera(Method):
         return _shared.merge_factors(model, self.to_lora(model, None))
 
     def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """``diag(d) A`` and ``diag(b) B``: exact at VeRA's rank, the best of its rank below."""
+        """``diag(d) A`` and ``diag(b) B``: exact at VeRA's rank or the matrix's own, the best of its rank below."""
         from ftune.ops.low_rank import factorize
 
         a_RN, b_MR = (projection.detach().float() for projection in _projections(model))
@@ -136,7 +136,9 @@ class Vera(Method):
         for name, layer in _layers(model):
             d_R, b_M = (vectors["default"].detach().float() for vectors in (layer.vera_lambda_d, layer.vera_lambda_b))
             a, b = d_R[:, None] * a_RN[:, : layer.in_features], b_M[:, None] * b_MR[: layer.out_features]
-            factors[name] = (a, b) if rank is None or rank >= len(d_R) else factorize(b @ a, rank)
+            # No update has a higher rank than its matrix, however high that of the projections is.
+            highest = min(layer.in_features, layer.out_features, rank or len(d_R))
+            factors[name] = (a, b) if highest >= len(d_R) else factorize(b @ a, highest)
         return factors
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:

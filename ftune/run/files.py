@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_directory", "remove_leftovers", "sync", "write_json"]
+from ftune.errors import FtuneError
+
+__all__ = ["new_directory", "remove_leftovers", "require_writable", "sync", "write_json"]
 
 _ASIDE = ".tmp-"
 
@@ -31,6 +34,20 @@ def write_json(path: Path, data: Any) -> None:
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
+
+
+def require_writable(target: Path) -> None:
+    """Hold that ``new_directory`` can make ``target``, before the work that fills it.
+
+    Raises:
+        FtuneError: It cannot.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_ASIDE):
+            pass
+    except OSError as error:
+        raise FtuneError(f"cannot write to {target}: {error}", help="choose another --out") from error
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ftune.artifacts.convert import to_lora
+from ftune.artifacts.merge import merge
+from ftune.artifacts.report import convert_summary
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.errors import FtuneError, RunFailed
@@ -58,6 +60,23 @@ def test_wrong_factors_are_found_and_leave_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(RunFailed, match="are not the model that was trained"):
         to_lora(RunDir(tmp_path / "run"))
     assert not (tmp_path / "run/lora").exists()
+
+
+def test_a_rank_that_holds_everything_is_exact(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path, "vera", method={"rank": 256}))
+    run = RunDir(tmp_path / "run")
+    report = to_lora(run)
+    assert (report["rank"], report["exact"]) == (64, True), "the matrices are no larger"
+    assert "no more than rank 64 is needed" in convert_summary(to_lora(run, rank=5000))
+    low = to_lora(run, rank=2)
+    assert (low["rank"], low["exact"]) == (2, False)
+
+
+def test_what_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path, "vera"))
+    for command in (to_lora, merge):
+        with pytest.raises(FtuneError, match="cannot write to"):
+            command(RunDir(tmp_path / "run"), out=Path("/proc/x"))
 
 
 def test_a_directory_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
