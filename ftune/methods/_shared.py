@@ -51,8 +51,8 @@ def list_linears(model: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def match_targets(linears: Sequence[Linear], targets: Targets) -> list[Linear]:
-    """The projections that ``target_modules`` names, with PEFT's rules.
+def match_targets(linears: Sequence[Linear], targets: Targets, field: str = "target_modules") -> list[Linear]:
+    """The projections that a field of the recipe names, with PEFT's rules.
 
     A list matches whole names or their last components; a string other than ``all-linear`` is a regular
     expression over the whole name.
@@ -65,7 +65,7 @@ def match_targets(linears: Sequence[Linear], targets: Targets) -> list[Linear]:
     if isinstance(targets, str):
         matched = [linear for linear in linears if re.fullmatch(targets, linear.name)]
         if not matched:
-            raise ModelError(f"target_modules: {targets!r} matches no linear layer", help=_available(linears))
+            raise ModelError(f"{field}: {targets!r} matches no linear layer", help=_available(linears))
         return matched
 
     def fits(name: str, target: str) -> bool:
@@ -73,7 +73,7 @@ def match_targets(linears: Sequence[Linear], targets: Targets) -> list[Linear]:
 
     for target in targets:
         if not any(fits(linear.name, target) for linear in linears):
-            raise ModelError(f"target_modules: `{target}` is no linear layer of this model", help=_available(linears))
+            raise ModelError(f"{field}: `{target}` is no linear layer of this model", help=_available(linears))
     return [linear for linear in linears if any(fits(linear.name, target) for target in targets)]
 
 
@@ -447,7 +447,7 @@ def quantization_line(vitals: dict[str, float]) -> str:
     """The 4-bit base for people, to be put behind another line; empty when nothing is quantized."""
     if not vitals.get("quantized_layers"):
         return ""
-    return f"; {vitals['quantized_layers']:.0f} layers in 4 bits ({vitals['quantized_bytes'] / 2**20:,.1f} MiB)"
+    return f"; {vitals['quantized_layers']:.0f} layers in 4 bits ({vitals['quantized_bytes'] / 2**20:,.3g} MiB)"
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------

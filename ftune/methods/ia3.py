@@ -45,6 +45,7 @@ class Ia3(Method):
     default_learning_rate: ClassVar[float] = 3e-3
     not_lora_because: ClassVar[str] = "the vectors rescale the base weights themselves; use `ftune merge`"
     quantizable: ClassVar[bool] = True
+    decaying: ClassVar[bool] = False
 
     name: Literal["ia3"] = Field("ia3", description="Infused adapter by inhibiting and amplifying activations.")
     target_modules: str | tuple[str, ...] = Field(
@@ -87,7 +88,7 @@ class Ia3(Method):
             if self.feedforward_modules == AUTO:
                 inner = _shared.match_targets(linears, _roles.feed_forward(linears))
             else:
-                inner = _shared.match_targets(linears, self.feedforward_modules)
+                inner = _shared.match_targets(linears, self.feedforward_modules, "feedforward_modules")
             targets = [linear for linear in linears if linear in targets or linear in inner]
         else:
             targets = _shared.match_targets(linears, self.target_modules)
@@ -95,7 +96,7 @@ class Ia3(Method):
                 back = _shared.match_targets(linears, _roles.feed_forward(linears))
                 inner = [linear for linear in targets if linear in back]
             else:
-                inner = _shared.match_targets(linears, self.feedforward_modules)
+                inner = _shared.match_targets(linears, self.feedforward_modules, "feedforward_modules")
         stray = [linear.name for linear in inner if linear not in targets]
         if stray:
             raise ModelError(

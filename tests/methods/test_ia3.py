@@ -120,8 +120,9 @@ def test_a_long_list_of_targets_is_loaded_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ("k_proj", "c_attn")}, "`c_attn` is no linear layer"),
-        ({"feedforward_modules": ("fc2",)}, "`fc2` is no linear layer"),
+        ({"target_modules": ("k_proj", "c_attn")}, "target_modules: `c_attn` is no linear layer"),
+        ({"feedforward_modules": ("fc2",)}, "feedforward_modules: `fc2` is no linear layer"),
+        ({"feedforward_modules": ".*fc2"}, "feedforward_modules: '.*fc2' matches no linear layer"),
         ({"target_modules": ("k_proj",), "feedforward_modules": ("down_proj",)}, "not among target_modules"),
     ],
 )
