@@ -146,7 +146,15 @@ class Ia3(Method):
             return _shared.merge_peft(model)
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """How many vectors and factors there are, how far the factors are from one, and what is 4-bit."""
+        """How many vectors and factors there are, how far the factors are from one, and what is 4-bit.
+
+        ``factors_at_work`` are those that change a product, rounded as the model rounds it.
+        """
+        import torch
+
+        # The embedding's: that of a 4-bit projection is not what it computes in.
+        dtype = cast(Any, model).get_input_embeddings().weight.dtype
+        least = torch.finfo(dtype).eps / 4  # 2^-9 in bfloat16: half a step, as a share of the largest numbers of that step
         moved = [(p.detach().float() - 1).abs() for name, p in model.named_parameters() if "ia3_l" in name]
         factors = sum(change.numel() for change in moved)
         return {
@@ -155,19 +163,27 @@ class Ia3(Method):
             "factor_change_mean": sum(float(change.sum()) for change in moved) / max(1, factors),
             "factor_change_max": max((float(change.max()) for change in moved), default=0.0),
             "vector_change_min": min((float(change.max()) for change in moved), default=0.0),
+            "factors_at_work": float(sum(int((change > least).sum()) for change in moved)),
+            "least_change": least,
         } | _shared.quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
-        """A vector that is still all ones, or a base that should be 4-bit and is not."""
+        """A vector that is still all ones, factors that are rounded away, or a base that should be 4-bit and is not."""
         if not vitals["vector_change_min"] > 0:
             return "a vector is still all ones, so its projection computes as the base does"
+        if not vitals["factors_at_work"] > 0:
+            return (
+                f"every factor is within {vitals['least_change']:.3g} of one, which the model's precision rounds away; "
+                "raise the learning rate"
+            )
         return _shared.quantization_failure(self.quantization, vitals)
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
         line = (
             f"{vitals['vectors']:.0f} vectors, {vitals['factors']:,.0f} factors, off one by "
-            f"{vitals['factor_change_mean']:.3g} on average, at most {vitals['factor_change_max']:.3g}"
+            f"{vitals['factor_change_mean']:.3g} on average, at most {vitals['factor_change_max']:.3g}, "
+            f"{vitals['factors_at_work'] / vitals['factors']:.0%} by enough to count"
         )
         return line + _shared.quantization_line(vitals)
 

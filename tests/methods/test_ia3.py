@@ -215,6 +215,38 @@ def test_bfloat16_follows_fp32_and_keeps_small_updates(base_dir: Path) -> None:
     assert (logits[1] - logits[0]).abs().max() <= 0.02 * logits[0].abs().max()
 
 
+@pytest.mark.parametrize("quantization", [None, {}])
+@pytest.mark.parametrize(("push", "at_work"), [(2**-9, False), (-(2**-9), False), (2**-8, True), (-(2**-8), True)])
+def test_factors_that_bfloat16_rounds_away_are_not_at_work(
+    push: float, at_work: bool, quantization: Any, base_dir: Path
+) -> None:
+    """The reference is the base itself, bit for bit."""
+    method = tiny.method("ia3", quantization=quantization)
+    base = on_disk(method, base_dir, torch.bfloat16)
+    with autocast(torch.bfloat16, "cpu"):
+        expected = tiny.logits(base)
+        model = method.adapt(base, tiny.context(dtype=torch.bfloat16))
+        with torch.no_grad():
+            for parameter in vectors(model).values():
+                parameter.add_(push)
+        assert torch.equal(tiny.logits(model), expected) != at_work
+    vitals = method.vitals(model, method.optimizer(model, OptimizerSpec()))
+    assert vitals["factors_at_work"] == at_work * vitals["factors"]
+    assert ("raise the learning rate" in (method.not_at_work(vitals) or "")) != at_work
+    assert method.vitals_line(vitals).count("100% by enough") == at_work
+
+
+def test_in_fp32_the_smallest_change_is_at_work() -> None:
+    method = tiny.method("ia3")
+    model = method.adapt(tiny.model(), tiny.context())
+    with torch.no_grad():
+        for parameter in vectors(model).values():
+            parameter.copy_(torch.nextafter(parameter, torch.zeros(())))
+    vitals = method.vitals(model, method.optimizer(model, OptimizerSpec()))
+    assert vitals["factors_at_work"] == vitals["factors"]
+    assert method.not_at_work(vitals) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_onto_a_4_bit_base_it_is_what_was_trained(dtype: torch.dtype, base_dir: Path, tmp_path: Path) -> None:
     method, context = tiny.method("ia3", quantization={}), tiny.context(dtype=dtype)
