@@ -38,7 +38,7 @@ class Ia3(Method):
     summary: ClassVar[str] = "one factor for each key, value and inner activation"
     formula: ClassVar[str] = "k = l_k * W_k x,  v = l_v * W_v x,  h = W_down (l_ff * a)"
     typical_share: ClassVar[str] = "0.01 %"
-    choose: ClassVar[str] = "Few examples, or a great many tasks: a file is a few hundred kB and overfits little."
+    choose: ClassVar[str] = "Few examples, or a great many tasks: a file is 2.5 MB on 7B and overfits little."
     avoid: ClassVar[str] = "When the task needs new features: rescaling what is there cannot make them."
     cost: ClassVar[str] = "Nearly no state; saves the inner activation in fp32, so activations are about as LoRA's."
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing; merges exactly. Not convertible to LoRA."
@@ -154,7 +154,8 @@ class Ia3(Method):
 
         # The embedding's: that of a 4-bit projection is not what it computes in.
         dtype = cast(Any, model).get_input_embeddings().weight.dtype
-        least = torch.finfo(dtype).eps / 4  # 2^-9 in bfloat16: half a step, as a share of the largest numbers of that step
+        # Half a step, as a share of the largest numbers that have it: 2^-9 in bfloat16.
+        least = torch.finfo(dtype).eps / 4
         moved = [(p.detach().float() - 1).abs() for name, p in model.named_parameters() if "ia3_l" in name]
         factors = sum(change.numel() for change in moved)
         return {

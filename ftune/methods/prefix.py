@@ -29,7 +29,7 @@ class Prefix(VirtualTokens):
     """Train keys and values of virtual tokens in every block (Li and Liang, arXiv:2101.00190)."""
 
     paper: ClassVar[str] = "arXiv:2101.00190"
-    summary: ClassVar[str] = "keys and values of a few virtual tokens, in every block"
+    summary: ClassVar[str] = "keys and values of virtual tokens in every block"
     formula: ClassVar[str] = "h = attention(q, [P_k; k], [P_v; v]), P_k and P_v trained"
     typical_share: ClassVar[str] = "0.1 %"
     choose: ClassVar[str] = (

@@ -21,11 +21,11 @@ class Prompt(VirtualTokens):
     """Train the embeddings of virtual tokens in front of every row (Lester et al., arXiv:2104.08691)."""
 
     paper: ClassVar[str] = "arXiv:2104.08691"
-    summary: ClassVar[str] = "the embeddings of a few virtual tokens in front of every row"
+    summary: ClassVar[str] = "embeddings of virtual tokens in front of every row"
     formula: ClassVar[str] = "h = model([P; E(x)]), P trained"
     typical_share: ClassVar[str] = "0.001 %"
     choose: ClassVar[str] = (
-        "Many small tasks on one large frozen base: a task is a few kilobytes, and a batch can mix tasks."
+        "Many small tasks on one large frozen base: a task is 0.3 MB on 7B, and a batch can mix tasks."
     )
     avoid: ClassVar[str] = (
         "Below some billions of parameters, where it falls far behind LoRA; and for a few hundred steps."
