@@ -34,10 +34,11 @@ MEASURED = """\
 ## Measured
 
 `make methods`: {steps} updates of each recipe under `recipes/` on SmolLM2-135M-Instruct, of about a thousand tokens
-each, on the same rows (the base's held-out loss is {base_loss:.3f}). Step time and peak memory are ratios against LoRA's recipe, trained in turns with
-the method, one update each ({machine}; torch {torch}, transformers {transformers}, peft {peft}); the spread is that
-of the single pairs. The merge error is the largest difference of a logit in fp32, read back from the disk. One
-seed and one learning rate each: the losses show that the methods learn, not which one wins on your data.
+each, on the same rows (the base's held-out loss is {base_loss:.3f}). Step time and peak memory are ratios against
+LoRA's recipe, trained in turns with the method, one update each ({machine}; torch {torch}, transformers
+{transformers}, peft {peft}); the spread is that of the single pairs. The merge error is the largest difference of a
+logit in fp32, read back from the disk. One seed and one learning rate each: the losses show that the methods learn,
+not which one wins on your data.
 """
 
 
@@ -120,6 +121,38 @@ def measured(figures: dict[str, Any]) -> str:
     return text + "\n" + markdown_table(head, rows) + "\n" + vitals
 
 
+LONG = """\
+## A longer context
+
+`python scripts/long_context.py runs/long_context` trains `recipes/longlora-extend.yaml`: SmolLM2-135M-Instruct, made
+for {base:,} tokens, is extended to {extended:,} by {rope} and trained for {steps} updates of one row of {row:,} tokens
+({text}). Perplexity of the first tokens of one held-out document, a module of Python's standard library, and of what
+only the longest window reaches:
+"""
+
+
+def long_context(figures: dict[str, Any]) -> str:
+    """What extending the context gave."""
+    lengths = figures["lengths"]
+    head = ["", *(f"first {length:,}" for length in lengths), f"{lengths[-2]:,} to {lengths[-1]:,}"]
+    rows = [
+        [name, *(f"{figures[name][key]:,.2f}" for key in (*map(str, lengths), "last"))]
+        for name in ("base", "stretched, untrained", "tuned")
+        if name in figures
+    ]
+    settings, measured = figures["settings"], figures["measured"]
+    steps = measured["steps"]
+    text = LONG.format(
+        base=figures["base_length"],
+        extended=settings["context_length"],
+        rope=settings["rope"],
+        steps=steps,
+        row=measured["tokens"] // steps,
+        text=f"peak memory {human_bytes(measured['peak_bytes'])} on two CPU cores",
+    )
+    return text + "\n" + markdown_table(head, rows)
+
+
 def section(row: dict[str, Any]) -> str:
     """All about one method, its settings included."""
     facts = [
@@ -157,6 +190,8 @@ def render() -> str:
     parts = [HEAD, overview()]
     if FIGURES.is_file():
         parts.append(measured(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    if CONTEXT.is_file():
+        parts.append(long_context(json.loads(CONTEXT.read_text(encoding="utf-8"))))
     parts.append("## One by one\n")
     parts += [section(row) for row in method_rows()]
     return "\n".join(parts)

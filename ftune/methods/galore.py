@@ -265,7 +265,8 @@ class GaLore(Method):
         state = f"{vitals['state_bytes'] / 2**20:,.1f} MiB, {vitals['share_of_adamw_state']:.0%} of AdamW's"
         return (
             f"{vitals['projected_matrices']:.0f} matrices projected to rank {self.rank} "
-            f"({vitals['captured_energy']:.1%} of the gradient), subspace computed {times}, optimizer state {state}"
+            f"({vitals['captured_energy']:.1%} of the gradient's energy), subspace computed {times}, "
+            f"optimizer state {state}"
         )
 
     # --- what it leaves behind ---

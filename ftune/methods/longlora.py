@@ -33,7 +33,9 @@ class LongLora(LowRank):
     avoid: ClassVar[str] = "Rows of up to about 2,000 tokens: attention costs little there, and LoRA trains exactly."
     cost: ClassVar[str] = "Attention at a quarter of its scores; embeddings add their size in weights, gradient, state."
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing, tied embeddings; merges exactly. `sdpa` only."
-    not_lora_because: ClassVar[str] = "the trained embeddings and norms are no low-rank update; use `ftune merge`"
+    not_lora_because: ClassVar[str] = (
+        "trained embeddings and norms are no low-rank update (use `ftune merge`); without them it is plain LoRA"
+    )
     quantizable: ClassVar[bool] = True
 
     name: Literal["longlora"] = Field("longlora", description="LoRA with shifted sparse attention.")
