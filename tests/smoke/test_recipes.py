@@ -104,7 +104,9 @@ def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Pa
     # In this process: importing the libraries takes as long as the work.
     result = evaluate(find_target(run), base=True)
     assert result["tuned"]["loss"] < result["base"]["loss"]
-    assert result["tuned"]["loss"] == pytest.approx(record["measured"]["held_out_loss"], rel=1e-3)
+    # A whole model is trained in fp32 and saved in 16 bits.
+    rounding = 0.05 if METHODS[name].artifact == "model" else 1e-3
+    assert result["tuned"]["loss"] == pytest.approx(record["measured"]["held_out_loss"], rel=rounding)
 
     if not METHODS[name].mergeable:
         with pytest.raises(FtuneError, match="cannot be merged"):
