@@ -24,10 +24,10 @@ from ftune.recipe import json_schema, load_checked
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-# Enough to learn something, little enough for CI: a few rows of 256 tokens.
+# Enough to learn something, little enough for CI: a few rows of 384 tokens.
 CUT = [
     "--set=training.max_steps=6",
-    "--set=data.max_length=256",
+    "--set=data.max_length=384",
     "--set=data.train.max_examples=60",
     "--set=data.eval.max_examples=6",
     "--set=checkpoint.every_steps=3",
