@@ -254,7 +254,7 @@ class LongLora(LowRank):
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Attach a saved adapter to a base with the positions it was trained on."""
         _context.require_positions(cast(Any, base).config, directory)
-        return super().load(base, directory, context)
+        return _restore_whole(super().load(base, directory, context), directory)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Add the update to the weights, put embedding and norms in their place, and attend as sdpa does."""
@@ -303,6 +303,20 @@ def _is_tied(model: Any) -> bool:
     """Whether the output head multiplies with the input embedding itself."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _restore_whole(model: nn.Module, directory: Path) -> nn.Module:
+    """Take what was trained whole from the file again, in fp32: PEFT rounds it to the dtype of the base."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+    from safetensors.torch import load_file
+
+    stored = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for key, parameter in cast(Any, module).modules_to_save["default"].named_parameters():
+                # In place: a tied head is this very parameter.
+                parameter.data = stored[f"{name}.{key}"].to(parameter.device)
+    return model
 
 
 def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ from ftune.plan.resolve import enable_checkpointing, resolve
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 from ftune.recipe.schema import ModelSpec
+from ftune.run.objective import autocast
 
 GROUP = 8
 LENGTH = 36
@@ -444,3 +445,22 @@ def test_rows_beyond_the_context_are_refused_at_planning() -> None:
 def test_what_cannot_work_is_refused_while_parsing(blocks: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         require(tiny.recipe(tmp_path, "longlora", **blocks))
+
+
+def test_what_is_trained_whole_is_loaded_in_fp32_over_a_16_bit_base(tmp_path: Path) -> None:
+    base = tiny.model_dir(tmp_path / "base", tie_word_embeddings=True)
+    method, context = tiny.method("longlora"), tiny.context(dtype=torch.bfloat16)
+    spec, cpu = ModelSpec(id=str(base)), torch.device("cpu")
+    model = method.adapt(load_base(spec, method, torch.bfloat16, cpu), context)
+    tiny.disturb(model)
+    (tmp_path / "adapter").mkdir()
+    method.save(model, tmp_path / "adapter", context)
+    again = method.load(load_base(spec, method, torch.bfloat16, cpu), tmp_path / "adapter", context)
+    trained = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    loaded = {name: p for name, p in again.named_parameters() if "modules_to_save" in name}
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(trained[name], loaded[name]) for name in trained)
+    inner = again.get_base_model()
+    assert inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+    with autocast(torch.bfloat16, "cpu"):
+        assert torch.equal(tiny.logits(again), tiny.logits(model))
