@@ -109,7 +109,7 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "toy"),
     }
     (tmp_path / "toy.yaml").write_text(json.dumps(recipe))
-    assert "arXiv:2106.10199" in run("methods")
+    assert "arXiv:2106.10199" in run("methods", "toy")
     assert "`strat` for method `toy`" in run("validate", "toy.yaml", "--set", "method={name: toy, strat: 1}", code=2)
     assert "start" in run("init", "toy", "--out", "-")
     assert "at work: largest" in run("train", "toy.yaml")
