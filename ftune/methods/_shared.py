@@ -277,7 +277,12 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[Any]:
 def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
     """Save a transformers model in ``dtype`` without changing the one in memory."""
     whole = cast(Any, model)
-    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    # A tied head must stay one tensor with the embedding, or it is written twice.
+    cast_once: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {
+        name: cast_once.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
+        for name, tensor in model.state_dict().items()
+    }
     before = whole.config.dtype, whole.config.use_cache
     try:
         # Training goes without a cache; whoever loads the model wants one.
