@@ -367,14 +367,12 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List every method; of one: when to choose it, what it costs, what it composes with."""
-    from ftune.artifacts.method_table import method_card, method_rows, method_table
+    from ftune.artifacts.method_table import method_card, method_row, method_rows, method_table
 
-    card = None if name is None else method_card(name, _width())
     if as_json:
-        rows = method_rows()
-        _print_json(rows if name is None else next(row for row in rows if row["name"] == name))
+        _print_json(method_rows() if name is None else method_row(name))
     else:
-        print(card or method_table(_width()))
+        print(method_table(_width()) if name is None else method_card(name, _width()))
 
 
 @app.command()

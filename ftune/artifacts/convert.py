@@ -11,9 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftune.artifacts.divergence import MAX_ERROR_FP32, divergence, in_fp32, logits_of, require_exact, sample_texts
+from ftune.artifacts.divergence import (
+    MAX_ERROR_FP32,
+    divergence,
+    in_fp32,
+    logits_of,
+    require_exact,
+    sample_texts,
+    tuned_reference,
+)
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.tuned import load_plain, load_tuned
+from ftune.artifacts.tuned import load_plain
 from ftune.errors import FtuneError, RunFailed
 from ftune.methods._shared import load_peft, save_as_lora
 from ftune.plan.resolve import resolve
@@ -44,25 +52,20 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     if method.as_lora == "already":
         raise FtuneError(f"a run of `{method.name}` is plain LoRA already", help=f"{run.root}/adapter loads as it is")
     target = out or run.root / "lora"
-    if target.exists() and not (target / "convert.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise FtuneError(f"{target} exists and is no converted adapter", help="choose another --out")
     run.artifact(recipe)
-    require_writable(target)
+    require_writable(target, "convert.json", "converted adapter")
     plan = resolve(recipe)
     texts = sample_texts(plan)
 
-    model = in_fp32(load_plain(plan))
-    base_logits = logits_of(model, texts)
-    model = in_fp32(load_tuned(model, plan, run))
-    reference = logits_of(model, texts)
-    effect = divergence(reference, base_logits)
+    model, reference, effect = tuned_reference(plan, run, texts)
     factors = method.to_lora(model, rank)
-    del model, base_logits
+    del model
 
     with new_directory(target) as aside:
-        used = save_as_lora(factors, in_fp32(load_plain(plan)), aside, plan.context)
+        base = in_fp32(load_plain(plan))
+        used = save_as_lora(factors, base, aside, plan.context)
         plan.tokenizer.save_pretrained(str(aside))
-        found = divergence(reference, logits_of(load_peft(in_fp32(load_plain(plan)), aside).eval(), texts))
+        found = divergence(reference, logits_of(load_peft(base, aside).eval(), texts))
         exact = method.as_lora == "exact" and (rank is None or found.max_error <= MAX_ERROR_FP32)
         if exact:
             require_exact(found, "the LoRA matrices")
@@ -77,7 +80,7 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
             "rank": used,
             "rank_asked_for": rank,
             "exact": exact,
-            "quantized_base": getattr(method, "quantization", None) is not None,
+            "quantized_base": method.base_quantization is not None,
             "tokens_compared": sum(len(text) for text in texts),
             "lora_vs_tuned": asdict(found),
             "base_vs_tuned": asdict(effect),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import RunFailed
 from ftune.methods._shared import is_4bit
 from ftune.plan.resolve import Plan
@@ -16,7 +18,16 @@ from ftune.plan.resolve import Plan
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MAX_ERROR_FP32", "Divergence", "divergence", "in_fp32", "logits_of", "require_exact", "sample_texts"]
+__all__ = [
+    "MAX_ERROR_FP32",
+    "Divergence",
+    "divergence",
+    "in_fp32",
+    "logits_of",
+    "require_exact",
+    "sample_texts",
+    "tuned_reference",
+]
 
 MAX_ERROR_FP32 = 1e-3
 """Largest difference of a logit that summation order explains (measured: 2e-6 to 2e-4)."""
@@ -86,6 +97,15 @@ def sample_texts(plan: Plan) -> list[list[int]]:
         texts.append(example.input_ids[:left].tolist())
         left -= len(texts[-1])
     return texts
+
+
+def tuned_reference(plan: Plan, run: RunDir, texts: list[list[int]]) -> tuple[nn.Module, list[Tensor], Divergence]:
+    """The tuned model of a run in fp32, its logits, and how far its base is from it."""
+    model = in_fp32(load_plain(plan))
+    base_logits = logits_of(model, texts)
+    model = in_fp32(load_tuned(model, plan, run))
+    reference = logits_of(model, texts)
+    return model, reference, divergence(reference, base_logits)
 
 
 @torch.no_grad()

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ftune.artifacts.divergence import Divergence, divergence, in_fp32, logits_of, require_exact, sample_texts
+from ftune.artifacts.divergence import (
+    Divergence,
+    divergence,
+    logits_of,
+    require_exact,
+    sample_texts,
+    tuned_reference,
+)
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import FtuneError, RunFailed
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import new_directory, require_writable
@@ -51,20 +57,13 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
             help=method.not_mergeable_because,
         )
     target = out or run.root / "merged"
-    if target.exists() and not (target / "merge.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise FtuneError(f"{target} exists and is no merged model", help="choose another --out")
     run.artifact(recipe)
-    require_writable(target)
+    require_writable(target, "merge.json", "merged model")
     plan = resolve(recipe)
     texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))
 
-    model = in_fp32(load_plain(plan))
-    base_logits = logits_of(model, texts)
-    model = in_fp32(load_tuned(model, plan, run))
-    reference = logits_of(model, texts)
-    effect = divergence(reference, base_logits)
-    del base_logits
+    model, reference, effect = tuned_reference(plan, run, texts)
     merged = cast(Any, method.merge(model, plan.context))
     merged.eval()
     in_memory = divergence(reference, logits_of(merged, texts))

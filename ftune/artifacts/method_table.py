@@ -10,7 +10,7 @@ from ftune.errors import FtuneError
 from ftune.methods import METHODS
 from ftune.recipe.diagnose import closest
 
-__all__ = ["method_card", "method_rows", "method_table"]
+__all__ = ["method_card", "method_row", "method_rows", "method_table"]
 
 _LAYOUTS = (
     ("method", "paper", "merge", "4-bit", "packing", "trained", "what it trains"),
@@ -70,8 +70,8 @@ def method_table(width: int) -> str:
     return f"{text}\n\n`ftune methods NAME` says more"
 
 
-def method_card(name: str, width: int) -> str:
-    """All that one method says of itself, wrapped to ``width``.
+def method_row(name: str) -> dict[str, Any]:
+    """What one method says of itself.
 
     Raises:
         FtuneError: There is no such method.
@@ -82,6 +82,16 @@ def method_card(name: str, width: int) -> str:
         raise FtuneError(
             f"unknown method `{name}`", help=f"did you mean `{near}`?" if near else f"methods: {', '.join(METHODS)}"
         )
+    return found
+
+
+def method_card(name: str, width: int) -> str:
+    """All that one method says of itself, wrapped to ``width``.
+
+    Raises:
+        FtuneError: There is no such method.
+    """
+    found = method_row(name)
     facts = [
         ("trains", f"{found['summary']}; {found['typical_share']} of a 7B model"),
         ("formula", found["formula"]),

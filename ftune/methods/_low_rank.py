@@ -17,7 +17,6 @@ from ftune.methods.base import Context, Method, ModelShape, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -50,10 +49,6 @@ class LowRank(Method):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from _shared.target_problems(self.target_modules)
-
-    def quantization_config(self, dtype: torch.dtype) -> Any | None:
-        """4-bit base weights when the recipe has a quantization block."""
-        return self.quantization.config(dtype) if self.quantization else None
 
     def lora_settings(self) -> dict[str, Any]:
         """Keyword arguments of ``peft.LoraConfig`` that are this method's own."""
@@ -122,10 +117,6 @@ class LowRank(Method):
             self.rank * (linear.in_features + linear.out_features)
             for linear in _shared.match_targets(shape.linears, self.target_modules)
         )
-
-    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """4-bit for the projections inside the blocks when quantized; the rest in the model's dtype."""
-        return _shared.quantized_base_bytes(shape, self.quantization, dtype_bytes)
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """The input that ``A`` saves, and ``xA`` that ``B`` saves, in the dtype the model computes in.

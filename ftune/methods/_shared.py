@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftune.errors import ModelError, RunFailed
-from ftune.methods.base import Context, Linear, ModelShape, Problem
+from ftune.methods.base import Context, Linear, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -82,8 +82,13 @@ def _available(linears: Sequence[Linear]) -> str:
     return "the model has " + ", ".join(leaves)
 
 
-def target_problems(targets: Targets) -> Iterator[Problem]:
-    """Yield what is wrong with ``target_modules`` before any model is known."""
+def target_problems(targets: Targets, embeddings: str | None = None) -> Iterator[Problem]:
+    """Yield what is wrong with ``target_modules`` before any model is known.
+
+    Args:
+        targets: As the recipe has them.
+        embeddings: Why embeddings and the head are no targets; None: a low-rank update of them cannot be merged.
+    """
     loc = ("method", "target_modules")
     if isinstance(targets, str):
         if targets in ("all_linear", "all"):
@@ -100,7 +105,8 @@ def target_problems(targets: Targets) -> Iterator[Problem]:
         if target in ("embed_tokens", "wte", "lm_head"):
             yield Problem(
                 (*loc, index),
-                f"`{target}` is an embedding or the output head; a low-rank update of tied weights cannot be merged",
+                embeddings
+                or f"`{target}` is an embedding or the output head; a low-rank update of tied weights cannot be merged",
                 "target the linear layers inside the blocks",
             )
 
@@ -238,7 +244,7 @@ def save_as_lora(factors: dict[str, tuple[Tensor, Tensor]], base: nn.Module, out
 
     Args:
         factors: For each projection, by name, ``A`` (r, in) and ``B`` (out, r).
-        base: The model that the names belong to; it is wrapped in place.
+        base: The model that the names belong to; afterwards it is as it was.
         out: An existing, empty directory.
         context: Names the base model.
     """
@@ -258,6 +264,7 @@ def save_as_lora(factors: dict[str, tuple[Tensor, Tensor]], base: nn.Module, out
                 weight.zero_()
                 weight[: given.shape[0], : given.shape[1]] = given
     save_peft(wrapped, out, context)
+    cast(Any, wrapped).unload()
     return rank
 
 
@@ -456,14 +463,6 @@ def quantization_line(vitals: dict[str, float]) -> str:
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------
-
-
-def quantized_base_bytes(shape: ModelShape, quantization: Quantization | None, dtype_bytes: int) -> int:
-    """Bytes of the base weights when the projections inside the blocks may be 4-bit."""
-    if quantization is None:
-        return shape.parameters * dtype_bytes
-    quantized = sum(linear.elements for linear in shape.linears)
-    return int((shape.parameters - quantized) * dtype_bytes + quantized * quantization.bits_per_weight / 8)
 
 
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:

@@ -15,7 +15,6 @@ from ftune.methods.base import Context, Method, ModelShape, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -135,10 +134,6 @@ class AdaLora(Method):
                 return
 
     # --- building ---
-
-    def quantization_config(self, dtype: torch.dtype) -> Any | None:
-        """4-bit base weights when the recipe has a quantization block."""
-        return self.quantization.config(dtype) if self.quantization else None
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Freeze the base and attach ``A``, ``B`` and ``E = 0`` in fp32 to every target.
@@ -334,10 +329,6 @@ class AdaLora(Method):
             self.init_rank * (linear.in_features + linear.out_features + 1)
             for linear in _shared.match_targets(shape.linears, self.target_modules)
         )
-
-    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """4-bit for the projections inside the blocks when quantized; the rest in the model's dtype."""
-        return _shared.quantized_base_bytes(shape, self.quantization, dtype_bytes)
 
     def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:
         """The optimizer's, and three fp32 values a parameter: its importance and the averages of it."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from ftune.methods.quantization import Quantization
+
 __all__ = ["Context", "Linear", "Method", "ModelShape", "Problem"]
 
 
@@ -191,9 +193,14 @@ class Method(BaseModel):
 
     # --- building ---
 
+    @property
+    def base_quantization(self) -> Quantization | None:
+        """The recipe's ``quantization`` block, where the method has that field and the recipe gives it."""
+        return getattr(self, "quantization", None)
+
     def quantization_config(self, dtype: torch.dtype) -> Any | None:
         """The ``BitsAndBytesConfig`` with which the base weights are quantized, or None."""
-        return None
+        return self.base_quantization.config(dtype) if self.base_quantization else None
 
     def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the base weights are kept while the model computes in ``dtype``."""
@@ -330,8 +337,15 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Bytes of the base weights as they lie in memory during training."""
-        return shape.parameters * dtype_bytes
+        """Bytes of the base weights as they lie in memory during training.
+
+        4-bit for the projections inside the blocks when quantized; the rest in the model's dtype.
+        """
+        if self.base_quantization is None:
+            return shape.parameters * dtype_bytes
+        quantized = sum(linear.elements for linear in shape.linears)
+        bits = self.base_quantization.bits_per_weight
+        return int((shape.parameters - quantized) * dtype_bytes + quantized * bits / 8)
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """Bytes of the trainable parameters that are not themselves base weights."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
@@ -77,12 +76,9 @@ class GaLore(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield targets, optimizers and portions of an update that cannot work."""
-        for problem in _shared.target_problems(self.target_modules):
-            # LoRA's reason is the merge; here an embedding's moments have nothing to gain from a subspace.
-            whole = "embedding or the output head" in problem.message
-            yield (
-                replace(problem, message="embeddings and the output head train with plain AdamW") if whole else problem
-            )
+        yield from _shared.target_problems(
+            self.target_modules, embeddings="embeddings and the output head train with plain AdamW"
+        )
         if recipe.optimizer.name.startswith("paged"):
             yield Problem(
                 ("optimizer", "name"),

@@ -17,7 +17,6 @@ from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -72,10 +71,6 @@ class Ia3(Method):
                     f"not a regular expression: {error}",
                     "or give a list of module names",
                 )
-
-    def quantization_config(self, dtype: torch.dtype) -> Any | None:
-        """4-bit base weights when the recipe has a quantization block."""
-        return self.quantization.config(dtype) if self.quantization else None
 
     def _scaled(self, linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
         """The projections whose output is scaled, and those whose input is.
@@ -192,10 +187,6 @@ class Ia3(Method):
         """One for each scaled output and each scaled input."""
         outputs, inputs = self._scaled(shape.linears)
         return sum(linear.out_features for linear in outputs) + sum(linear.in_features for linear in inputs)
-
-    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """4-bit for the projections inside the blocks when quantized; the rest in the model's dtype."""
-        return _shared.quantized_base_bytes(shape, self.quantization, dtype_bytes)
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """What is multiplied: outputs in the dtype of the model, inputs in fp32, to which PEFT casts them."""

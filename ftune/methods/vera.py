@@ -16,7 +16,6 @@ from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -68,10 +67,6 @@ class Vera(Method):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from _shared.target_problems(self.target_modules)
-
-    def quantization_config(self, dtype: torch.dtype) -> Any | None:
-        """4-bit base weights when the recipe has a quantization block."""
-        return self.quantization.config(dtype) if self.quantization else None
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Freeze the base, draw the shared projections, attach ``b`` and ``d`` in fp32 to every target.
@@ -178,10 +173,6 @@ class Vera(Method):
     def trainable_parameters(self, shape: ModelShape) -> int:
         """``rank`` and one for each output, for each target."""
         return sum(self.rank + linear.out_features for linear in self._targets(shape))
-
-    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """4-bit for the projections inside the blocks when quantized; the rest in the model's dtype."""
-        return _shared.quantized_base_bytes(shape, self.quantization, dtype_bytes)
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """The vectors, and the shared projections at the size they have in fp32."""

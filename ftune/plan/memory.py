@@ -303,8 +303,7 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
     if arguments["optimizer"] in ("adamw", "paged_adamw"):
         changes.append(("optimizer.name: adamw_8bit", {"optimizer": "adamw_8bit"}))
     changes += [(text, {"method": lighter}) for text, lighter in method.lighter()]
-    quantized = getattr(method, "quantization", None) is not None
-    if method.quantizable and not quantized:
+    if method.quantizable and method.base_quantization is None:
         smaller = method.model_copy(update={"quantization": Quantization()})
         changes.append(("method.quantization: {type: nf4}", {"method": smaller}))
     elif method.artifact == "model":

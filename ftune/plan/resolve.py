@@ -188,7 +188,7 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
     """
     for problem in recipe.method.refusals(shape, context):
         raise ModelError(problem.message, help=problem.help)
-    if shape.extra["transposed"] and getattr(recipe.method, "quantization", None) is not None:
+    if shape.extra["transposed"] and recipe.method.base_quantization is not None:
         raise ModelError(
             f"{config.model_type} keeps its weights transposed (Conv1D), which transformers cannot quantize",
             help="leave out `quantization`, or take another model",

@@ -213,7 +213,7 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
 def _packages(recipe: Recipe) -> Iterator[Problem]:
     if not is_installed("bitsandbytes"):
         help = "pip install 'ftune[qlora]'"
-        if getattr(recipe.method, "quantization", None) is not None:
+        if recipe.method.base_quantization is not None:
             yield Problem(
                 ("method", "quantization"),
                 "4-bit weights need the package `bitsandbytes`, which is not installed",

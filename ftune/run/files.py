@@ -36,12 +36,19 @@ def write_json(path: Path, data: Any) -> None:
     sync(path.parent)
 
 
-def require_writable(target: Path) -> None:
-    """Hold that ``new_directory`` can make ``target``, before the work that fills it.
+def require_writable(target: Path, marker: str, what: str) -> None:
+    """Hold that ``new_directory`` can and may make ``target``, before the work that fills it.
+
+    Args:
+        target: A directory to be made, or replaced where it holds an older one of its kind.
+        marker: The file by which that kind is known.
+        what: The kind, for the message.
 
     Raises:
-        FtuneError: It cannot.
+        FtuneError: It cannot be written, or holds something else.
     """
+    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise FtuneError(f"{target} exists and is no {what}", help="choose another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=_ASIDE):
