@@ -1,8 +1,8 @@
-"""What every test shares: the flag that re-records golden files."""
+"""What every test shares: the flag that re-records golden files, and a cache that is not the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-golden", action="store_true", help="write golden files instead of comparing (make golden)"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is cached in this session's own directory; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FTUNE_CACHE_GIB", raising=False)
+        yield
 
 
 @pytest.fixture
