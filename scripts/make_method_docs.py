@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ftune.artifacts.method_table import method_rows
+from ftune.human import bytes_text
 from ftune.methods import METHODS
-from ftune.run.sinks.progress import human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs/figures/methods.json"
@@ -103,7 +103,7 @@ def measured(figures: dict[str, Any]) -> str:
                 f"{row['step_time_ratio']:.2f} x",
                 f"{low:.2f}-{high:.2f}",
                 f"{row['peak_ratio']:.2f} x",
-                human_bytes(row["saved_bytes"]),
+                bytes_text(row["saved_bytes"]),
                 "-" if error is None else f"{error:.1e}",
             ]
         )
@@ -152,7 +152,7 @@ def long_context(figures: dict[str, Any]) -> str:
         rope=settings["rope"],
         steps=steps,
         row=measured["tokens"] // steps,
-        text=f"peak memory {human_bytes(measured['peak_bytes'])} on two CPU cores",
+        text=f"peak memory {bytes_text(measured['peak_bytes'])} on two CPU cores",
     )
     return text + "\n" + markdown_table(head, rows)
 

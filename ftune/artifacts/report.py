@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ftune.run.sinks.progress import human_bytes, human_time
+from ftune.human import bytes_text, time_text
 
 __all__ = ["convert_summary", "evaluation_table", "merge_summary", "table", "training_summary"]
 
@@ -30,11 +30,11 @@ def training_summary(record: dict[str, Any], output_dir: str, width: int) -> str
         return f"{saved} (every step had been made before)"
     held_out = measured.get("held_out_loss")
     lines = [
-        f"done: {measured['steps']} steps in {human_time(measured['wall_seconds'])}, "
+        f"done: {measured['steps']} steps in {time_text(measured['wall_seconds'])}, "
         f"{measured['tokens_per_second']:,.0f} tokens/s, loss {measured['first_loss']:.4f} -> {measured['loss']:.4f}"
         + (f", held-out {held_out:.4f}" if held_out is not None else ""),
-        f"peak memory {human_bytes(measured['peak_bytes'])}, predicted "
-        f"{human_bytes(measured['predicted_peak_bytes'])} ({measured['predicted_over_measured']:.2f} x)",
+        f"peak memory {bytes_text(measured['peak_bytes'])}, predicted "
+        f"{bytes_text(measured['predicted_peak_bytes'])} ({measured['predicted_over_measured']:.2f} x)",
     ]
     if record["vitals"]:
         lines.append(f"at work: {record['vitals_line']}")
@@ -85,7 +85,7 @@ def merge_summary(report: dict[str, Any]) -> str:
     """Where the merged model is and how close it is to what was trained."""
     found, effect = report["merged_vs_adapter"], report["base_vs_adapter"]
     return (
-        f"merged: {report['out']} ({report['dtype']}, {human_bytes(report['bytes'])})\n"
+        f"merged: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])})\n"
         f"in fp32, before rounding, the largest difference of a logit is {report['merge_error']:.2g}\n\n"
         + _divergence_table((("merged, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared"
@@ -100,7 +100,7 @@ def convert_summary(report: dict[str, Any]) -> str:
         kind += f"; no more than rank {report['rank']} is needed"
     note = "\nthe adapter fits the 4-bit base that it was trained on: on the original weights it is another model"
     return (
-        f"converted: {report['out']} (plain LoRA of rank {report['rank']}, {human_bytes(report['bytes'])}, {kind})\n\n"
+        f"converted: {report['out']} (plain LoRA of rank {report['rank']}, {bytes_text(report['bytes'])}, {kind})\n\n"
         + _divergence_table((("LoRA adapter, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared, in fp32"
         + (note if report["quantized_base"] else "")

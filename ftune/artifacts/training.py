@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.artifacts.card import write_card
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, ModelError, RunDirError, RunFailed
+from ftune.human import bytes_text
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -28,7 +29,7 @@ from ftune.run.loop import Loop
 from ftune.run.objective import Objective, packing_error
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, read_events, truncate_after
-from ftune.run.sinks.progress import ProgressSink, human_bytes
+from ftune.run.sinks.progress import ProgressSink
 from ftune.run.sinks.tracker import TrackerSink, flatten
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
     free = shutil.disk_usage(run.root).free
     if needed > free:
         raise RunFailed(
-            f"checkpoints need {human_bytes(needed)}, and {human_bytes(free)} are free at {run.root}",
+            f"checkpoints need {bytes_text(needed)}, and {bytes_text(free)} are free at {run.root}",
             help="lower checkpoint.keep, or choose another output_dir",
         )
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftune.human import bytes_text
 from ftune.methods import METHODS, Method, ModelShape
 from ftune.methods.quantization import Quantization
 
@@ -264,17 +265,17 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
     lines = []
     for text, _, saving in useful:
         left = estimate_.total - saving
-        verdict = "fits" if left <= available else f"then needs {_size(left)}"
-        lines.append(f"{text}: saves {_size(saving)}, {verdict}")
+        verdict = "fits" if left <= available else f"then needs {bytes_text(left)}"
+        lines.append(f"{text}: saves {bytes_text(saving)}, {verdict}")
     if all(estimate_.total - saving > available for *_, saving in useful):
         together: dict[str, Any] = {}
         for _, change, _ in useful:
             together |= change
         needed = _again(arguments, together).total
         if needed <= available:
-            lines.append(f"all of these together: needs {_size(needed)}, fits")
+            lines.append(f"all of these together: needs {bytes_text(needed)}, fits")
         else:
-            least = f" (all of it together still needs {_size(needed)})" if useful else ""
+            least = f" (all of it together still needs {bytes_text(needed)})" if useful else ""
             lines.append(f"no change to the recipe is enough{least}: take a smaller model or a larger device")
     return lines
 
@@ -319,11 +320,6 @@ def _again(arguments: dict[str, Any], change: dict[str, Any]) -> MemoryEstimate:
     share = changed.pop("_target_share", 1.0)
     changed["target_tokens"] = max(1, int(changed["target_tokens"] * share))
     return estimate(**changed)
-
-
-def _size(value: int) -> str:
-    """Bytes for people: MiB below one GiB."""
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 # --- what there is -----------------------------------------------------------------------------------------

@@ -6,30 +6,14 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from ftune.human import bytes_text
 from ftune.plan.memory import ITEMS
 
-__all__ = ["bytes_text", "count_text", "render_plan"]
+__all__ = ["render_plan"]
 
 LABEL = 12  # columns of the label in front of every line
 ITEM = 14  # columns of a name inside the memory block
 BAR = 30  # columns of the largest bar
-
-
-def bytes_text(value: float) -> str:
-    """Bytes for people: ``1.3 GiB``, ``512 MiB``, ``9 KiB``."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:,.0f} {unit}" if unit in ("MiB", "KiB") else f"{value / size:,.1f} {unit}"
-    return f"{value:,.0f} B"
-
-
-def count_text(value: float) -> str:
-    """A large count in short form: ``6.74 B``, ``135 M``, ``4,096``."""
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        if value >= size:
-            scaled = value / size
-            return f"{scaled:.3g} {unit}" if scaled < 1000 else f"{scaled:,.0f} {unit}"
-    return f"{value:,.0f}"
 
 
 def render_plan(plan: dict[str, Any], width: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from architectures import DENSE, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ftune.human import bytes_text
 from ftune.methods import METHODS, Context, ModelShape
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
 from ftune.plan.shapes import read_shape
@@ -227,8 +228,8 @@ def test_each_advice_is_true() -> None:
     for line in lines[:-1]:
         change = {"method": "lora", "rows": 4, "target_tokens": 2048} | again[line.split(": saves")[0]]
         changed = estimated(change.pop("method"), shape, **change)
-        assert f"saves {(prediction.total - changed.total) / GIB:.1f} GiB" in line
-        assert line.endswith("fits" if changed.total <= 12 * GIB else f"needs {changed.total / GIB:.1f} GiB")
+        assert f"saves {bytes_text(prediction.total - changed.total)}" in line
+        assert line.endswith("fits" if changed.total <= 12 * GIB else f"needs {bytes_text(changed.total)}")
     savings = [float(line.split("saves ")[1].split()[0]) for line in lines[:-1]]
     assert savings == sorted(savings, reverse=True)
     assert lines[-1].startswith("all of these together: needs ")

@@ -7,30 +7,12 @@ import shutil
 import time
 from typing import TextIO
 
+from ftune.human import bytes_text, time_text
 from ftune.run.events import EvalEnd, Event, Resumed, RunStart, Saved, StepEnd
 
-__all__ = ["ProgressSink", "human_bytes", "human_time"]
+__all__ = ["ProgressSink"]
 
 PLAIN_SECONDS = 10.0  # between plain lines, so that a log stays readable
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes with a binary unit, three significant digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as ``45s``, ``3m05s`` or ``2h07m``."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 class ProgressSink:
@@ -82,8 +64,8 @@ class ProgressSink:
             f"loss {event.loss:.4f}",
             f"lr {event.learning_rate:.2e}",
             f"{event.tokens_per_second:,.0f} tok/s",
-            f"ETA {human_time(left)}",
-            f"peak {human_bytes(event.peak_bytes)}",
+            f"ETA {time_text(left)}",
+            f"peak {bytes_text(event.peak_bytes)}",
         ]
         if self._live:
             width = shutil.get_terminal_size().columns
