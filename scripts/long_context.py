@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     from ftune.artifacts.run_dir import RunDir
     from ftune.artifacts.tuned import load_plain, load_tuned
     from ftune.methods.lora import Lora
-    from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_config, load_tokenizer
+    from ftune.plan.base_model import choose_device, load_base, load_config, load_tokenizer
+    from ftune.plan.precision import choose_dtype
     from ftune.plan.resolve import resolve
     from ftune.recipe import load_checked
 

@@ -10,7 +10,8 @@ import torch
 from ftune.artifacts.generate import end_token_ids
 from ftune.artifacts.tuned import Target
 from ftune.errors import FtuneError
-from ftune.plan.base_model import choose_device, choose_dtype, load_base, load_tokenizer
+from ftune.plan.base_model import choose_device, load_base, load_tokenizer
+from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
 from ftune.run.objective import autocast
 

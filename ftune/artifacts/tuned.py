@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
-from ftune.plan.base_model import choose_device, choose_dtype, load_base
+from ftune.plan.base_model import choose_device, load_base
+from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import Plan, written_out
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["choose_device", "choose_dtype", "configured", "load_base", "load_config", "load_tokenizer"]
+__all__ = ["choose_device", "configured", "load_base", "load_config", "load_tokenizer"]
 
 
 def choose_device() -> torch.device:
@@ -29,21 +29,6 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as the recipe says, or bfloat16 where the device has instructions for it."""
-    import torch
-
-    if name != "auto":
-        return cast("torch.dtype", getattr(torch, name))
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _source(spec: ModelSpec, located: Located) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
-from ftune.plan.base_model import choose_device, choose_dtype, configured, load_base, load_tokenizer
+from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
+from ftune.plan.precision import choose_dtype
 from ftune.plan.shapes import read_shape
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe

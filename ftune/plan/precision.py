@@ -1,0 +1,197 @@
+"""What is faster on this machine: measured once, kept, and asked instead of the machine's name.
+
+A processor's flags say which instructions it has, not whether the libraries use them well: bfloat16 products are
+several times faster than float32 ones on some CPUs and slower on others. So candidates are timed in turns, and
+what was found is kept below the cache for the processor, the version of torch and the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ftune.cache import cache_dir, publish, touch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "seconds_of"]
+
+MARGIN = 1.1
+"""How many times faster bfloat16 must be than float32 to be taken: it costs precision, so a draw is float32's."""
+
+BUDGET_SECONDS = 0.25
+ROUNDS = 7
+
+_found: dict[str, dict[str, float]] = {}
+"""What this process measured or read, by file name: with no cache on disk, one measurement a process."""
+
+
+def faster(key: str, candidates: Mapping[str, Callable[[], object]], margin: float) -> str:
+    """Name the candidate to use on this machine: the first, unless another is ``margin`` times as fast.
+
+    The first candidate is the default and must be able to run; of several others over the margin, the fastest is
+    taken. See ``seconds_of`` for how they are timed, kept, and agreed on between processes.
+
+    Args:
+        key: What is compared, with everything that decides it and that this module does not see: the shapes, the
+            device, a version of the code. A file name: letters, digits, dots, dashes.
+        candidates: Name to a call that does the work once, and waits for it where the device is asynchronous.
+        margin: Ratio of the default's time to the candidate's, 1.1 for ten per cent.
+
+    Returns:
+        A key of ``candidates``.
+    """
+    seconds = seconds_of(key, candidates)
+    default = next(iter(candidates))
+    best = min(candidates, key=lambda name: seconds[name])
+    return best if seconds[default] >= margin * seconds[best] else default
+
+
+def seconds_of(key: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds that each candidate takes on this machine: its best of several turns, measured once and kept.
+
+    Each runs once to warm up, then they take turns for about a quarter of a second, so that a machine that slows
+    down slows them all. A candidate that torch cannot run here takes ``inf``. In a group of processes the first
+    one measures while the others wait, and all get its figures: every process of the group must make the call.
+
+    Args:
+        key: As of ``faster``.
+        candidates: As of ``faster``.
+    """
+    import torch
+
+    name = f"{key}-{_machine()}.json"
+    if name in _found and _found[name].keys() == candidates.keys():
+        return _found[name]
+    shared: list[Any] = [None]
+    distributed = torch.distributed
+    grouped = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if not grouped or distributed.get_rank() == 0:
+        shared[0] = _kept(name, candidates)
+    if grouped:
+        distributed.broadcast_object_list(shared, src=0)
+    _found[name] = shared[0]
+    return _found[name]
+
+
+def _kept(name: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Read what was measured before, or measure and keep it."""
+    directory = cache_dir("machine")
+    path = directory / name if directory else None
+    seconds = _read(path) if path else None
+    if path and seconds is not None and seconds.keys() == candidates.keys():
+        touch(path)
+        return seconds
+    seconds = _measure(candidates)
+    if path:
+        text = json.dumps(seconds)
+        publish(path, lambda temporary: cast(None, temporary.write_text(text, encoding="utf-8")))
+    return seconds
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    """The seconds in a file; None where there is none or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return seconds if all(value > 0 for value in seconds.values()) else None
+
+
+def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    seconds = dict.fromkeys(candidates, math.inf)
+    able = []
+    for name, run in candidates.items():
+        try:
+            run()
+        except (RuntimeError, NotImplementedError):
+            continue
+        able.append(name)
+    began = time.perf_counter()
+    for turn in range(ROUNDS):
+        for name in able:
+            before = time.perf_counter()
+            candidates[name]()
+            seconds[name] = min(seconds[name], time.perf_counter() - before)
+        if turn and time.perf_counter() - began > BUDGET_SECONDS:
+            break
+    return seconds
+
+
+def _machine() -> str:
+    """Stands for the processor, torch and its threads in a file's name."""
+    import torch
+
+    parts = (_processor(), torch.__version__, str(torch.get_num_threads()), platform.machine())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's name and instructions: virtual machines give several processors one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in wanted)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as the recipe says, or bfloat16 where it is faster on the device.
+
+    On a CPU that is measured (``bf16_speedup``); on a GPU it is whether it has instructions for bfloat16.
+
+    Args:
+        name: ``auto``, or a dtype of torch.
+        device: Where the model computes.
+    """
+    import torch
+
+    if name != "auto":
+        return cast("torch.dtype", getattr(torch, name))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = bf16_speedup() >= MARGIN
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def bf16_speedup() -> float:
+    """How many times faster than float32 this CPU multiplies in bfloat16; 0 where torch cannot.
+
+    The three products of a linear layer in training (forward, gradient of the input, gradient of the weight), for
+    512 tokens and a width of 768.
+    """
+    seconds = seconds_of("products-512x768", {"float32": _products("float32"), "bfloat16": _products("bfloat16")})
+    return seconds["float32"] / seconds["bfloat16"]
+
+
+def _products(dtype: str) -> Callable[[], object]:
+    tokens, width = 512, 768
+
+    @functools.cache
+    def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input, weight and gradient: not zeros, and from a generator of their own, which no seed is taken from."""
+        import torch
+
+        generator, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
+        x, weight, grad = (torch.randn(rows, width, generator=generator).to(kind) for rows in (tokens, width, tokens))
+        return x, weight, grad
+
+    def run() -> object:
+        x, weight, grad = operands()
+        return x @ weight.T, grad @ weight, grad.T @ x
+
+    return run
