@@ -116,6 +116,21 @@ class RunDir:
                 f"the recipe in {self.record_path} does not fit this version of ftune: {error}"
             ) from error
 
+    def as_begun(self, recipe: Recipe) -> Recipe:
+        """A recipe for this run, with every ``auto`` as the run settled it when it began.
+
+        What ``auto`` means is measured, so it may come out otherwise on another machine or another day.
+
+        Raises:
+            RunDirError: As ``recipe`` does.
+        """
+        began, blocks = self.recipe(), {}
+        for block in ("model", "training"):
+            now, then = getattr(recipe, block), getattr(began, block)
+            fields = [name for name in type(now).model_fields if getattr(now, name) == "auto"]
+            blocks[block] = now.model_copy(update={name: getattr(then, name) for name in fields})
+        return recipe.model_copy(update=blocks)
+
     def artifact(self, recipe: Recipe) -> Path:
         """Where the trained adapter or model is.
 

@@ -119,9 +119,9 @@ def train(
     if main:
         run.prepare(overwrite=overwrite, resume=resume)
     accelerator.wait_for_everyone()
-    plan = resolve(recipe, world_size=accelerator.num_processes)
-    summary = plan.summary()
     before = run.read() if resume and run.exists() else None
+    plan = resolve(run.as_begun(recipe) if before else recipe, world_size=accelerator.num_processes)
+    summary = plan.summary()
     if before is not None:
         _require_same(before, plan, summary, run)
         if before.get("status") == "finished":

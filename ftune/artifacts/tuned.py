@@ -46,6 +46,7 @@ def find_target(path: Path) -> Target:
         return Target(recipe, None)
     trained = run.recipe()
     run.artifact(trained)
+    recipe = run.as_begun(recipe)
     asked = written_out(recipe, choose_dtype(recipe.model.dtype, choose_device()))
     for block in ("model", "method", "data"):
         if getattr(asked, block) != getattr(trained, block):

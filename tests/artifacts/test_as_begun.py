@@ -1,0 +1,58 @@
+"""What `auto` came out as when a run began holds for the whole run, whatever is measured later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from run.test_loop import stop_after
+
+from ftune.artifacts.evaluate import evaluate
+from ftune.artifacts.merge import merge
+from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.training import train
+from ftune.artifacts.tuned import find_target
+from ftune.errors import Interrupted, RunDirError
+from ftune.plan import precision
+
+
+def test_a_run_keeps_the_dtype_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.recipe(tmp_path, model={"dtype": "auto"})
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: 2.0)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Interrupted):
+            train(loaded)
+
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: 0.5)
+    record = train(loaded, resume=True)
+    assert record["resolved"]["model"]["dtype"] == "bfloat16"
+    assert record["measured"]["steps"] == 4
+    run = RunDir(tmp_path / "run")
+    for target in (tmp_path / "run", tmp_path / "recipe.yaml"):
+        assert find_target(target).recipe.model.dtype == "bfloat16"
+    tuned = evaluate(find_target(tmp_path / "recipe.yaml"), base=False)["tuned"]["loss"]
+    assert tuned == pytest.approx(tiny.events(tmp_path / "run", "eval")[-1]["loss"], rel=1e-5)
+    assert merge(run)["dtype"] == "bfloat16"
+    assert train(loaded, overwrite=True)["resolved"]["model"]["dtype"] == "float32", "a new run is measured anew"
+
+
+def test_what_a_recipe_says_is_not_what_the_run_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: 2.0)
+    train(tiny.recipe(tmp_path, model={"dtype": "auto"}))
+    asked = tiny.recipe(tmp_path, model={"dtype": "float32"})
+    assert RunDir(tmp_path / "run").as_begun(asked.recipe).model.dtype == "float32"
+    (tmp_path / "recipe.yaml").write_text(asked.text)
+    with pytest.raises(RunDirError, match="another `model`"):
+        find_target(tmp_path / "recipe.yaml")
+
+
+def test_a_run_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"resolved": {"version": 0}, "status": "interrupted"}))
+    with pytest.raises(RunDirError, match="does not fit this version"):
+        train(loaded, resume=True)
