@@ -123,7 +123,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         rows=rows,
         length=length,
         target_tokens=count,
-        gradient_checkpointing=case["checkpointing"],
+        recomputed_blocks=shape.layers if case["checkpointing"] else 0,
         attention=case["attention"],
         device_type=device.type,
         packed=case["packed"],
@@ -137,7 +137,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         case["model"], dtype=method.base_dtype(dtype), attn_implementation=case["attention"], **loading
     ).to(device)
     model.config.use_cache = False
-    context = Context(total_steps=2, seed=0, dtype=dtype, device=device, gradient_checkpointing=case["checkpointing"])
+    context = Context(total_steps=2, seed=0, dtype=dtype, device=device)
     model = method.adapt(model, context)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -51,7 +51,7 @@ class Context:
         seed: The run's seed; anything random that a method makes must depend on it alone.
         dtype: The dtype in which the base model computes.
         device: Where the model lives.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        recomputed_blocks: How many of the model's blocks are recomputed in the backward pass.
         base_name: How the base model is named in files that leave the machine; never a local path.
         revision: The hub revision of the base model, where it has one.
         world_size: Processes that share an update.
@@ -64,7 +64,7 @@ class Context:
     seed: int
     dtype: torch.dtype
     device: torch.device
-    gradient_checkpointing: bool = False
+    recomputed_blocks: int = 0
     base_name: str = ""
     revision: str | None = None
     world_size: int = 1
@@ -219,6 +219,12 @@ class Method(BaseModel):
         After it, exactly the parameters this method trains require grad, in fp32.
         """
         raise NotImplementedError
+
+    def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
+        """Replace layers of the adapted model by ones that compute the same and keep less; counts them by kind."""
+        from ftune.methods._lean import lean_base
+
+        return lean_base(model, context.dtype)
 
     def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
         """AdamW over everything that requires grad; matrices decay, vectors do not."""

@@ -60,7 +60,7 @@ class Prefix(VirtualTokens):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield recomputed blocks, which would read a cache that is already filled, and misfitting encoders."""
         yield from super().problems(recipe)
-        if recipe.training.gradient_checkpointing:
+        if recipe.training.gradient_checkpointing not in (False, "auto"):
             yield Problem(
                 ("training", "gradient_checkpointing"),
                 "`gradient_checkpointing: true` cannot work with method `prefix`, which trains through the cache",

@@ -24,14 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ftune.human import bytes_text
-from ftune.methods import METHODS, Method, ModelShape
-from ftune.methods.quantization import Quantization
+from ftune.methods import Method, ModelShape
 
-__all__ = ["ITEMS", "MemoryEstimate", "available_bytes", "estimate", "what_to_change"]
+__all__ = ["ITEMS", "MemoryEstimate", "estimate"]
 
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
@@ -98,7 +95,7 @@ def estimate(
     rows: int,
     length: int,
     target_tokens: int,
-    gradient_checkpointing: bool,
+    recomputed_blocks: int,
     attention: str,
     device_type: str,
     packed: bool,
@@ -113,7 +110,7 @@ def estimate(
         rows: Sequences in a micro-batch.
         length: Tokens in a row.
         target_tokens: Tokens in the loss, in a micro-batch.
-        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
+        recomputed_blocks: How many of the first blocks are recomputed in the backward pass.
         attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
         device_type: ``cpu`` or ``cuda``.
         packed: Whether rows hold several documents, which takes a mask to keep apart.
@@ -143,12 +140,13 @@ def estimate(
 
     # (activations, logits, buffers) at each moment that may be the peak
     moments: list[tuple[int, int, int]] = []
-    if gradient_checkpointing:
-        inputs = tokens * layers * shape.hidden * stored
+    if recomputed_blocks:
+        inputs = tokens * recomputed_blocks * shape.hidden * stored
         one_block = kept // layers
+        rest = one_block * (layers - recomputed_blocks)
         moments += [
-            (inputs, logits * dtype_bytes, copies + mask),
-            (inputs, logits * LOSS_BYTES, head_copy),
+            (rest + inputs, logits * dtype_bytes, copies + mask),
+            (rest + inputs, logits * LOSS_BYTES, head_copy),
             # the gradients inside a block are about as large as its feed-forward's activations
             (
                 inputs + one_block + 3 * tokens * shape.extra["ffn_width"] // layers * dtype_bytes,
@@ -239,159 +237,3 @@ def _dequantized_bytes(method: Method, shape: ModelShape, stored: int, compute: 
     if method.base_bytes(shape, stored) >= shape.parameters * stored:
         return 0
     return compute * max(linear.elements for linear in shape.linears)
-
-
-# --- advice ------------------------------------------------------------------------------------------------
-
-
-def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> list[str]:
-    """Say what to change in the recipe when the run does not fit, with the bytes each change saves.
-
-    Args:
-        estimate_: An estimate from ``estimate``.
-        available: Bytes of memory that the run may use.
-        recipe: The recipe, from which the current values are read.
-
-    Returns:
-        One line for each change that saves at least 2 % of the total, the largest first, and one about all
-        of them together when none suffices alone; nothing when the run fits.
-    """
-    if estimate_.total <= available:
-        return []
-    arguments = dict(estimate_.arguments)
-    changes = _changes(arguments, recipe)
-    saved = [(text, change, estimate_.total - _again(arguments, change).total) for text, change in changes]
-    useful = sorted((item for item in saved if item[2] * 50 >= estimate_.total), key=lambda item: -item[2])
-    lines = []
-    for text, _, saving in useful:
-        left = estimate_.total - saving
-        verdict = "fits" if left <= available else f"then needs {bytes_text(left)}"
-        lines.append(f"{text}: saves {bytes_text(saving)}, {verdict}")
-    if all(estimate_.total - saving > available for *_, saving in useful):
-        together: dict[str, Any] = {}
-        for _, change, _ in useful:
-            together |= change
-        needed = _again(arguments, together).total
-        if needed <= available:
-            lines.append(f"all of these together: needs {bytes_text(needed)}, fits")
-        else:
-            least = f" (all of it together still needs {bytes_text(needed)})" if useful else ""
-            lines.append(f"no change to the recipe is enough{least}: take a smaller model or a larger device")
-    return lines
-
-
-def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Changes to a recipe that save memory: what to write, and the arguments of ``estimate`` it changes."""
-    changes: list[tuple[str, dict[str, Any]]] = []
-    method: Method = arguments["method"]
-    if not arguments["gradient_checkpointing"] and method.recomputable:
-        changes.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
-    if arguments["rows"] > 1 and not method.updates_in_backward:
-        rows = arguments["rows"]
-        steps = recipe.training.gradient_accumulation_steps * rows
-        changes.append(
-            (
-                f"training.micro_batch_size: 1 with gradient_accumulation_steps: {steps}",
-                {"rows": 1, "target_tokens": arguments["target_tokens"] // rows},
-            )
-        )
-    shorter = recipe.data.max_length // 2
-    if shorter >= 128 and shorter < arguments["length"]:
-        share = shorter / arguments["length"]
-        changes.append(
-            (f"data.max_length: {shorter}", {"length": shorter, "_target_share": share}),
-        )
-    if arguments["optimizer"] in ("adamw", "paged_adamw"):
-        changes.append(("optimizer.name: adamw_8bit", {"optimizer": "adamw_8bit"}))
-    changes += [(text, {"method": lighter}) for text, lighter in method.lighter()]
-    if method.quantizable and method.base_quantization is None:
-        smaller = method.model_copy(update={"quantization": Quantization()})
-        changes.append(("method.quantization: {type: nf4}", {"method": smaller}))
-    elif method.artifact == "model":
-        # The method whose base is 4-bit unless it is told otherwise.
-        small = [n for n, cls in METHODS.items() if getattr(cls.model_fields.get("quantization"), "default", None)]
-        changes += [(f"method: {name}", {"method": METHODS[name]()}) for name in small[:1]]
-    return changes
-
-
-def _again(arguments: dict[str, Any], change: dict[str, Any]) -> MemoryEstimate:
-    """Estimate once more with some arguments changed."""
-    changed = arguments | change
-    share = changed.pop("_target_share", 1.0)
-    changed["target_tokens"] = max(1, int(changed["target_tokens"] * share))
-    return estimate(**changed)
-
-
-# --- what there is -----------------------------------------------------------------------------------------
-
-
-def available_bytes(
-    device_type: str,
-    *,
-    cgroup_root: Path = Path("/sys/fs/cgroup"),
-    cgroup_file: Path = Path("/proc/self/cgroup"),
-) -> int:
-    """Bytes that this process may occupy in all, what it already holds included.
-
-    On the CPU the smaller of what the system has left and what the process's control groups (containers,
-    batch systems) leave; on CUDA what the current device has left.
-
-    Args:
-        device_type: ``cpu`` or ``cuda``.
-        cgroup_root: Where the control groups' files are mounted.
-        cgroup_file: Which names the process's own groups.
-    """
-    if device_type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info()
-        return int(free + torch.cuda.memory_reserved())
-    import psutil
-
-    left = int(psutil.virtual_memory().available)
-    limit = _cgroup_left(cgroup_root, cgroup_file)
-    return (left if limit is None else min(left, limit)) + int(psutil.Process().memory_info().rss)
-
-
-def _cgroup_left(root: Path, own: Path) -> int | None:
-    """The least that any of the process's control groups has left, or None where none is limited."""
-    left: list[int] = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":  # version 2
-            base, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit, usage, cache = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
-            continue
-        # a limit of any ancestor binds; inside a container the own path may not exist under the mount
-        directory = base / group.lstrip("/")
-        for place in [directory, *directory.parents]:
-            if base != place and base not in place.parents:
-                break
-            remaining = _group_left(place, limit, usage, cache)
-            if remaining is not None:
-                left.append(remaining)
-    return min(left, default=None)
-
-
-def _group_left(place: Path, limit: str, usage: str, cache: str) -> int | None:
-    """What one control group has left: its limit, less its usage but for cached files it can drop."""
-    try:
-        allowed = (place / limit).read_text().strip()
-        if allowed == "max":
-            return None
-        used = int((place / usage).read_text())
-        statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-        return max(0, int(allowed) - used + int(statistics.get(cache, 0)))
-    except (OSError, ValueError):
-        return None

@@ -8,7 +8,8 @@ weights; ``build`` loads them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,13 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
+from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
-from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
+from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.precision import choose_dtype
+from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
 from ftune.plan.shapes import read_shape
+from ftune.plan.summary import summary_of
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe
 
@@ -51,6 +55,8 @@ class Plan:
         shape: The base model's sizes.
         context: What the method may know.
         memory: Predicted bytes, itemised.
+        available: Bytes that the device has free.
+        recomputed: Which blocks are recomputed in the backward pass, and why.
         sizes: Where the sizes came from, when they are not those of the recipe's model.
     """
 
@@ -66,6 +72,8 @@ class Plan:
     shape: ModelShape
     context: Context
     memory: MemoryEstimate
+    available: int
+    recomputed: Recomputed
     sizes: Path | None = None
 
     @property
@@ -75,13 +83,24 @@ class Plan:
         return training.micro_batch_size * training.gradient_accumulation_steps * self.world_size
 
     @property
+    def budget(self) -> int:
+        """Bytes that the run may take: what the recipe says, or what the device has free."""
+        return _budget(self.recipe, self.available)
+
+    @property
     def row_lengths(self) -> list[int]:
         """Tokens in each training row."""
         return row_lengths(self.splits.train, self.rows)
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens in a forward pass where rows are laid behind each other; no less than the longest row has."""
+        training, longest = self.recipe.training, max(self.row_lengths)
+        return max(training.micro_batch_tokens or training.micro_batch_size * longest, longest)
+
     def summary(self) -> dict[str, Any]:
         """The plan as JSON-able data: what is printed, and what ``run.json`` keeps."""
-        return _summary(self)
+        return summary_of(self)
 
 
 def row_lengths(split: Split, rows: Rows) -> list[int]:
@@ -141,6 +160,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
     config = configured(sized, recipe.method)
     shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
     lengths = row_lengths(splits.train, rows)
+
     context = context_of(
         recipe,
         device,
@@ -151,21 +171,34 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         row_lengths=lengths,
     )
     _refuse(recipe, config, shape, context)
-    memory = estimate(
-        recipe.method,
-        shape,
-        optimizer=recipe.optimizer.name,
-        dtype_bytes=dtype.itemsize,
-        rows=training.micro_batch_size,
-        length=max(lengths),
-        target_tokens=training.micro_batch_size * _most_targets(splits.train, rows),
-        gradient_checkpointing=training.gradient_checkpointing,
-        attention=recipe.model.attention,
-        device_type=device.type,
-        packed=any(len(row) > 1 for row in rows),
+
+    def predicted(recomputed_blocks: int) -> MemoryEstimate:
+        return estimate(
+            recipe.method,
+            shape,
+            optimizer=recipe.optimizer.name,
+            dtype_bytes=dtype.itemsize,
+            rows=training.micro_batch_size,
+            length=max(lengths),
+            target_tokens=training.micro_batch_size * _most_targets(splits.train, rows),
+            recomputed_blocks=recomputed_blocks,
+            attention=recipe.model.attention,
+            device_type=device.type,
+            packed=any(len(row) > 1 for row in rows),
+        )
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    available = available_bytes(device.type, processes=local)
+    recomputed = choose_blocks(
+        training.gradient_checkpointing,
+        shape.layers,
+        needed=lambda blocks: predicted(blocks).total,
+        budget=_budget(recipe, available),
+        recomputable=recipe.method.recomputable,
     )
+    training = training.model_copy(update={"gradient_checkpointing": written(recomputed)})
     return Plan(
-        recipe=recipe,
+        recipe=recipe.model_copy(update={"training": training}),
         tokenizer=tokenizer,
         splits=splits,
         rows=rows,
@@ -175,8 +208,10 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         total_steps=total_steps,
         warmup_steps=min(warmup, total_steps),
         shape=shape,
-        context=context,
-        memory=memory,
+        context=replace(context, recomputed_blocks=recomputed.blocks),
+        memory=predicted(recomputed.blocks),
+        available=available,
+        recomputed=recomputed,
         sizes=sizes,
     )
 
@@ -237,7 +272,6 @@ def context_of(
         seed=recipe.training.seed,
         dtype=dtype,
         device=device,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
         base_name=located.public_name,
         revision=located.revision,
         max_length=recipe.data.max_length,
@@ -254,126 +288,16 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     recipe, context = plan.recipe, plan.context
     base = load_base(recipe.model, recipe.method, context.dtype, context.device)
     model = recipe.method.adapt(base, context)
-    if context.gradient_checkpointing:
-        enable_checkpointing(model)
+    if context.recomputed_blocks:
+        enable_checkpointing(model, context.recomputed_blocks)
     return model, recipe.method.optimizer(model, recipe.optimizer)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Recompute each block in the backward pass, without the reentrant form (exact, and needs no input grads)."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # its name in older versions of transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _budget(recipe: Recipe, available: int) -> int:
+    gib = recipe.training.memory_gib
+    return available if gib is None else int(gib * 2**30)
 
 
 def _most_targets(split: Split, rows: Rows) -> int:
     """Supervised tokens in the row that has most."""
     return max(sum(split.examples[index].target_tokens for index in row) for row in rows)
-
-
-def _summary(plan: Plan) -> dict[str, Any]:
-    recipe, train, held_out = plan.recipe, plan.splits.train, plan.splits.eval
-    training, context, method = recipe.training, plan.context, recipe.method
-    trainable = method.trainable_parameters(plan.shape)
-    total = plan.shape.parameters + (trainable if method.artifact == "adapter" else 0)
-    lengths = plan.row_lengths
-    available = available_bytes(context.device.type)
-    fits = plan.memory.total <= available
-    return {
-        "model": {
-            "id": str(plan.sizes or recipe.model.id),
-            "public_name": context.base_name,
-            "type": plan.shape.model_type,
-            "parameters": plan.shape.parameters,
-            "dtype": str(context.dtype).removeprefix("torch."),
-            "vocab": plan.shape.vocab,
-        },
-        "method": {
-            "name": recipe.method.name,
-            "artifact": method.artifact,
-            "saved_as": method.saved_as,
-            "trainable": trainable,
-            "share": trainable / total,
-            "settings": method.model_dump(mode="json", exclude={"name"}),
-        },
-        "data": {
-            "format": train.format,
-            "rows": train.stats.rows,
-            "examples": len(train.examples),
-            "tokens": train.stats.tokens,
-            "target_tokens": train.stats.target_tokens,
-            "truncated": train.stats.truncated,
-            "skipped": train.stats.skipped,
-            "no_target": train.stats.no_target,
-            "ends_with_eos": train.stats.ends_with_eos,
-            "max_length": recipe.data.max_length,
-            "packing": recipe.packing,
-            "rows_packed": len(plan.rows),
-            "fill": sum(lengths) / (len(lengths) * recipe.data.max_length),
-            "longest": train.stats.longest,
-            "eval_rows": held_out.stats.rows if held_out else 0,
-            "eval_tokens": held_out.stats.tokens if held_out else 0,
-            "fingerprint": train.fingerprint,
-            "eval_fingerprint": held_out.fingerprint if held_out else None,
-        },
-        "training": {
-            "steps": plan.total_steps,
-            "epochs": plan.total_steps / plan.steps_per_epoch,
-            "global_batch": plan.global_batch,
-            "micro_batch_size": training.micro_batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
-            "world_size": plan.world_size,
-            "learning_rate": recipe.learning_rate,
-            "optimizer": recipe.optimizer.name,
-            "schedule": recipe.schedule.name,
-            "warmup_steps": plan.warmup_steps,
-        },
-        "memory": plan.memory.as_dict(),
-        "device": {"type": context.device.type, "name": device_name(context.device), "available": available},
-        "fits": fits,
-        "advice": [] if fits else what_to_change(plan.memory, available, recipe),
-        "warnings": _warnings(plan),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
-def _warnings(plan: Plan) -> list[str]:
-    """What works, but perhaps not as meant."""
-    train, recipe = plan.splits.train, plan.recipe
-    found = []
-    if plan.sizes is not None:
-        found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
-    if train.stats.truncated:
-        share = train.stats.truncated / train.stats.rows
-        found.append(f"{train.stats.truncated} of {train.stats.rows} examples ({share:.0%}) are cut at data.max_length")
-    if train.stats.no_target:
-        found.append(f"{train.stats.no_target} examples are left out: nothing in them is trained on")
-    if train.stats.ends_with_eos < 0.5 and train.stats.truncated < train.stats.examples:
-        found.append(
-            f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
-            "the model may not learn to stop"
-        )
-    found += recipe.method.remarks(plan.context)
-    if recipe.optimizer.weight_decay and not recipe.method.decaying:
-        found.append(
-            f"optimizer.weight_decay has no effect: what `{recipe.method.name}` trains is not neutral at zero, "
-            "and never decays"
-        )
-    if recipe.optimizer.name.startswith("paged") and plan.context.device.type != "cuda":
-        found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")
-    if recipe.model.trust_remote_code:
-        found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
-    if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:
-        found.append(f"all {plan.total_steps} steps are warm-up: the learning rate never reaches its peak")
-    return found

@@ -62,7 +62,8 @@ def _sections(plan: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         ("held out", _held_out(plan.get("data") or {})),
         ("steps", _steps(plan.get("training") or {})),
         ("optimizer", _optimizer(plan.get("training") or {})),
-        ("device", _device(plan.get("model") or {}, plan.get("device") or {})),
+        ("recomputed", _recomputed(plan.get("training") or {})),
+        ("device", _device(plan)),
     ):
         texts = [phrase for phrase in phrases if phrase]
         if texts:
@@ -162,12 +163,24 @@ def _optimizer(training: dict[str, Any]) -> Iterator[str]:
     yield _say(training.get("warmup_steps"), "{:,} steps of warm-up")
 
 
-def _device(model: dict[str, Any], device: dict[str, Any]) -> Iterator[str]:
+def _recomputed(training: dict[str, Any]) -> Iterator[str]:
+    blocks, of = training.get("recomputed_blocks"), training.get("blocks")
+    if blocks is None or of is None:
+        return
+    share = "no block" if not blocks else f"all {of} blocks" if blocks == of else f"{blocks} of {of} blocks"
+    why = training.get("recomputed_because")
+    yield f"{share} in the backward pass" + (f": {why}" if why else "")
+
+
+def _device(plan: dict[str, Any]) -> Iterator[str]:
+    model, device = plan.get("model") or {}, plan.get("device") or {}
     kind, name = device.get("type"), device.get("name")
     yield f"{kind} ({name})" if kind and name and name != kind else kind or name or ""
     yield model.get("dtype") or ""
     available = device.get("available")
     yield "" if available is None else f"{bytes_text(available)} available"
+    budget = plan.get("budget")
+    yield "" if budget in (None, available) else f"held to {bytes_text(budget)}"
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:
@@ -187,11 +200,11 @@ def _memory(plan: dict[str, Any], width: int) -> list[str]:
 
 def _verdict(plan: dict[str, Any], total: int) -> str:
     fits = plan.get("fits")
-    available = (plan.get("device") or {}).get("available")
+    budget = plan.get("budget")
     if fits is None:
         return ""
-    if available is None:
+    if budget is None:
         return "fits" if fits else "does not fit"
     if fits:
-        return f"fits: {bytes_text(available - total)} to spare"
-    return f"does not fit: {bytes_text(total - available)} too much"
+        return f"fits: {bytes_text(budget - total)} to spare"
+    return f"does not fit: {bytes_text(total - budget)} too much"

@@ -705,12 +705,12 @@ def _conversion(value: object, words: Sequence[str]) -> str:
     """How to write a value so that it gets the type that was expected, where that can be guessed."""
     number = "a number" in words or "a whole number" in words
     if isinstance(value, str):
+        folded = value.strip().lower()
+        folded = _BOOLEANS.get(folded, folded)
+        if "true" in words and folded in ("true", "false"):
+            return f"write {folded}"
         if number:
             return _number_in(value)
-        if "true" in words:
-            folded = value.strip().lower()
-            folded = _BOOLEANS.get(folded, folded)
-            return f"write {folded}" if folded in ("true", "false") else ""
         if "a list" in words:
             return f"write [{value}]"
         if "a block of fields" in words and re.fullmatch(r"\w+:\S+", value):

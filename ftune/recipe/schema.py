@@ -128,8 +128,21 @@ class TrainingSpec(_Block):
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer updates.")
     micro_batch_size: int = Field(1, ge=1, description="Rows in one forward pass on one device.")
     gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in one optimizer update.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one forward pass where rows need no padding: an update's rows are regrouped, which "
+        "changes no gradient. Default: as many as micro_batch_size of the longest rows have.",
+    )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null: never.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Recompute blocks in the backward pass instead of keeping their activations. true: all; a number: "
+        "the first so many; auto: none where the run fits, else the fewest that make it fit.",
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="Memory that the run may take, in GiB. Default: what the device has free."
+    )
     seed: int = Field(7, ge=0, lt=2**31, description="Order of the data, initial adapter, dropout.")
 
 

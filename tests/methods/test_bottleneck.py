@@ -20,7 +20,7 @@ from ftune.artifacts.generate import greedy
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError
 from ftune.methods import Method, OptimizerSpec
-from ftune.plan.resolve import enable_checkpointing
+from ftune.plan.recompute import enable_checkpointing
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 from ftune.run.objective import autocast

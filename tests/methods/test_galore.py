@@ -296,7 +296,7 @@ def test_the_plan_counts_what_the_settings_save() -> None:
             rows=1,
             length=512,
             target_tokens=1,
-            gradient_checkpointing=True,
+            recomputed_blocks=shape.layers,
             attention="sdpa",
             device_type="cuda",
             packed=False,

@@ -24,7 +24,8 @@ from ftune.errors import ModelError, RecipeError
 from ftune.methods import Method, OptimizerSpec, _context, _s2
 from ftune.methods.longlora import LongLora
 from ftune.plan.base_model import load_base
-from ftune.plan.resolve import enable_checkpointing, resolve
+from ftune.plan.recompute import enable_checkpointing
+from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 from ftune.recipe.schema import ModelSpec

@@ -18,7 +18,8 @@ from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError
 from ftune.methods import OptimizerSpec
 from ftune.ops.prefix import solve_last_layer
-from ftune.plan.memory import estimate, what_to_change
+from ftune.plan.advice import what_to_change
+from ftune.plan.memory import estimate
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 
@@ -132,7 +133,7 @@ def test_the_plan_does_not_advise_what_is_refused(tmp_path: Path) -> None:
         "rows": 4,
         "length": 4096,
         "target_tokens": 64,
-        "gradient_checkpointing": False,
+        "recomputed_blocks": 0,
         "attention": "sdpa",
         "device_type": "cpu",
         "packed": False,

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ftune.plan.resolve import enable_checkpointing
+from ftune.plan.recompute import enable_checkpointing
 
 
 def prompt_of(model: nn.Module) -> Tensor:

@@ -348,7 +348,7 @@ def test_the_plan_counts_rows_as_long_as_they_are(name: str) -> None:
         "dtype_bytes": 4,
         "rows": 1,
         "target_tokens": 1,
-        "gradient_checkpointing": False,
+        "recomputed_blocks": 0,
         "attention": "sdpa",
         "device_type": "cpu",
         "packed": False,

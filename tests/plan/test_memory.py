@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.human import bytes_text
 from ftune.methods import METHODS, Context, ModelShape
-from ftune.plan.memory import MemoryEstimate, available_bytes, estimate, what_to_change
+from ftune.plan.advice import what_to_change
+from ftune.plan.available import available_bytes
+from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.shapes import read_shape
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -30,7 +32,7 @@ def estimated(method: str = "lora", shape: ModelShape | None = None, **changes: 
         "rows": 1,
         "length": 1024,
         "target_tokens": 512,
-        "gradient_checkpointing": False,
+        "recomputed_blocks": 0,
         "attention": "sdpa",
         "device_type": "cuda",
         "packed": False,
@@ -105,7 +107,7 @@ def test_activations_are_what_autograd_keeps(architecture: str, method: str, dty
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_items_are_bytes_and_sum_to_the_total(method: str, device_type: str, checkpointing: bool) -> None:
-    items = estimated(method, device_type=device_type, gradient_checkpointing=checkpointing).as_dict()
+    items = estimated(method, device_type=device_type, recomputed_blocks=30 * checkpointing).as_dict()
     total = items.pop("total")
     assert list(items) == [
         *("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
@@ -152,7 +154,7 @@ def test_four_bit_weights_take_about_a_quarter_and_a_dequantized_matrix() -> Non
 def test_more_of_anything_takes_more(
     method: str, checkpointing: bool, less: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    common = {"gradient_checkpointing": checkpointing, "device_type": "cpu", "length": 4096}
+    common = {"recomputed_blocks": 30 * checkpointing, "device_type": "cpu", "length": 4096}
     assert estimated(method, **common | less).total < estimated(method, **common | more).total
 
 
@@ -161,7 +163,7 @@ def test_more_of_anything_takes_more(
 def test_checkpointing_saves_activations(method: str, name: str) -> None:
     shape = shape_named(name)
     plain, checkpointed = (
-        estimated(method, shape, gradient_checkpointing=on, device_type="cpu") for on in (False, True)
+        estimated(method, shape, recomputed_blocks=blocks, device_type="cpu") for blocks in (0, shape.layers)
     )
     assert checkpointed.activations < plain.activations / 4
     assert checkpointed.total < plain.total
@@ -169,7 +171,7 @@ def test_checkpointing_saves_activations(method: str, name: str) -> None:
 
 def test_the_update_of_everything_may_be_the_peak_on_cuda() -> None:
     # torch's AdamW works on all parameters at once there, through one temporary of their size
-    items = estimated("full", shape_named("llama-2-7b"), gradient_checkpointing=True, target_tokens=1)
+    items = estimated("full", shape_named("llama-2-7b"), recomputed_blocks=32, target_tokens=1)
     assert (items.activations, items.logits, items.buffers) == (0, 0, 4 * 6_738_415_616)
 
 
@@ -219,7 +221,7 @@ def test_each_advice_is_true() -> None:
     prediction = estimated("lora", shape, rows=4, target_tokens=2048)
     lines = what_to_change(prediction, 12 * GIB, recipe())
     again: dict[str, Any] = {
-        "training.gradient_checkpointing: true": {"gradient_checkpointing": True},
+        "training.gradient_checkpointing: true": {"recomputed_blocks": 32},
         "training.micro_batch_size: 1 with gradient_accumulation_steps: 8": {"rows": 1, "target_tokens": 512},
         "data.max_length: 512": {"length": 512, "target_tokens": 1024},
         "method.quantization: {type: nf4}": {"method": "qlora"},
@@ -237,7 +239,7 @@ def test_each_advice_is_true() -> None:
 
 
 def test_full_is_told_of_smaller_states_and_of_qlora() -> None:
-    prediction = estimated("full", shape_named("llama-2-7b"), gradient_checkpointing=True)
+    prediction = estimated("full", shape_named("llama-2-7b"), recomputed_blocks=32)
     lines = what_to_change(prediction, 80 * GIB, recipe())
     assert [line.split(": saves")[0] for line in lines[:2]] == ["method: qlora", "optimizer.name: adamw_8bit"]
     assert lines[0].endswith("fits")
@@ -245,7 +247,7 @@ def test_full_is_told_of_smaller_states_and_of_qlora() -> None:
 
 
 def test_a_model_that_cannot_fit_says_so() -> None:
-    prediction = estimated("qlora", shape_named("llama-3-8b"), gradient_checkpointing=True)
+    prediction = estimated("qlora", shape_named("llama-3-8b"), recomputed_blocks=32)
     lines = what_to_change(prediction, 2 * GIB, recipe(max_length=128))
     assert lines[-1].startswith("no change to the recipe is enough (all of it together still needs ")
     assert lines[-1].endswith("take a smaller model or a larger device")

@@ -58,6 +58,9 @@ PLAN: dict[str, Any] = {
         "optimizer": "adamw",
         "schedule": "cosine",
         "warmup_steps": 2,
+        "blocks": 30,
+        "recomputed_blocks": 0,
+        "recomputed_because": "the run fits without",
     },
     "memory": {
         "weights": 111_149_056,
@@ -71,13 +74,15 @@ PLAN: dict[str, Any] = {
         "total": 2_105_049_088,
     },
     "device": {"type": "cpu", "name": "8 cores", "available": 16 * 2**30},
+    "budget": 16 * 2**30,
     "fits": True,
     "advice": [],
     "warnings": [],
 }
 
 TIGHT = PLAN | {
-    "device": PLAN["device"] | {"available": 2**30},
+    "training": PLAN["training"] | {"recomputed_blocks": 12, "recomputed_because": "as asked for"},
+    "budget": 2**30,
     "fits": False,
     "advice": [
         "training.gradient_checkpointing: true: saves 0.7 GiB, then needs 1.3 GiB",

@@ -1,0 +1,125 @@
+"""The plan as plain data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftune.plan.advice import what_to_change
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftune.plan.resolve import Plan
+
+__all__ = ["device_name", "summary_of"]
+
+
+def summary_of(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able data: what is printed, and what ``run.json`` keeps."""
+    recipe, train, held_out = plan.recipe, plan.splits.train, plan.splits.eval
+    training, context, method = recipe.training, plan.context, recipe.method
+    trainable = method.trainable_parameters(plan.shape)
+    total = plan.shape.parameters + (trainable if method.artifact == "adapter" else 0)
+    lengths = plan.row_lengths
+    fits = plan.memory.total <= plan.budget
+    return {
+        "model": {
+            "id": str(plan.sizes or recipe.model.id),
+            "public_name": context.base_name,
+            "type": plan.shape.model_type,
+            "parameters": plan.shape.parameters,
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "vocab": plan.shape.vocab,
+        },
+        "method": {
+            "name": recipe.method.name,
+            "artifact": method.artifact,
+            "saved_as": method.saved_as,
+            "trainable": trainable,
+            "share": trainable / total,
+            "settings": method.model_dump(mode="json", exclude={"name"}),
+        },
+        "data": {
+            "format": train.format,
+            "rows": train.stats.rows,
+            "examples": len(train.examples),
+            "tokens": train.stats.tokens,
+            "target_tokens": train.stats.target_tokens,
+            "truncated": train.stats.truncated,
+            "skipped": train.stats.skipped,
+            "no_target": train.stats.no_target,
+            "ends_with_eos": train.stats.ends_with_eos,
+            "max_length": recipe.data.max_length,
+            "packing": recipe.packing,
+            "rows_packed": len(plan.rows),
+            "fill": sum(lengths) / (len(lengths) * recipe.data.max_length),
+            "longest": train.stats.longest,
+            "eval_rows": held_out.stats.rows if held_out else 0,
+            "eval_tokens": held_out.stats.tokens if held_out else 0,
+            "fingerprint": train.fingerprint,
+            "eval_fingerprint": held_out.fingerprint if held_out else None,
+        },
+        "training": {
+            "steps": plan.total_steps,
+            "epochs": plan.total_steps / plan.steps_per_epoch,
+            "global_batch": plan.global_batch,
+            "micro_batch_size": training.micro_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "world_size": plan.world_size,
+            "learning_rate": recipe.learning_rate,
+            "optimizer": recipe.optimizer.name,
+            "schedule": recipe.schedule.name,
+            "warmup_steps": plan.warmup_steps,
+            "blocks": plan.recomputed.of,
+            "recomputed_blocks": plan.recomputed.blocks,
+            "recomputed_because": plan.recomputed.why,
+        },
+        "memory": plan.memory.as_dict(),
+        "device": {"type": context.device.type, "name": device_name(context.device), "available": plan.available},
+        "budget": plan.budget,
+        "fits": fits,
+        "advice": [] if fits else what_to_change(plan.memory, plan.budget, recipe),
+        "warnings": _warnings(plan),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What works, but perhaps not as meant."""
+    train, recipe = plan.splits.train, plan.recipe
+    found = []
+    if plan.sizes is not None:
+        found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
+    if train.stats.truncated:
+        share = train.stats.truncated / train.stats.rows
+        found.append(f"{train.stats.truncated} of {train.stats.rows} examples ({share:.0%}) are cut at data.max_length")
+    if train.stats.no_target:
+        found.append(f"{train.stats.no_target} examples are left out: nothing in them is trained on")
+    if train.stats.ends_with_eos < 0.5 and train.stats.truncated < train.stats.examples:
+        found.append(
+            f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
+            "the model may not learn to stop"
+        )
+    found += recipe.method.remarks(plan.context)
+    if recipe.optimizer.weight_decay and not recipe.method.decaying:
+        found.append(
+            f"optimizer.weight_decay has no effect: what `{recipe.method.name}` trains is not neutral at zero, "
+            "and never decays"
+        )
+    if recipe.optimizer.name.startswith("paged") and plan.context.device.type != "cuda":
+        found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")
+    if recipe.model.trust_remote_code:
+        found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
+    if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:
+        found.append(f"all {plan.total_steps} steps are warm-up: the learning rate never reaches its peak")
+    return found
