@@ -25,6 +25,7 @@ from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd, Vitals
 from ftune.run.files import new_directory
+from ftune.run.forecast import Forecaster
 from ftune.run.loop import Loop
 from ftune.run.objective import Objective, packing_error
 from ftune.run.signals import StopRequest
@@ -144,7 +145,7 @@ def train(
         "started": _now(),
     }
     sinks: list[Sink] = []
-    tally = _Tally()
+    tally, forecaster = _Tally(), Forecaster.of(plan)
     began = time.perf_counter()
     status = "failed"
     try:
@@ -169,6 +170,8 @@ def train(
             def emit(event: Event) -> None:
                 for sink in sinks:
                     sink.receive(event)
+                if forecast := forecaster.after(event):
+                    emit(forecast)
 
             for note in notes:
                 print(f"warning: {note}", file=sys.stderr)
@@ -186,7 +189,11 @@ def train(
                 with new_directory(run.root / recipe.method.artifact) as out:
                     _save_artifact(plan, model, out)
                     record["measured"] = tally.measured(plan.memory.total)
-                    record["measured"]["wall_seconds"] = time.perf_counter() - began
+                    record["measured"] |= {
+                        "wall_seconds": time.perf_counter() - began,
+                        "loop_seconds": forecaster.spent,
+                        "predicted_loop_seconds": forecaster.predicted,
+                    }
                     write_card(out, record)
                 emit(Saved(plan.total_steps, recipe.method.artifact))
             status = "finished"

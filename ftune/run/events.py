@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["EvalEnd", "Event", "Resumed", "RunEnd", "RunStart", "Saved", "Sink", "StepEnd", "Vitals"]
+__all__ = ["EvalEnd", "Event", "Forecast", "Resumed", "RunEnd", "RunStart", "Saved", "Sink", "StepEnd", "Vitals"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ class StepEnd(Event):
 
 
 @dataclass(frozen=True)
+class Forecast(Event):
+    """How long this process's part of the run will take, updates, evaluations and checkpoints together.
+
+    Attributes:
+        seconds: From the first update to the last checkpoint.
+        updates: How many updates it was measured on.
+    """
+
+    seconds: float
+    updates: int
+
+
+@dataclass(frozen=True)
 class EvalEnd(Event):
     """The held-out loss was measured."""
 
@@ -94,6 +107,7 @@ class Saved(Event):
     """A checkpoint, or the trained adapter or model, is complete on disk."""
 
     path: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ _NAMES: dict[type[Event], str] = {
     RunStart: "start",
     Resumed: "resume",
     StepEnd: "step",
+    Forecast: "forecast",
     EvalEnd: "eval",
     Vitals: "vitals",
     Saved: "saved",

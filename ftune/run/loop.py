@@ -196,10 +196,11 @@ class Loop:
     def save(self, step: int) -> None:
         """Save a checkpoint on the main process; the others wait."""
         if self.accelerator.is_main_process:
+            began = time.perf_counter()
             path = self.checkpoints.save(
                 step, self.objective.model, self.plan.recipe.method, self.optimizer, self.progress
             )
-            self.emit(Saved(step, path.name))
+            self.emit(Saved(step, path.name, time.perf_counter() - began))
         self.accelerator.wait_for_everyone()
 
     def _count(self, rows: list[int]) -> tuple[int, int]:

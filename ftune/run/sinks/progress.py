@@ -8,7 +8,7 @@ import time
 from typing import TextIO
 
 from ftune.human import bytes_text, time_text
-from ftune.run.events import EvalEnd, Event, Resumed, RunStart, Saved, StepEnd
+from ftune.run.events import EvalEnd, Event, Forecast, Resumed, RunStart, Saved, StepEnd
 
 __all__ = ["ProgressSink"]
 
@@ -42,6 +42,10 @@ class ProgressSink:
             self._total, self._start, self._began = event.total_steps, event.step, time.monotonic()
         elif isinstance(event, StepEnd):
             self._step(event)
+        elif isinstance(event, Forecast):
+            self._line(
+                f"step {event.step}: about {time_text(event.seconds)} in all, by the first {event.updates} updates"
+            )
         elif isinstance(event, EvalEnd):
             self._line(f"step {event.step}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
         elif isinstance(event, Saved):
