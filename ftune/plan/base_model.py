@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
+from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.recipe.locate import Located, locate_model
 from ftune.recipe.schema import ModelSpec
 
@@ -39,6 +40,16 @@ def _source(spec: ModelSpec, located: Located) -> dict[str, Any]:
     if located.gguf_file:
         source["gguf_file"] = located.gguf_file
     return source
+
+
+def _gguf(located: Located) -> Path:
+    """The GGUF file, from the hub's cache where it is not a local one."""
+    from transformers.utils import cached_file
+
+    assert located.gguf_file is not None
+    if located.kind == "gguf":
+        return Path(located.path_or_id) / located.gguf_file
+    return Path(cast(str, cached_file(located.path_or_id, located.gguf_file, revision=located.revision)))
 
 
 @contextlib.contextmanager
@@ -77,8 +88,12 @@ def _read_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     located = locate_model(spec)
-    with _explained(spec, "configuration"):
+
+    def read() -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
+
+    with _explained(spec, "configuration"):
+        return kept_config(_gguf(located), read) if located.gguf_file else read()
 
 
 def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
@@ -94,8 +109,12 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     located = locate_model(spec)
+
+    def read() -> Any:
+        return AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
+
     with _explained(spec, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
+        tokenizer = kept_tokenizer(_gguf(located), read) if located.gguf_file else read()
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of `{spec.id}` has no fast version, so no character offsets")
     if tokenizer.pad_token_id is None:
@@ -127,28 +146,34 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     Raises:
         ModelError: The weights cannot be read.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
     located = locate_model(spec)
     quantization = method.quantization_config(dtype)
+    where, source = located.path_or_id, _source(spec, located)
     settings: dict[str, Any] = {
         "config": configured(spec, method),
         "dtype": method.base_dtype(dtype),
         "attn_implementation": method.attention(spec.attention),
-        **_source(spec, located),
     }
-    if located.gguf_file:
-        # One call cannot both read GGUF and quantize to NF4: the dense model comes first.
-        settings["quantization_config"] = GgufConfig(dequantize=True)
-    elif quantization is not None:
-        settings["quantization_config"] = quantization
-        settings["device_map"] = {"": device}
     with _explained(spec, "weights"), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(located.path_or_id, **settings)
-    if located.gguf_file:
-        _forget_gguf(model)
-        if quantization is not None:
-            quantize(model, quantization, device)
+        dense = None
+        if located.gguf_file:
+            plain = {"config": load_config(spec), "dtype": settings["dtype"]}
+            kept = kept_weights(_gguf(located), settings["dtype"], lambda: _dequantized(where, plain | source))
+            if kept is None:
+                dense = _dequantized(where, settings | source)
+            else:
+                where, source = str(kept), {}
+        if dense is None:
+            if quantization is not None:
+                settings |= {"quantization_config": quantization, "device_map": {"": device}}
+            model = AutoModelForCausalLM.from_pretrained(where, **settings, **source)
+        else:
+            model = dense
+            if quantization is not None:
+                quantize(model, quantization, device)
+    model.config.name_or_path = located.path_or_id
     keep_packed(model)
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -182,14 +207,23 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _forget_gguf(model: Any) -> None:
-    """Drop the traces of the GGUF file: dequantized, the model is an ordinary one that can be saved."""
+def _dequantized(path_or_id: str, settings: dict[str, Any]) -> Any:
+    """Read a GGUF file as a dense model. One call cannot both do this and quantize to NF4.
+
+    The traces of the file are dropped: dequantized, the model is an ordinary one that can be saved.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path_or_id, quantization_config=GgufConfig(dequantize=True), **settings
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             setattr(model, attribute, None)
     model.is_quantized = False
+    return model
 
 
 def quantize(model: Any, config: Any, device: torch.device) -> None:
