@@ -16,8 +16,8 @@ import torch
 from ftune.cache import cache_dir
 from ftune.methods import Method
 from ftune.methods.full import Full
-from ftune.methods.lora import Lora
 from ftune.methods.longlora import LongLora
+from ftune.methods.lora import Lora
 from ftune.methods.qlora import QLora
 from ftune.plan import base_model
 from ftune.plan.base_model import load_base, load_config, load_tokenizer
