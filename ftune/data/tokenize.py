@@ -6,17 +6,19 @@ an example's first token is never a target.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ftune.data.chat import ChatTemplate, Span, generation_prompt, load_template, render, special_tokens
-from ftune.data.formats import SHOWN, Conversation, Format, Plain, Record, convert, resolve_format
+from ftune.data import token_cache
+from ftune.data.chat import ChatTemplate, generation_prompt, load_template
+from ftune.data.encode import Encoder, Part, RowError, encodable
+from ftune.data.examples import IGNORE, Example, Examples, Ids
+from ftune.data.formats import SHOWN, Format, Plain, convert, resolve_format
 from ftune.data.sources import Rows, load_rows
+from ftune.data.workers import encode_all
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSpec
 
@@ -34,34 +36,6 @@ __all__ = [
     "load_splits",
     "tokenize_split",
 ]
-
-IGNORE = -100
-Ids: TypeAlias = NDArray[np.int32]
-# rows tokenized in one call: enough to keep the tokenizer busy, few enough that their offsets stay small
-CHUNK = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One document.
-
-    Attributes:
-        input_ids: (L,) int32.
-        labels: (L,) int32, the token itself where it is trained, else -100.
-        row: The row's number in its source, counted from 0.
-    """
-
-    input_ids: Ids
-    labels: Ids
-    row: int
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def target_tokens(self) -> int:
-        """Targets after the shift."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE))
 
 
 @dataclass(frozen=True)
@@ -106,7 +80,7 @@ class Split:
         rows: The rows themselves, for ``generation_items``.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     format: Format
     stats: Stats
     fingerprint: str
@@ -174,55 +148,61 @@ def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 def tokenize_split(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format) -> Split:
     """Turn every row into an example, or say why it cannot be one.
 
+    What was tokenized before, to the last byte of all that decides it, comes from the cache.
+
     Raises:
         DataError: A slow tokenizer, rows that do not fit, rows too long under ``too_long: error``, or nothing
             left to train on.
     """
     template = _template(tokenizer, spec, format, rows)
+    settings = spec.model_dump(mode="json", include={"max_length", "too_long", "train_on"})
+    key = token_cache.key_of(rows, tokenizer, template, {**settings, "format": format})
+    known = token_cache.load(key)
+    if known is None:
+        examples, stats = _tokenized(rows, tokenizer, spec, format, template)
+        known = token_cache.Entry(examples, asdict(stats), examples.fingerprint())
+        token_cache.store(key, known)
+    return Split(known.examples, format, Stats(**known.stats), known.fingerprint, rows)
+
+
+def _tokenized(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format, template: ChatTemplate | None
+) -> tuple[Examples, Stats]:
+    """The examples and their counts."""
     records = convert(rows, format, chat_template=template is not None)
-    encoder = _Encoder(tokenizer, template, train_all=spec.train_on == "all")
-    ends = np.array(sorted(special_tokens(tokenizer).values()), dtype=np.int32)
-    examples: list[Example] = []
-    too_long: list[tuple[int, int]] = []  # (row, tokens)
-    first_targets: list[int] = []  # of the rows left without a target: where the first one would have been
-    truncated = no_target = skipped = longest_before = untruncated = ended = 0
-    for example in encoder.encode(records, rows):
-        length = len(example)
-        longest_before = max(longest_before, length)
-        cut = length > spec.max_length
-        if cut:
-            too_long.append((example.row, length))
-            if spec.too_long != "truncate":
-                skipped += 1
-                continue
-        kept = Example(example.input_ids[: spec.max_length], example.labels[: spec.max_length], example.row)
-        if kept.target_tokens == 0:
-            no_target += 1
-            targets = np.flatnonzero(example.labels[1:] != IGNORE)
-            first_targets += [int(targets[0]) + 1] if len(targets) else []
-            continue
-        truncated += cut
-        if not cut:
-            untruncated += 1
-            ended += bool(np.isin(kept.labels[kept.labels != IGNORE][-1], ends))
-        examples.append(kept)
+    encoder = _encoder(tokenizer, template, spec)
+    try:
+        parts = list(encode_all(encoder, records))
+    except RowError as error:
+        place = rows.origin[0] if error.row is None else rows.where(error.row)
+        raise DataError(f"{place}: {error.message}", help=error.help) from error
+    too_long = [place for part in parts for place in part.too_long]
     if too_long and spec.too_long == "error":
         raise _too_long(too_long, rows, spec)
-    if not examples:
+    examples = Examples.joined([part.examples for part in parts])
+    if not len(examples):
+        first_targets = [place for part in parts for place in part.first_targets]
         raise _nothing_left(rows, spec, [length for _, length in too_long], first_targets)
-    stats = Stats(
+    return examples, _stats(rows, spec, examples, parts)
+
+
+def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]) -> Stats:
+    truncated = sum(part.truncated for part in parts)
+    untruncated = len(examples) - truncated
+    # an example's first token is no target
+    first = examples.trained[np.cumsum(examples.lengths) - examples.lengths]
+    return Stats(
         rows=len(rows),
         examples=len(examples),
-        tokens=sum(map(len, examples)),
-        target_tokens=sum(example.target_tokens for example in examples),
+        tokens=len(examples.ids),
+        target_tokens=int(np.count_nonzero(examples.trained) - np.count_nonzero(first)),
         truncated=truncated,
-        skipped=skipped,
-        no_target=no_target,
-        ends_with_eos=ended / untruncated if untruncated else 0.0,
-        longest=max(map(len, examples)),
-        longest_before=longest_before,
+        skipped=0 if spec.too_long == "truncate" else sum(len(part.too_long) for part in parts),
+        no_target=sum(part.no_target for part in parts),
+        ends_with_eos=sum(part.ended for part in parts) / untruncated if untruncated else 0.0,
+        longest=int(examples.lengths.max()),
+        longest_before=max(part.longest_before for part in parts),
     )
-    return Split(tuple(examples), format, stats, _fingerprint(examples), rows)
 
 
 def generation_items(
@@ -248,7 +228,7 @@ def generation_items(
         )
     rows = rows.select(rows.numbers[:limit])
     template = _template(tokenizer, spec, format, rows)
-    encoder = _Encoder(tokenizer, template, train_all=False)
+    encoder = _encoder(tokenizer, template, spec)
     prompts: list[str] = []
     references: list[str] = []
     records = convert(rows, format, chat_template=template is not None)
@@ -262,7 +242,7 @@ def generation_items(
             raise DataError(f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer")
         assert template is not None, "conversations exist only where there is a chat template"
         try:
-            prompts.append(_encodable(generation_prompt(record, last, tokenizer, template)))
+            prompts.append(encodable(generation_prompt(record, last, tokenizer, template)))
         except DataError as error:
             raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
         references.append(record.messages[last]["content"])
@@ -299,137 +279,14 @@ def _template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format
     return template
 
 
-class _Encoder:
-    """Records to token ids and labels, many at a time.
-
-    Args:
-        tokenizer: A fast one.
-        template: For conversations.
-        train_all: Every token is trained.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, *, train_all: bool) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
-        self._train_all = train_all
-        # a model that expects a first token expects it before plain text as well; templates write it
-        # themselves
-        empty = tokenizer("", add_special_tokens=True)["input_ids"]
-        bos = tokenizer.bos_token_id
-        self.bos: list[int] = [bos] if bos is not None and empty[:1] == [bos] else []
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added."""
-        if not texts:
-            return []
-        encoded: list[list[int]] = self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return encoded
-
-    def encode(self, records: Sequence[Record], rows: Rows) -> list[Example]:
-        """Every record as an example, in order."""
-        examples: list[Example] = []
-        for start in range(0, len(records), CHUNK):
-            chunk = records[start : start + CHUNK]
-            plain = self._plain([record for record in chunk if isinstance(record, Plain)], rows)
-            chats = self._conversations([record for record in chunk if isinstance(record, Conversation)], rows)
-            plain_next, chat_next = iter(plain), iter(chats)
-            examples += [next(plain_next if isinstance(record, Plain) else chat_next) for record in chunk]
-        return examples
-
-    def _plain(self, records: list[Plain], rows: Rows) -> list[Example]:
-        """Prompt, completion and end-of-sequence token.
-
-        Prompt and completion are tokenized apart, as the prompt stands alone when the model generates.
-        """
-        if not records:
-            return []
-        eos = self._tokenizer.eos_token_id
-        if eos is None:
-            raise DataError(
-                f"{rows.origin[0]}: plain text ends with an end-of-sequence token, and the tokenizer has none"
-            )
-        examples = []
-        prompts = self.ids([record.prompt for record in records])
-        completions = self.ids([record.completion for record in records])
-        for record, prompt, completion in zip(records, prompts, completions, strict=True):
-            context = [*self.bos, *prompt]
-            end = [] if completion[-1:] == [eos] else [eos]
-            ids = np.array([*context, *completion, *end], dtype=np.int32)
-            examples.append(self._example(ids, np.arange(len(ids)) >= len(context), record.row))
-        return examples
-
-    def _conversations(self, records: list[Conversation], rows: Rows) -> list[Example]:
-        """The whole rendered text tokenized at once: the ids that the model meets when it is used."""
-        if not records:
-            return []
-        if self._template is None:
-            raise DataError(
-                f"{rows.where(records[0].row)}: messages need a chat template, and the tokenizer has none",
-                help="name a Jinja file as `data.chat_template`, or give the data as strings",
-            )
-        texts: list[str] = []
-        spans: list[list[Span]] = []
-        for record in records:
-            try:
-                text, trained = render(record, self._tokenizer, self._template)
-                texts.append(_encodable(text))
-            except DataError as error:
-                raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
-            spans.append(trained)
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return [
-            self._example(np.array(ids, dtype=np.int32), _inside(offsets, trained), record.row)
-            for record, ids, offsets, trained in zip(
-                records, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-            )
-        ]
-
-    def _example(self, ids: Ids, trained: NDArray[np.bool_], row: int) -> Example:
-        labels = ids.copy() if self._train_all else np.where(trained, ids, np.int32(IGNORE))
-        return Example(ids, labels, row)
-
-
-def _encodable(text: str) -> str:
-    """A rendered text as it is; a ``tools`` string may bring in what no reader of files has seen.
-
-    Raises:
-        DataError: It holds half of a surrogate pair, which tokenizers refuse without saying where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        escape = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"the rendered conversation holds {escape}, half of a surrogate pair, which is no character",
-            help="write both halves of the pair, or the character itself in UTF-8",
-        ) from error
-    return text
-
-
-def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens have a character inside a span: (L,) bool."""
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=np.bool_)
-    for start, end in spans:
-        inside |= (starts < end) & (ends > start) & (ends > starts)
-    return inside
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([example.row, len(example)], dtype="<i8").tobytes())
-        digest.update(example.input_ids.astype("<i4").tobytes())
-        digest.update(example.labels.astype("<i4").tobytes())
-    return digest.hexdigest()
+def _encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, spec: DataSpec) -> Encoder:
+    return Encoder(
+        tokenizer,
+        template,
+        train_all=spec.train_on == "all",
+        max_length=spec.max_length,
+        keep_long=spec.too_long == "truncate",
+    )
 
 
 def _too_long(rows_and_lengths: list[tuple[int, int]], rows: Rows, spec: DataSpec) -> DataError:

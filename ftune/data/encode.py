@@ -1,0 +1,215 @@
+"""Records as token ids with what is trained of them.
+
+An ``Encoder`` and what it is given and returns can be sent to another process; see ``workers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftune.data.chat import ChatTemplate, Span, render, special_tokens
+from ftune.data.examples import Examples, Ids
+from ftune.data.formats import Conversation, Plain, Record
+from ftune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Encoder", "Part", "RowError", "encodable"]
+
+
+class RowError(Exception):
+    """Why one row cannot be encoded; whoever knows the rows says where it is.
+
+    Args:
+        row: The row's number in its source; None where it is no matter of one row.
+        message: What is wrong.
+        help: How to mend it.
+    """
+
+    def __init__(self, row: int | None, message: str, help: str | None) -> None:
+        # all of it in args, which is what survives the way to another process
+        super().__init__(row, message, help)
+        self.row, self.message, self.help = row, message, help
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some of the records became.
+
+    Attributes:
+        examples: Those that are kept, cut to ``max_length``.
+        too_long: (row, tokens) of those longer than that.
+        first_targets: Of the examples without a target after the cut, where the first one was before it.
+        truncated: Examples that are kept and were cut.
+        no_target: Examples left out because no trained token was left in them.
+        ended: Examples kept as they were whose last trained token is a special token.
+        longest_before: Tokens of the longest, before the cut.
+    """
+
+    examples: Examples
+    too_long: tuple[tuple[int, int], ...]
+    first_targets: tuple[int, ...]
+    truncated: int
+    no_target: int
+    ended: int
+    longest_before: int
+
+
+class Encoder:
+    """Records to token ids and what is trained of them, many at a time.
+
+    Args:
+        tokenizer: A fast one.
+        template: For conversations.
+        train_all: Every token is trained.
+        max_length: Tokens that are kept of an example.
+        keep_long: Whether longer ones are cut, and not left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate | None,
+        *,
+        train_all: bool,
+        max_length: int,
+        keep_long: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._train_all = train_all
+        self._max_length = max_length
+        self._keep_long = keep_long
+        self._ends = frozenset(special_tokens(tokenizer).values())
+        # a model that expects a first token expects it before plain text as well; templates write it
+        # themselves
+        empty = tokenizer("", add_special_tokens=True)["input_ids"]
+        bos = tokenizer.bos_token_id
+        self.bos: list[int] = [bos] if bos is not None and empty[:1] == [bos] else []
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added."""
+        return self._tokenized(texts)["input_ids"] if texts else []
+
+    def encode(self, records: Sequence[Record]) -> Part:
+        """Every record as an example, in order.
+
+        Raises:
+            RowError: A record cannot be rendered, or the tokenizer lacks what it needs.
+        """
+        plain = iter(self._plain([record for record in records if isinstance(record, Plain)]))
+        chats = iter(self._conversations([record for record in records if isinstance(record, Conversation)]))
+        encoded = [next(plain if isinstance(record, Plain) else chats) for record in records]
+        return self._part(records, encoded)
+
+    def _tokenized(self, texts: Sequence[str], **wanted: bool) -> Any:
+        return self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **wanted
+        )
+
+    def _plain(self, records: list[Plain]) -> list[tuple[Ids, NDArray[np.bool_]]]:
+        """Prompt, completion and end-of-sequence token.
+
+        Prompt and completion are tokenized apart, as the prompt stands alone when the model generates.
+        """
+        if not records:
+            return []
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise RowError(None, "plain text ends with an end-of-sequence token, and the tokenizer has none", help=None)
+        examples = []
+        prompts = self.ids([record.prompt for record in records])
+        completions = self.ids([record.completion for record in records])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            context = [*self.bos, *prompt]
+            end = [] if completion[-1:] == [eos] else [eos]
+            ids = np.array([*context, *completion, *end], dtype=np.int32)
+            examples.append((ids, np.arange(len(ids)) >= len(context)))
+        return examples
+
+    def _conversations(self, records: list[Conversation]) -> list[tuple[Ids, NDArray[np.bool_]]]:
+        """The whole rendered text tokenized at once: the ids that the model meets when it is used."""
+        if not records:
+            return []
+        if self._template is None:
+            raise RowError(
+                records[0].row,
+                "messages need a chat template, and the tokenizer has none",
+                help="name a Jinja file as `data.chat_template`, or give the data as strings",
+            )
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        for record in records:
+            try:
+                text, trained = render(record, self._tokenizer, self._template)
+                texts.append(encodable(text))
+            except DataError as error:
+                raise RowError(record.row, error.message, error.help) from error
+            spans.append(trained)
+        encoded = self._tokenized(texts, return_offsets_mapping=True)
+        return [
+            (np.array(ids, dtype=np.int32), _inside(offsets, trained))
+            for ids, offsets, trained in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+        ]
+
+    def _part(self, records: Sequence[Record], encoded: list[tuple[Ids, NDArray[np.bool_]]]) -> Part:
+        """Cut what is too long, leave out what has no target, count both."""
+        kept: list[tuple[Ids, NDArray[np.bool_], int]] = []
+        too_long: list[tuple[int, int]] = []
+        first_targets: list[int] = []
+        truncated = no_target = ended = 0
+        for record, (ids, trained) in zip(records, encoded, strict=True):
+            if self._train_all:
+                trained = np.ones_like(trained)
+            cut = len(ids) > self._max_length
+            if cut:
+                too_long.append((record.row, len(ids)))
+                if not self._keep_long:
+                    continue
+            if not trained[1 : self._max_length].any():
+                no_target += 1
+                first_targets += [1 + int(i) for i in np.flatnonzero(trained[1:])[:1]]
+                continue
+            truncated += cut
+            ended += not cut and int(ids[np.flatnonzero(trained)[-1]]) in self._ends
+            kept.append((ids[: self._max_length], trained[: self._max_length], record.row))
+        examples = Examples(
+            np.concatenate([ids for ids, _, _ in kept] or [np.zeros(0, np.int32)]),
+            np.concatenate([trained for _, trained, _ in kept] or [np.zeros(0, np.bool_)]),
+            np.array([len(ids) for ids, _, _ in kept], dtype=np.int64),
+            np.array([row for _, _, row in kept], dtype=np.int64),
+        )
+        longest = max((len(ids) for ids, _ in encoded), default=0)
+        return Part(examples, tuple(too_long), tuple(first_targets), truncated, no_target, ended, longest)
+
+
+def encodable(text: str) -> str:
+    """A rendered text as it is; a ``tools`` string may bring in what no reader of files has seen.
+
+    Raises:
+        DataError: It holds half of a surrogate pair, which tokenizers refuse without saying where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"the rendered conversation holds {escape}, half of a surrogate pair, which is no character",
+            help="write both halves of the pair, or the character itself in UTF-8",
+        ) from error
+    return text
+
+
+def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens have a character inside a span: (L,) bool."""
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), dtype=np.bool_)
+    for start, end in spans:
+        inside |= (starts < end) & (ends > start) & (ends > starts)
+    return inside
