@@ -1,0 +1,54 @@
+"""An environment of its own for every peer, under ``build/bench/<peer>/env``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+from job import Tool
+
+TORCH = "torch==2.13.0"
+SHOWN = ("torch", "transformers", "peft", "trl", "llamafactory", "litgpt", "lightning", "unsloth", "axolotl")
+
+
+def build(tool: Tool, directory: Path, cuda: bool) -> Path:
+    """Install a tool unless this very list is installed already.
+
+    torch goes first, by a line of its own, and holds from then on: asked for by a dependency, pip would bring
+    another build of it.
+
+    Returns:
+        The environment's ``bin``; for ftune's variants, that of this interpreter.
+    """
+    if not tool.requirements:
+        return Path(sys.executable).parent
+    environment, stamp = directory / "env", directory / "installed.txt"
+    bin_directory = environment / "bin"
+    wanted = "\n".join([TORCH, *tool.requirements, f"cuda={cuda}"])
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return bin_directory
+    python = sys.executable if tool.python is None else shutil.which(tool.python)
+    if python is None:
+        raise SystemExit(f"{tool.title} needs {tool.python} on the PATH")
+    shutil.rmtree(environment, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    subprocess.run([python, "-m", "venv", str(environment)], check=True)
+    constraint = directory / "constraint.txt"
+    constraint.write_text(TORCH + "\n", encoding="utf-8")
+    pip = [str(bin_directory / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraint)]
+    subprocess.run([*pip, TORCH], check=True)
+    subprocess.run([*pip, *tool.requirements], check=True)
+    if tool.mend and not cuda:
+        tool.mend(bin_directory)
+    stamp.write_text(wanted, encoding="utf-8")
+    return bin_directory
+
+
+def versions(bin_directory: Path) -> dict[str, str]:
+    """The versions of the packages that matter in an environment."""
+    site = next(bin_directory.parent.glob("lib/python*/site-packages"))
+    found = {d.metadata["Name"].lower(): d.version for d in distributions(path=[str(site)])}
+    return {name: found[name] for name in SHOWN if name in found}

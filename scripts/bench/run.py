@@ -1,0 +1,176 @@
+"""Train the same model on the same examples with ftune and with other tools, and compare time and memory.
+
+Every peer gets an environment of its own under ``build/bench``. First each tool makes one update on one batch, and
+its loss must be the one of the plain path, else it is not timed. Then all tools train in turns, as whole processes,
+so that what else the machine does burdens them alike; a ratio is always one of neighbours in the same round.
+
+    python scripts/bench/run.py                                   # every tool that runs on this machine's CPU
+    python scripts/bench/run.py --peers trl --tools ftune --pairs 1
+    python scripts/bench/run.py --device cuda --model DIRECTORY   # the same on a GPU, with the peers that need one
+
+The figures go to docs/figures/benchmarks.json, the page to docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import environments
+import measure
+import report
+import work
+from job import ALPHA, RANK, Job, Tool
+from ours import OURS
+from peers import ABSENT, PEERS
+
+TOLERANCE = 0.01  # of a loss in bf16 against the same in fp32
+TIMEOUT_SECONDS = 1800.0
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; default: all that the device allows")
+    parser.add_argument("--tools", default=",".join(OURS), help="variants of ftune")
+    parser.add_argument("--pairs", type=int, default=3, help="rounds; each tool trains once in each (default 3)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=measure.physical_cores(), help="default: physical cores")
+    parser.add_argument("--model", type=Path, help="a directory of safetensors; default: the quickstart's model")
+    parser.add_argument("--micro-batch", type=int, help="examples in a forward pass; default 1, on a GPU a batch")
+    parser.add_argument("--directory", type=Path, default=work.ROOT / "build/bench", help="environments and runs")
+    parser.add_argument("--figures", type=Path, default=report.FIGURES)
+    parser.add_argument("--check-only", action="store_true", help="compare the losses, time nothing")
+    return parser.parse_args(argv)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Tool]:
+    """The tools of this run in the order of a round: ftune and the peers alternate."""
+    cuda = args.device == "cuda"
+    names = args.peers.split(",") if args.peers else [n for n, peer in PEERS.items() if cuda or not peer.cuda_only]
+    unknown = [name for name in [*names, *args.tools.split(",")] if name not in PEERS | OURS]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(OURS | PEERS)}")
+    order = itertools.zip_longest(args.tools.split(","), names)
+    return {name: (OURS | PEERS)[name] for pair in order for name in pair if name is not None}
+
+
+class Bench:
+    """One comparison: where its files are, and how a tool is run once."""
+
+    def __init__(self, args: argparse.Namespace, tools: dict[str, Tool]) -> None:
+        self.args, self.tools, self.cuda = args, tools, args.device == "cuda"
+        self.directory: Path = args.directory.resolve()
+        self.model = args.model.resolve() if args.model else work.export_model(self.directory / work.MODEL)
+        self.data = self.directory / "data"
+        work.write_data(self.data)
+        self.bins = {name: environments.build(tool, self.directory / name, self.cuda) for name, tool in tools.items()}
+
+    def expected(self) -> dict[str, Any]:
+        """The losses of the plain path, and the tokens of the work."""
+        script = Path(__file__).with_name("reference.py")
+        files = [str(self.data / f"{split}.messages.jsonl") for split in ("check", "train")]
+        done = subprocess.run(
+            [sys.executable, str(script), str(self.model), *files],
+            env=os.environ | self._environment(),
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def train(self, name: str, split: str, updates: int, run: str) -> dict[str, Any]:
+        """Train with one tool once, measured."""
+        tool, out = self.tools[name], self.directory / "runs" / f"{run}-{name}"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        micro = self.args.micro_batch or (work.BATCH if self.cuda else 1)
+        job = Job(self.model, self.data, split, updates, work.BATCH, micro, work.MAX_LENGTH, self.cuda, out)
+        command = tool.configure(job, self.bins[name])
+        load = os.getloadavg()[0]
+        measured = measure.run(command, self._environment(), out / "log.txt", TIMEOUT_SECONDS, self.cuda)
+        phase = tool.read(job, (out / "log.txt").read_text(encoding="utf-8", errors="replace").replace("\r", "\n"))
+        print(
+            f"{run} {name}: {measured.wall_seconds:.1f} s, of it {phase.seconds:.1f} s training,",
+            f"loss {phase.first_loss:.4f}, {measured.peak_bytes / 2**20:.0f} MiB, load before {load:.1f}",
+            flush=True,
+        )
+        return {"tool": name, "training_seconds": phase.seconds, "first_loss": phase.first_loss} | asdict(measured)
+
+    def check(self, expected: dict[str, Any]) -> dict[str, Any]:
+        """Hold every tool's first loss against the plain path's; those that differ or fail are not timed."""
+        checked: dict[str, Any] = {}
+        for name, tool in self.tools.items():
+            mean, span = tool.loss
+            entry = {"mean": mean, "span": span, "tokens": expected[span]["tokens"], "expected": expected[span][mean]}
+            try:
+                entry["loss"] = self.train(name, "check", tool.check_updates, "check")["first_loss"]
+                entry["agrees"] = abs(entry["loss"] / entry["expected"] - 1) <= TOLERANCE
+            except (measure.ProcessFailed, LookupError) as error:
+                print(error, file=sys.stderr)
+                entry |= {"loss": None, "agrees": False}
+            checked[name] = entry
+            print(f"{name}: expected {entry['expected']:.4f}: {'agrees' if entry['agrees'] else 'DIFFERS'}", flush=True)
+        return checked
+
+    def _environment(self) -> dict[str, str]:
+        threads, cache = str(self.args.threads), str(self.directory / "cache")
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": cache,
+            "XDG_CACHE_HOME": cache,
+        } | ({} if self.cuda else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def main() -> None:
+    args = parse()
+    tools = chosen(args)
+    bench = Bench(args, tools)
+    expected = bench.expected()
+    checked = bench.check(expected["check"])
+    for name, entry in checked.items():
+        print(
+            f"{name}: loss {entry['loss']}, expected {entry['expected']:.4f}: {'agrees' if entry['agrees'] else 'NO'}"
+        )
+    agreeing = [name for name, entry in checked.items() if entry["agrees"]]
+    figures = {
+        "date": datetime.date.today().isoformat(),
+        "device": measure.device_name(bench.cuda),
+        "cuda": bench.cuda,
+        "threads": args.threads,
+        "model": bench.model.name,
+        "work": expected["train"] | {"updates": work.UPDATES, "batch": work.BATCH, "rank": RANK, "alpha": ALPHA},
+        "tools": {
+            name: {"title": tool.title, "note": tool.note, "versions": environments.versions(bench.bins[name])}
+            for name, tool in tools.items()
+        },
+        "check": checked,
+        "absent": ABSENT | {peer.title: peer.note for peer in PEERS.values() if peer.cuda_only and not bench.cuda},
+        "runs": [],
+    }
+    for index in range(0 if args.check_only else args.pairs):
+        # Every other round runs backwards, so that a machine which slows down favours nobody.
+        for name in agreeing if index % 2 == 0 else agreeing[::-1]:
+            figures["runs"].append({"round": index} | bench.train(name, "train", work.UPDATES, f"round{index}"))
+        (bench.directory / "benchmarks.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    if figures["runs"]:
+        args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if args.figures == report.FIGURES:
+            report.PAGE.write_text(report.render(figures), encoding="utf-8")
+    if len(agreeing) < len(tools):
+        raise SystemExit(f"not timed, their loss differs: {', '.join(set(tools) - set(agreeing))}")
+
+
+if __name__ == "__main__":
+    main()
