@@ -13,6 +13,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
+from ftune.plan.weights import load_cast
 from ftune.recipe.locate import Located, locate_model
 from ftune.recipe.schema import ModelSpec
 
@@ -168,7 +169,9 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         if dense is None:
             if quantization is not None:
                 settings |= {"quantization_config": quantization, "device_map": {"": device}}
-            model = AutoModelForCausalLM.from_pretrained(where, **settings, **source)
+            model = None if spec.trust_remote_code else load_cast(where, source.get("revision"), settings)
+            if model is None:
+                model = AutoModelForCausalLM.from_pretrained(where, **settings, **source)
         else:
             model = dense
             if quantization is not None:

@@ -1,0 +1,94 @@
+"""Reading weights in another dtype than they are stored in, one tensor at a time.
+
+transformers maps a checkpoint into memory. Where the dtype is the stored one that is best: nothing is copied, and
+what is not used is not read. Where each tensor is cast, the whole file has passed through memory and stays
+resident beside the model until the last tensor is done: an fp32 checkpoint loaded as bf16 peaks at three times the
+model. Read by ``pread`` instead, a tensor is gone once it is cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_cast"]
+
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any | None:
+    """Load a model whose weights have to be cast, without its checkpoint in memory beside it.
+
+    Args:
+        where: A directory of transformers' files, or a hub id.
+        revision: Of a hub id.
+        settings: Of ``from_pretrained``, with ``config`` and ``dtype``.
+
+    Returns:
+        The model, as ``from_pretrained`` gives it; None where that does as well or does more: nothing is to be
+        cast, the weights are stored quantized or not in safetensors, the architecture is not transformers' own, or
+        there is no ``generation_config.json``.
+
+    Raises:
+        OSError: The weights cannot be read.
+        SafetensorError: A file is damaged.
+    """
+    from safetensors import safe_open
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+    config = settings["config"]
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or type(config).extra_files or getattr(config, "quantization_config", None) is not None:
+        return None
+    files = _files(where, revision)
+    weights: dict[str, Any] = {}
+    for file in files:
+        opened: Any = safe_open(file, framework="pt", backend="pread")
+        weights |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    if not _to_cast(weights.values(), settings["dtype"]):
+        return None
+    try:
+        generation = GenerationConfig.from_pretrained(where, revision=revision)
+    except OSError:
+        return None  # derived from config.json, in a way that is transformers' own
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, state_dict=weights, generation_config=generation, **settings
+    )
+
+
+def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:
+    """Whether every tensor is stored in a floating dtype, and most of the elements in another than asked for."""
+    import math
+
+    other = total = 0
+    for stored in slices:
+        name = _STORED.get(stored.get_dtype())
+        if name is None:
+            return False
+        elements = math.prod(stored.get_shape())
+        total += elements
+        other += elements if name != str(dtype).removeprefix("torch.") else 0
+    return other > total / 2
+
+
+def _files(where: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model, downloaded if need be; none where it has no such."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            found = cached_file(where, name, revision=revision)
+        except OSError:
+            continue
+        if found is None:
+            continue
+        if name == SAFE_WEIGHTS_NAME:
+            return [Path(found)]
+        shards, _ = get_checkpoint_shard_files(where, found, revision=revision)
+        return [Path(shard) for shard in shards]
+    return []
