@@ -7,6 +7,7 @@ processes could race for. Parquet and hub data sets go through ``datasets``.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -39,7 +40,8 @@ class Rows:
         source: Every row that was read; a list, or a ``datasets.Dataset``.
         columns: Every key of any row, in order of first appearance.
         origin: Names of the files, or one name for a hub data set.
-        fingerprint: sha256 over the bytes of the files; of a hub data set, its fingerprint in ``datasets``.
+        fingerprint: sha256 over the bytes of the file; of several, over the length and the bytes of each; of a
+            hub data set, its fingerprint in ``datasets``.
         numbers: Which rows of ``source`` these are, counted from 0.
         file_of: Index into ``origin`` for each row of ``source``; empty: all from the first.
         line_of: Line of each row of ``source``, counted from 1; empty where there are no lines.
@@ -111,6 +113,8 @@ def _read_files(files: Sequence[Path], limit: int | None) -> Rows:
             content = file.read_bytes()
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        if len(files) > 1:  # the same bytes, cut into files elsewhere, are other rows
+            digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
         wanted = None if limit is None else limit - len(rows)
         placed = list(islice(READERS[file.suffix.lower()](file, content), wanted))
@@ -338,10 +342,12 @@ def _json_type(value: Any) -> str:
 def _read_hub(source: DataSource) -> Rows:
     """A data set of the hub, or of its local cache."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name = source.path if source.subset is None else f"{source.path} ({source.subset})"
     try:
-        rows = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        with _logged_files() as unreadable:
+            rows = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
     except OSError as error:  # ConnectionError and DatasetNotFoundError are among them
         raise DataError(
             f"data set {name!r}: neither a local file or directory nor reachable on the hub: "
@@ -355,6 +361,15 @@ def _read_hub(source: DataSource) -> Rows:
         ) from error
     except ValueError as error:  # an unknown subset or split: the message lists those that there are
         raise DataError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
+    except DatasetsError as error:  # files that are not what their names say, or not all of one kind
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        file = f"{unreadable[-1]}: " if unreadable else ""
+        raise DataError(
+            f"data set {name!r}: {file}{' '.join(str(cause).split())[:500]}",
+            help="download the files, mend them, and name them by path; or take another `subset` or `revision`",
+        ) from error
     if source.max_examples is not None:
         rows = rows.select(range(min(source.max_examples, len(rows))))
     if len(rows) == 0:
@@ -366,3 +381,22 @@ def _read_hub(source: DataSource) -> Rows:
         fingerprint=str(rows._fingerprint),
         numbers=range(len(rows)),
     )
+
+
+@contextlib.contextmanager
+def _logged_files() -> Iterator[list[str]]:
+    """The files that ``datasets`` complains about: its exceptions do not name them, its log does."""
+    import logging
+
+    found: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.extend(re.findall(r"\bfile '([^']+)' with error", record.getMessage()))
+
+    logger, listener = logging.getLogger("datasets"), Listener(logging.ERROR)
+    logger.addHandler(listener)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(listener)

@@ -210,3 +210,31 @@ def test_json_and_jsonl_agree_on_any_strings(tmp_path_factory: pytest.TempPathFa
     (place / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=True) + "\n" for r in rows))
     (place / "a.json").write_text(json.dumps(rows, ensure_ascii=True, indent=1))
     assert read(place / "a.jsonl") == read(place / "a.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.jsonl": '{"text": "a"}\n{"text": b}\n'}, r"train\.jsonl: JSON parse error: Invalid value\. in row 1"),
+        ({"a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"other": 1}\n'}, "Couldn't cast .* column names don't match"),
+    ],
+)
+def test_a_malformed_hub_data_set_is_one_clear_error(
+    files: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    for name, text in files.items():
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text(text)
+    original = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None, **options: object) -> datasets.Dataset:
+        return original(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(DataSource(path="org/set"))
+    assert caught.value.message.startswith("data set 'org/set': ")
+    assert "\n" not in caught.value.message
+    assert "by path" in (caught.value.help or "")
