@@ -11,7 +11,7 @@ from pathlib import Path
 from job import Tool
 
 TORCH = "torch==2.13.0"
-SHOWN = ("torch", "transformers", "peft", "trl", "llamafactory", "litgpt", "lightning", "unsloth", "axolotl")
+SHOWN = ("ftune", "torch", "transformers", "peft", "trl", "llamafactory", "litgpt", "lightning", "unsloth", "axolotl")
 
 
 def build(tool: Tool, directory: Path, cuda: bool) -> Path:

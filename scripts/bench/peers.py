@@ -219,7 +219,7 @@ PEERS = {
         _litgpt,
         _read_litgpt,
         ("document", "to_end_of_turn"),
-        "adapters in bf16; a micro-batch is weighted by its documents, not its tokens",
+        "adapters in bf16; an update is the mean of its documents' means; saving writes the merged model too",
         check_updates=2,  # its cosine divides by the updates after the warm-up
     ),
     "unsloth": Tool(
@@ -244,7 +244,7 @@ PEERS = {
 }
 
 ABSENT = {
-    "torchtune": "0.6.1, its last release, imports beside torchao 0.14 at most and has no chat tokenizer for the model",
+    "torchtune": "0.6.1, the last, has no chat tokenizer for this model and does not import beside torchao 0.18",
     "Ludwig": "0.11.0 imports torchvision and torchaudio, whose published wheels load CUDA's libraries",
 }
 """Tools that could not be made to run, and why."""

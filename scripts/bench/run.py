@@ -144,6 +144,11 @@ def main() -> None:
             f"{name}: loss {entry['loss']}, expected {entry['expected']:.4f}: {'agrees' if entry['agrees'] else 'NO'}"
         )
     agreeing = [name for name, entry in checked.items() if entry["agrees"]]
+    gpu_peers = {
+        peer.title: f"{peer.note}; `--device cuda` takes it in, not run yet"
+        for peer in PEERS.values()
+        if peer.cuda_only
+    }
     figures = {
         "date": datetime.date.today().isoformat(),
         "device": measure.device_name(bench.cuda),
@@ -156,7 +161,7 @@ def main() -> None:
             for name, tool in tools.items()
         },
         "check": checked,
-        "absent": ABSENT | {peer.title: peer.note for peer in PEERS.values() if peer.cuda_only and not bench.cuda},
+        "absent": ABSENT | ({} if bench.cuda else gpu_peers),
         "runs": [],
     }
     for index in range(0 if args.check_only else args.pairs):
