@@ -5,6 +5,10 @@
     sources   files and hub data sets → Rows, each row with its file and line
     formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
     chat      Conversation → text and the character spans that are trained
+    encode    Conversation or Plain → token ids and what is trained of them
+    workers   encoding in this process or several, with progress
+    examples  many examples in a few arrays
+    token_cache  Splits that were tokenized before
     tokenize  Rows → Split: token ids, labels, counts
     packing   lengths → which documents share a row
     batches   order of the rows, micro-batches, tensors
