@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,34 @@ class Bench:
             "XDG_CACHE_HOME": cache,
         } | ({} if self.cuda else {"CUDA_VISIBLE_DEVICES": ""})
 
+    def facts(self, expected: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
+        """Everything that the page says beside the runs."""
+        later = {peer.title: peer.note for peer in PEERS.values() if peer.cuda_only and not self.cuda}
+        return {
+            "date": datetime.date.today().isoformat(),
+            "device": measure.device_name(self.cuda),
+            "cuda": self.cuda,
+            "threads": self.args.threads,
+            "model": self.model.name,
+            "work": expected["train"] | {"updates": work.UPDATES, "batch": work.BATCH, "rank": RANK, "alpha": ALPHA},
+            "tools": {
+                name: {"title": tool.title, "note": tool.note, "versions": environments.versions(self.bins[name])}
+                for name, tool in self.tools.items()
+            },
+            "check": checked,
+            "absent": ABSENT
+            | {title: f"{note}; `--device cuda` takes it in, not run yet" for title, note in later.items()},
+        }
+
+    def rounds(self, names: list[str]) -> Iterator[list[dict[str, Any]]]:
+        """All runs so far, after each round."""
+        runs = []
+        for index in range(self.args.pairs):
+            # Every other round runs backwards, so that a machine which slows down favours nobody.
+            for name in names if index % 2 == 0 else names[::-1]:
+                runs.append({"round": index} | self.train(name, "train", work.UPDATES, f"round{index}"))
+            yield runs
+
 
 def main() -> None:
     args = parse()
@@ -139,42 +168,15 @@ def main() -> None:
     bench = Bench(args, tools)
     expected = bench.expected()
     checked = bench.check(expected["check"])
-    for name, entry in checked.items():
-        print(
-            f"{name}: loss {entry['loss']}, expected {entry['expected']:.4f}: {'agrees' if entry['agrees'] else 'NO'}"
-        )
     agreeing = [name for name, entry in checked.items() if entry["agrees"]]
-    gpu_peers = {
-        peer.title: f"{peer.note}; `--device cuda` takes it in, not run yet"
-        for peer in PEERS.values()
-        if peer.cuda_only
-    }
-    figures = {
-        "date": datetime.date.today().isoformat(),
-        "device": measure.device_name(bench.cuda),
-        "cuda": bench.cuda,
-        "threads": args.threads,
-        "model": bench.model.name,
-        "work": expected["train"] | {"updates": work.UPDATES, "batch": work.BATCH, "rank": RANK, "alpha": ALPHA},
-        "tools": {
-            name: {"title": tool.title, "note": tool.note, "versions": environments.versions(bench.bins[name])}
-            for name, tool in tools.items()
-        },
-        "check": checked,
-        "absent": ABSENT | ({} if bench.cuda else gpu_peers),
-        "runs": [],
-    }
-    for index in range(0 if args.check_only else args.pairs):
-        # Every other round runs backwards, so that a machine which slows down favours nobody.
-        for name in agreeing if index % 2 == 0 else agreeing[::-1]:
-            figures["runs"].append({"round": index} | bench.train(name, "train", work.UPDATES, f"round{index}"))
-        (bench.directory / "benchmarks.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    if figures["runs"]:
-        args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        if args.figures == report.FIGURES:
-            report.PAGE.write_text(report.render(figures), encoding="utf-8")
+    if not args.check_only:
+        for runs in bench.rounds(agreeing):
+            figures = bench.facts(expected, checked) | {"runs": runs}
+            args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            if args.figures == report.FIGURES:
+                report.PAGE.write_text(report.render(figures), encoding="utf-8")
     if len(agreeing) < len(tools):
-        raise SystemExit(f"not timed, their loss differs: {', '.join(set(tools) - set(agreeing))}")
+        raise SystemExit(f"not timed, their loss differs: {', '.join(sorted(set(tools) - set(agreeing)))}")
 
 
 if __name__ == "__main__":
