@@ -35,7 +35,8 @@ def test_a_run_keeps_the_dtype_it_began_with(tmp_path: Path, monkeypatch: pytest
     for target in (tmp_path / "run", tmp_path / "recipe.yaml"):
         assert find_target(target).recipe.model.dtype == "bfloat16"
     tuned = evaluate(find_target(tmp_path / "recipe.yaml"), base=False)["tuned"]["loss"]
-    assert tuned == pytest.approx(tiny.events(tmp_path / "run", "eval")[-1]["loss"], rel=1e-5)
+    # training attends by document, evaluation with a mask: the same up to bfloat16's rounding
+    assert tuned == pytest.approx(tiny.events(tmp_path / "run", "eval")[-1]["loss"], rel=1e-3)
     assert merge(run)["dtype"] == "bfloat16"
     assert train(loaded, overwrite=True)["resolved"]["model"]["dtype"] == "float32", "a new run is measured anew"
 
