@@ -14,7 +14,7 @@ RUN := runs/quickstart
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast smoke quickstart methods docs golden audit clean
+.PHONY: help setup check fix test test-fast smoke quickstart methods bench docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,8 +62,13 @@ methods: $(STAMP) ## train 20 updates of every method's recipe beside LoRA, for 
 	$(BIN)/python scripts/measure_methods.py --set training.max_steps=20
 	$(MAKE) docs
 
-docs: $(STAMP) ## write docs/methods.md from the union and the measured figures
+# Each peer's environment is made once under build/bench; BENCH passes options, as in BENCH="--peers trl --pairs 1".
+bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmarks.md: a quarter of an hour, alone
+	$(BIN)/python scripts/bench/run.py $(BENCH)
+
+docs: $(STAMP) ## write docs/methods.md and docs/benchmarks.md from the union and the measured figures
 	$(BIN)/python scripts/make_method_docs.py
+	$(BIN)/python scripts/bench/report.py
 
 golden: $(STAMP) ## re-record the golden files; the commit says why
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --record-golden

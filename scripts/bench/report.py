@@ -84,13 +84,15 @@ def _work(figures: dict[str, Any]) -> str:
         f"together, {work['supervised']:,} of them ({share:.0%}) in the loss.\n"
         f"- Update: {work['batch']} examples (about {per_update:,.0f} tokens), {work['updates']} updates, constant "
         "rate.\n"
-        f"- Device: {figures['device']}, {figures['threads']} threads; {figures['date']}."
+        f"- Peers: micro-batches of {figures['micro_batch']}, accumulated to {work['batch']}; no gradient "
+        "checkpointing; adapters as each makes them by default.\n"
+        f"- Device: {figures['device']}, threads: {figures['threads']}; {figures['date']}."
     )
 
 
 def _losses(figures: dict[str, Any]) -> str:
     rows = []
-    for name, entry in figures["check"].items():
+    for name, entry in sorted(figures["check"].items(), key=lambda item: not item[0].startswith("ftune")):
         off = "-" if entry["loss"] is None else f"{entry['loss'] / entry['expected'] - 1:+.2%}"
         rows.append(
             [
@@ -139,23 +141,26 @@ def _ratios(figures: dict[str, Any]) -> str:
     for ours in (name for name in runs if name.startswith("ftune")):
         for peer in (name for name in runs if not name.startswith("ftune")):
             spreads = [spread(runs[ours], runs[peer], value) for value in measures]
-            cells = [f"**{middle:.2f}** ({low:.2f} to {high:.2f})" for middle, low, high in spreads]
+            cells = [
+                f"**{middle:.2f}**" + (f" ({low:.2f} to {high:.2f})" if len(runs[ours]) > 1 else "")
+                for middle, low, high in spreads
+            ]
             rows.append([figures["tools"][ours]["title"], figures["tools"][peer]["title"], *cells])
     return _table(["", "over", "speed", "start-up and saving", "wall", "CPU", "peak memory"], rows)
 
 
 def _settings(figures: dict[str, Any]) -> str:
     rows = []
-    for tool in figures["tools"].values():
+    for _, tool in sorted(figures["tools"].items(), key=lambda item: not item[0].startswith("ftune")):
         versions = ", ".join(f"{name} {version}" for name, version in tool["versions"].items())
         rows.append([tool["title"], versions, tool["note"] or "-"])
     return _table(["tool", "versions", "note"], rows)
 
 
 def by_tool(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by tool in the order of the tools' first run, each list in the order of its rounds."""
+    """Runs by tool, ftune's variants first, else in the order of the first round."""
     found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run["round"]):
+    for run in sorted(runs, key=lambda run: (run["round"], not run["tool"].startswith("ftune"))):
         found.setdefault(run["tool"], []).append(run)
     return found
 

@@ -69,6 +69,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, tools: dict[str, Tool]) -> None:
         self.args, self.tools, self.cuda = args, tools, args.device == "cuda"
+        self.micro = args.micro_batch or (work.BATCH if self.cuda else 1)
         self.directory: Path = args.directory.resolve()
         self.model = args.model.resolve() if args.model else work.export_model(self.directory / work.MODEL)
         self.data = self.directory / "data"
@@ -93,8 +94,7 @@ class Bench:
         tool, out = self.tools[name], self.directory / "runs" / f"{run}-{name}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        micro = self.args.micro_batch or (work.BATCH if self.cuda else 1)
-        job = Job(self.model, self.data, split, updates, work.BATCH, micro, work.MAX_LENGTH, self.cuda, out)
+        job = Job(self.model, self.data, split, updates, work.BATCH, self.micro, work.MAX_LENGTH, self.cuda, out)
         command = tool.configure(job, self.bins[name])
         load = os.getloadavg()[0]
         measured = measure.run(command, self._environment(), out / "log.txt", TIMEOUT_SECONDS, self.cuda)
@@ -142,6 +142,7 @@ class Bench:
             "cuda": self.cuda,
             "threads": self.args.threads,
             "model": self.model.name,
+            "micro_batch": self.micro,
             "work": expected["train"] | {"updates": work.UPDATES, "batch": work.BATCH, "rank": RANK, "alpha": ALPHA},
             "tools": {
                 name: {"title": tool.title, "note": tool.note, "versions": environments.versions(self.bins[name])}
