@@ -63,7 +63,7 @@ methods: $(STAMP) ## train 20 updates of every method's recipe beside LoRA, for 
 	$(MAKE) docs
 
 # Each peer's environment is made once under build/bench; BENCH passes options, as in BENCH="--peers trl --pairs 1".
-bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmarks.md: a quarter of an hour, alone
+bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmarks.md: 20 minutes, alone
 	$(BIN)/python scripts/bench/run.py $(BENCH)
 
 docs: $(STAMP) ## write docs/methods.md and docs/benchmarks.md from the union and the measured figures
