@@ -19,6 +19,7 @@ from ftune.artifacts.card import write_card
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, ModelError, RunDirError, RunFailed
 from ftune.human import bytes_text
+from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -151,9 +152,10 @@ def train(
     try:
         with StopRequest() as stop:
             model, optimizer = build(plan)
+            record["lean"] = make_lean(model, plan.recipe.method, plan.context, plan.recipe.model.attention)
             record["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
-            _probe_packing(plan, model)
+            isolates = _probe_packing(plan, model)
             if main:
                 _rehearse(plan, model, run)
                 if overwrite:
@@ -178,7 +180,8 @@ def train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            objective = Objective(model, plan.context.dtype)
+            flat = isolates and record["lean"]["attention"] == PER_DOCUMENT
+            objective = Objective(model, plan.context.dtype, flat)
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
             loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
@@ -304,23 +307,26 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
         )
 
 
-def _probe_packing(plan: Plan, model: nn.Module) -> None:
-    """Hold that this architecture keeps packed documents apart.
+def _probe_packing(plan: Plan, model: nn.Module) -> bool:
+    """Whether this architecture keeps documents in one row apart.
 
     Recurrent layers, and positions that a model counts for itself, ignore where a document begins.
 
     Raises:
-        ModelError: A document's logits depend on the one before it, or differ from those it has alone.
+        ModelError: The rows are packed, and a document's logits depend on the one before it, or differ from those
+            it has alone.
     """
-    if not any(len(row) > 1 for row in plan.rows):
-        return
+    if not plan.recipe.method.packable:
+        return False
     leak, shift, rounding = packing_error(model, plan.context.dtype, plan.context.device, plan.shape.vocab)
-    if leak > 1e-4 or shift > 4 * rounding + 1e-4:
+    isolates = leak <= 1e-4 and shift <= 4 * rounding + 1e-4
+    if not isolates and any(len(row) > 1 for row in plan.rows):
         raise ModelError(
             f"{plan.shape.model_type} does not keep packed documents apart: the document before changes the logits "
             f"by {leak:.2g} of their spread, the place in the row by {shift:.2g} (rounding: {rounding:.2g})",
             help="set data.packing: false",
         )
+    return isolates
 
 
 def _restore(

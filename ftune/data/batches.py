@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Batch", "collate", "epoch_order", "split"]
+__all__ = ["Batch", "collate", "epoch_order", "regroup", "split"]
 
 # global batches that are sorted by length together: enough to find rows of one length, few enough that the
 # order stays random
@@ -102,6 +102,38 @@ def split(
     assert len(global_batch) <= micro_batch_size * accumulation * world, "the global batch is larger than its parts"
     starts = ((step * world + rank) * micro_batch_size for step in range(accumulation))
     return [list(global_batch[start : start + micro_batch_size]) for start in starts]
+
+
+def regroup(rows: Sequence[int], row_lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The same rows in as few micro-batches of at most ``capacity`` tokens as first-fit decreasing finds.
+
+    For rows that lie behind each other without padding. A longer row is a micro-batch of its own. Micro-batches are
+    made alike in size where that needs no more of them: the largest decides the memory. No rows give one empty
+    micro-batch, in which a process still takes part.
+    """
+    longest_first = sorted(rows, key=lambda row: -row_lengths[row])
+    bins = _first_fit(longest_first, row_lengths, capacity)
+    loads = [0] * len(bins)
+    alike: list[list[int]] = [[] for _ in bins]
+    for row in longest_first:
+        least = loads.index(min(loads))
+        alike[least].append(row)
+        loads[least] += row_lengths[row]
+    return alike if max(loads, default=0) <= capacity else bins
+
+
+def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    bins: list[list[int]] = [[]]
+    loads = [0]
+    for row in longest_first:
+        place = next((i for i, load in enumerate(loads) if load == 0 or load + lengths[row] <= capacity), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            loads.append(0)
+        bins[place].append(row)
+        loads[place] += lengths[row]
+    return bins
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int, multiple_of: int = 1) -> Batch:

@@ -77,6 +77,12 @@ class LowRank(Method):
         )
         return _shared.attach(model, config, context)
 
+    def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
+        """And the adapted projections."""
+        from ftune.methods._lean import lean_low_rank
+
+        return super().lean(model, context) | {"low_rank": lean_low_rank(model)}
+
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
         _shared.save_peft(model, out, context)

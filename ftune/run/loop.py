@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ftune.data.batches import collate, epoch_order, split
+from ftune.data.batches import collate, epoch_order, regroup, split
 from ftune.errors import Interrupted, RunFailed
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ftune.data.batches import Batch
-    from ftune.data.tokenize import Example, Split
+    from ftune.data.tokenize import Example
 
 __all__ = ["Loop", "held_out_loss"]
 
@@ -97,7 +97,8 @@ class Loop:
                         plan.global_batch,
                         training.seed,
                         epoch,
-                        group_by_length=not recipe.packing,
+                        # Without padding there is nothing to gain, and updates of like lengths are worse ones.
+                        group_by_length=not (recipe.packing or self.objective.flat),
                     ),
                 )
             rows = order[index]
@@ -115,7 +116,9 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
 
-            if plan.world_size == 1:  # other processes would wait for the exchange of gradients
+            if self.objective.flat:
+                mine = regroup([row for micro in mine for row in micro], plan.row_lengths, plan.micro_batch_tokens)
+            elif plan.world_size == 1:  # other processes would wait for the exchange of gradients
                 mine = [micro for micro in mine if micro]
             total = torch.zeros((), device=self.accelerator.device)
             for micro_step, micro in enumerate(mine):
@@ -211,7 +214,7 @@ class Loop:
     def _batch(self, micro: list[int]) -> Batch:
         examples = self.plan.splits.train.examples
         documents = [[examples[i] for i in self.plan.rows[row]] for row in micro]
-        return make_batch(documents, self.plan).to(self.accelerator.device)
+        return make_batch(documents, self.plan, self.objective.flat).to(self.accelerator.device)
 
     def _row_numbers(self, rows: list[int]) -> list[int]:
         examples = self.plan.splits.train.examples
@@ -245,7 +248,7 @@ def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) ->
     was_training = objective.training
     objective.eval()
     try:
-        for batch in eval_batches(plan.splits.eval, plan, accelerator.process_index, accelerator.num_processes):
+        for batch in eval_batches(plan, accelerator.process_index, accelerator.num_processes, objective.flat):
             loss = objective(batch.to(accelerator.device))
             total += torch.tensor([float(loss), float(batch.target_tokens)], dtype=torch.float64)
     finally:
@@ -254,23 +257,24 @@ def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) ->
     return loss_sum / max(1.0, count), int(count)
 
 
-def eval_batches(held_out: Split, plan: Plan, rank: int, world: int) -> list[Batch]:
+def eval_batches(plan: Plan, rank: int, world: int, flat: bool) -> list[Batch]:
     """The held-out rows of one process as batches of rows of similar length."""
-    size = plan.recipe.evaluation.batch_size
+    held_out, size = plan.splits.eval, plan.recipe.evaluation.batch_size
+    assert held_out is not None
     rows = sorted(
         ([held_out.examples[i] for i in row] for row in plan.eval_rows),
         key=lambda row: sum(len(example.input_ids) for example in row),
     )[rank::world]
-    return [make_batch(rows[i : i + size], plan) for i in range(0, len(rows), size)]
+    return [make_batch(rows[i : i + size], plan, flat) for i in range(0, len(rows), size)]
 
 
-def make_batch(rows: list[list[Example]], plan: Plan) -> Batch:
-    """Collate rows of documents; for flash attention packed rows become one.
+def make_batch(rows: list[list[Example]], plan: Plan, flat: bool = False) -> Batch:
+    """Collate rows of documents; flat, or for flash attention, all documents become one row, without padding.
 
     transformers finds the borders of documents for flash attention only in a batch of one row; in more rows it
     would attend across them.
     """
-    if plan.recipe.packing and plan.recipe.model.attention.startswith("flash"):
+    if flat or (plan.recipe.packing and plan.recipe.model.attention.startswith("flash")):
         rows = [[document for row in rows for document in row]]
     longest = max((sum(map(len, row)) for row in rows), default=1)
     return collate(rows, plan.tokenizer.pad_token_id, multiple_of=length_step(longest))

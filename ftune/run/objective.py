@@ -5,12 +5,14 @@ One module holds model, head and loss, because under DDP every parameter must be
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from ftune.run.head import AfterHead, HeadTap, autocast, measure_after_head
 
 if TYPE_CHECKING:
     from ftune.data.batches import Batch
@@ -18,46 +20,81 @@ if TYPE_CHECKING:
 __all__ = ["Objective", "autocast", "packing_error"]
 
 
-def autocast(dtype: torch.dtype, device_type: str) -> AbstractContextManager[Any]:
-    """The context in which a model computes in ``dtype`` while its trained weights stay fp32."""
-    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 class Objective(nn.Module):
     """The causal language-modelling loss, summed over target tokens.
+
+    The logits never exist at once: the model's head is tapped for its input, and head and cross-entropy are computed
+    in chunks (``ftune.ops.cross_entropy``). What the model would do to its logits after the head, a scale or a soft
+    cap, is measured on the model itself. A model whose logits come about otherwise is asked for them whole.
 
     Args:
         model: A transformers causal model, adapted or not.
         dtype: What it computes in; the loss itself is always fp32.
+        flat: Whether a batch is best one row of documents: attention keeps them apart without a mask.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, flat: bool = False) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.flat = flat
+        self._after_head: AfterHead | None = None
+        self._measured = False
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of the batch's target tokens: fp32, shape ().
 
         A label at position i is predicted from position i - 1. The head runs only on positions that predict a
-        target in some row; labels of -100 are no targets. A batch without targets gives 0 with a graph, so that
-        ranks that ran out of data still take part in the gradient exchange.
+        target; labels of -100 are no targets. A batch without targets gives 0 with a graph, so that ranks that ran
+        out of data still take part in the gradient exchange.
         """
         targets_BT = batch.labels[:, 1:]
         # No targets at all: one position keeps the graph alive, and its loss is masked out below.
         positions = (targets_BT != -100).any(dim=0).nonzero().flatten()
         if positions.numel() == 0:
             positions = positions.new_zeros(1)
+        targets_BK = targets_BT[:, positions]
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
-        with autocast(self.dtype, batch.input_ids.device.type):
-            # Counted from the end: prompt tuning puts its own positions in front.
-            logits_BKV = self.model(**inputs, logits_to_keep=positions - batch.input_ids.shape[1]).logits
-        targets_BK = targets_BT[:, positions]
-        return F.cross_entropy(
-            logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=-100, reduction="sum"
-        )
+        # Counted from the end: prompt tuning puts its own positions in front.
+        inputs["logits_to_keep"] = positions - batch.input_ids.shape[1]
+        after_head = self._measure_head(batch.input_ids.device)
+        if after_head is None:
+            with autocast(self.dtype, batch.input_ids.device.type):
+                logits_BKV = self.model(**inputs).logits
+            return F.cross_entropy(
+                logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=-100, reduction="sum"
+            )
+        with autocast(self.dtype, batch.input_ids.device.type), HeadTap(self.model) as tap:
+            self.model(**inputs)
+        return self._loss(tap, after_head, targets_BK)
+
+    def _loss(self, tap: HeadTap, after_head: AfterHead, targets_BK: Tensor) -> Tensor:
+        hidden_BKD, head = tap.hidden, tap.head
+        is_target_BK = targets_BK != -100
+        hidden_ND, targets_N = hidden_BKD[is_target_BK], targets_BK[is_target_BK]
+        device = hidden_BKD.device.type
+        if type(head) is nn.Linear:
+            # As autocast would for the head's product, which has no part in the loss's own precision.
+            low_ND = hidden_ND if self.dtype == torch.float32 else hidden_ND.to(self.dtype)
+            with torch.autocast(device, enabled=False):
+                loss = linear_cross_entropy(
+                    low_ND, head.weight, targets_N, head.bias, scale=after_head.scale, softcap=after_head.softcap
+                )
+        else:
+            with autocast(self.dtype, device):
+                loss = chunked_cross_entropy(
+                    lambda hidden_CD: after_head(head(hidden_CD)), hidden_ND, targets_N, vocab=after_head.vocab
+                )
+        # Without targets the hidden states keep the graph alive.
+        return loss if targets_N.numel() else loss + 0.0 * hidden_BKD.sum()
+
+    def _measure_head(self, device: torch.device) -> AfterHead | None:
+        if not self._measured:
+            self._after_head = measure_after_head(self.model, self.dtype, device)
+            self._measured = True
+        return self._after_head
 
 
 @torch.no_grad()

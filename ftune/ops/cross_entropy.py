@@ -1,0 +1,160 @@
+"""The head and its cross-entropy in chunks: the logits never exist at once.
+
+The gradient of the hidden states is made while the loss is (and that of the head's weight, where it trains), so a
+chunk's logits are freed before the next one's are made, and the backward pass only scales. The memory it takes is
+``chunk x V``, whatever the number of positions. The mathematics is that of ``F.cross_entropy(head(x).float())``:
+nothing is approximated.
+
+Sources: Hsu et al., Liger Kernel (arXiv:2410.10989), sec. 3.2, for the gradient made in the forward pass; Wijmans et
+al., Cut Your Losses (arXiv:2411.09009), for never materialising the logits.
+
+Shape suffixes: N positions, C positions in a chunk, D width of the hidden states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["chunk_size", "chunked_cross_entropy", "linear_cross_entropy"]
+
+CHUNK_BYTES = 16 * 2**20
+"""Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations."""
+
+
+def chunk_size(vocab: int) -> int:
+    """Positions in a chunk: ``CHUNK_BYTES`` of fp32 logits, in multiples of 8, at least 16."""
+    return max(16, CHUNK_BYTES // (4 * vocab) // 8 * 8)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum of the cross-entropies of ``softcap(scale * (hidden @ weight.T + bias))`` against the targets.
+
+    Args:
+        hidden_ND: Hidden states, in the dtype in which the product is computed.
+        weight_VD: The head's weight, of any dtype; cast to that of the hidden states.
+        targets_N: int64; every one counts, so -100 has no place here.
+        bias_V: The head's bias.
+        scale: Factor of the logits.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``, after the scale.
+        chunk: Positions whose logits exist at once; None: ``chunk_size(V)``.
+
+    Returns:
+        fp32, shape (). Differentiable once with respect to hidden states, weight and bias.
+    """
+    chunk = chunk or chunk_size(weight_VD.shape[0])
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, scale, softcap, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        for hidden_CD, targets_C, at in _chunks(hidden_ND, targets_N, chunk):
+            logits_CV, slope_CV = _logits(hidden_CD, cast_VD, bias_V, scale, softcap)
+            logsumexp_C = torch.logsumexp(logits_CV, dim=-1)
+            total += (logsumexp_C - logits_CV.gather(1, targets_C[:, None]).squeeze(1)).sum()
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            # softmax minus one-hot, in place; then back through the cap and the scale
+            grad_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()
+            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
+            if scale != 1.0:
+                grad_CV.mul_(scale)
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(0)
+            low_CV = grad_CV.to(hidden_ND.dtype)
+            if grad_hidden is not None:
+                torch.mm(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
+            if grad_weight is not None:
+                grad_weight += low_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            # The factor is 1 / targets: rounded to 16 bits it would scale every gradient by up to 1 + 2^-9.
+            None if grad_hidden is None else (grad_hidden.float() * grad).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtypes[0]),
+            None if grad_bias is None else (grad_bias * grad).to(ctx.dtypes[1]),
+            *[None] * 4,
+        )
+
+
+def _logits(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The chunk's logits in fp32, and the slope of the cap where there is one."""
+    product_CV = hidden_CD @ weight_VD.T
+    if bias_V is not None:
+        product_CV += bias_V.to(product_CV.dtype)
+    logits_CV = product_CV.float()
+    if scale != 1.0:
+        logits_CV = logits_CV * scale
+    if softcap is None:
+        return logits_CV, None
+    tanh_CV = torch.tanh(logits_CV / softcap)
+    return tanh_CV * softcap, 1 - tanh_CV * tanh_CV
+
+
+def chunked_cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, vocab: int, chunk: int | None = None
+) -> Tensor:
+    """The same loss through any head (one with an adapter on it): each chunk's logits are made twice.
+
+    Args:
+        head: Hidden states (C, D) to logits (C, V), the cap and the scale included.
+        hidden_ND: Hidden states.
+        targets_N: int64.
+        vocab: V.
+        chunk: Positions whose logits exist at once; None: ``chunk_size(vocab)``.
+
+    Returns:
+        fp32, shape (). Gradients reach the hidden states and whatever trains inside ``head``.
+    """
+
+    def loss(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
+
+    total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    for hidden_CD, targets_C, _ in _chunks(hidden_ND, targets_N, chunk or chunk_size(vocab)):
+        total = total + checkpoint(loss, hidden_CD, targets_C, use_reentrant=False)
+    return total
+
+
+def _chunks(hidden_ND: Tensor, targets_N: Tensor, chunk: int) -> list[tuple[Tensor, Tensor, int]]:
+    return [(hidden_ND[at : at + chunk], targets_N[at : at + chunk], at) for at in range(0, hidden_ND.shape[0], chunk)]

@@ -1,0 +1,155 @@
+"""Linear layers that keep little for the backward pass: one with a trained weight, one with a low-rank update.
+
+Both keep their input as ``ftune.ops.recompute`` remembers it, cast weights where they are used, and compute no
+gradient that nobody asked for.
+
+Shape suffixes: N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ftune.ops.recompute import Make, keep, kept_again
+
+__all__ = ["cast_linear", "low_rank_linear", "low_rank_update"]
+
+
+def cast_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x W^T + b`` in ``dtype`` with a trained weight of a wider one, which is cast when it is used.
+
+    Autocast keeps the cast weights of all layers from the forward pass to the backward pass: half of the model again.
+
+    Args:
+        x_NI: Input, cast to ``dtype``.
+        weight_OI: The trained weight.
+        bias_O: Its bias.
+        dtype: What the product is computed in.
+
+    Returns:
+        (N, O) in ``dtype``. The gradient of the weight is in the weight's dtype.
+    """
+    make, parts = keep(x_NI)
+    out: Tensor = _CastLinear.apply(x_NI, weight_OI, bias_O, dtype, make, parts)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _CastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        make: Make | None,
+        parts: tuple[Tensor, ...],
+    ) -> Tensor:
+        low_NI = x_NI.to(dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(weight_OI, *((low_NI,) if make is None else parts))
+        else:
+            ctx.save_for_backward(weight_OI)
+        ctx.make, ctx.dtype, ctx.input_dtype = make, dtype, x_NI.dtype
+        return F.linear(low_NI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Any, ...]:
+        weight_OI, *parts = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_NO @ weight_OI.to(ctx.dtype)).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            low_NI = kept_again(ctx.make, tuple(parts)).to(ctx.dtype)
+            grad_weight = (_rows(grad_NO).T @ _rows(low_NI)).to(weight_OI.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _rows(grad_NO).float().sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def low_rank_linear(
+    x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+) -> Tensor:
+    """``x W^T + b + scale * (x A^T) B^T`` over a frozen weight; keeps ``x`` and ``x A^T`` only.
+
+    Source: LoRA (Hu et al., arXiv:2106.09685), sec. 4.1.
+
+    Args:
+        x_NI: Input, in the dtype in which all products are computed.
+        weight_OI: The frozen weight, in that dtype.
+        bias_O: Its frozen bias.
+        a_RI: A, of any dtype.
+        b_OR: B, of any dtype.
+        scale: Factor of the update.
+
+    Returns:
+        (N, O) in the input's dtype.
+    """
+    make, parts = keep(x_NI)
+    out: Tensor = _LowRank.apply(x_NI, None, weight_OI, bias_O, a_RI, b_OR, scale, make, parts)  # type: ignore[no-untyped-call]
+    return out
+
+
+def low_rank_update(x_NI: Tensor, base_NO: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """``base + scale * (x A^T) B^T`` beside a layer that computed ``base`` by itself (a 4-bit one)."""
+    make, parts = keep(x_NI)
+    out: Tensor = _LowRank.apply(x_NI, base_NO, None, None, a_RI, b_OR, scale, make, parts)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        base_NO: Tensor | None,
+        weight_OI: Tensor | None,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+        make: Make | None,
+        parts: tuple[Tensor, ...],
+    ) -> Tensor:
+        xa_NR = x_NI @ a_RI.to(x_NI.dtype).T
+        b_RO = (b_OR * scale).to(x_NI.dtype).T
+        if weight_OI is not None:
+            out = F.linear(x_NI, weight_OI, bias_O)
+            _rows(out).addmm_(_rows(xa_NR), b_RO)
+        else:
+            assert base_NO is not None
+            out = base_NO + xa_NR @ b_RO
+        ctx.save_for_backward(weight_OI, a_RI, b_OR, xa_NR, *parts)
+        ctx.scale, ctx.make = scale, make
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight_OI, a_RI, b_OR, xa_NR, *parts = ctx.saved_tensors
+        wants_x, wants_base, _, _, wants_a, wants_b = ctx.needs_input_grad[:6]
+        grad_NO = _rows(grad)
+        grad_x = grad_a = grad_b = None
+        grad_xa_NR = grad_NO @ (b_OR * ctx.scale).to(grad.dtype) if wants_x or wants_a else None
+        if wants_b:
+            grad_b = (grad_NO.T @ _rows(xa_NR)).to(b_OR.dtype).mul_(ctx.scale)
+        if wants_a:
+            assert grad_xa_NR is not None
+            grad_a = (grad_xa_NR.T @ _rows(kept_again(ctx.make, tuple(parts)))).to(a_RI.dtype)
+        if wants_x:
+            assert grad_xa_NR is not None
+            low_a_RI = a_RI.to(grad.dtype)
+            if weight_OI is None:
+                grad_x = grad_xa_NR @ low_a_RI
+            else:
+                grad_x = (grad_NO @ weight_OI).addmm_(grad_xa_NR, low_a_RI)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        return grad_x, grad if wants_base else None, None, None, grad_a, grad_b, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,37 @@
+"""Attention per document equals sdpa on each document alone, forwards and backwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ftune.ops.document_attention import LONG, SHORT, document_attention
+
+# Both ways to compute a document, at their borders, and documents of one token.
+BORDERS = [(0, 64), (0, 1, 2, 40), (0, SHORT, 2 * SHORT + 1), (0, 300, 300 + LONG, 1400)]
+
+
+@pytest.mark.parametrize("borders", BORDERS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_equals_each_document_alone(
+    borders: tuple[int, ...], heads: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    torch.manual_seed(0)
+    length = borders[-1]
+    made = [torch.randn(h, length, 16).to(dtype) for h in (heads[0], heads[1], heads[1])]
+    mine = [x.clone().requires_grad_() for x in made]
+    theirs = [x.float().requires_grad_() for x in made]
+    weights = torch.randn(length, heads[0], 16)
+    out = document_attention(mine[0], mine[1], mine[2], borders, scale=0.3)
+    parts = [
+        F.scaled_dot_product_attention(*(x[None, :, a:b] for x in theirs), is_causal=True, scale=0.3, enable_gqa=True)
+        for a, b in zip(borders, borders[1:], strict=False)
+    ]
+    expected = torch.cat(parts, dim=2)[0].transpose(0, 1)
+    assert out.dtype == dtype
+    assert (out.float() - expected).abs().max() <= bound * expected.abs().max()
+    actual = torch.autograd.grad((out.float() * weights).sum(), mine)
+    for grad, reference in zip(actual, torch.autograd.grad((expected * weights).sum(), theirs), strict=True):
+        assert (grad.float() - reference).norm() <= bound * reference.norm()

@@ -1,0 +1,119 @@
+"""Layers that keep little compute as the plain ones do, and keep what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update
+from ftune.ops.recompute import Activation, gated, rms_norm
+
+N, D, R = 11, 8, 3
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(*shape).requires_grad_() for shape in shapes]
+
+
+def same(mine: Tensor, plain: Tensor, given: list[Tensor], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+    weights = torch.randn_like(plain)
+    pairs = zip(
+        torch.autograd.grad((mine * weights).sum(), given), torch.autograd.grad((plain * weights).sum(), given),
+        strict=True,
+    )  # fmt: skip
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def kept_bytes(compute: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Bytes of what the backward pass keeps, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    found: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = compute()
+    del out
+    return sum(size for at, size in found.items() if at not in own)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_rms_norm(offset: bool) -> None:
+    x, weight = leaves((2, N, D), (D,))
+    gain = 1 + weight if offset else weight
+    plain = F.rms_norm(x, (D,), eps=1e-5) * gain
+    same(rms_norm(x, weight, 1e-5, offset=offset), plain, [x, weight])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated(activation: Activation) -> None:
+    gate, up = leaves((N, D), (N, D))
+    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=activation[5:] or "none")
+    same(gated(gate, up, activation), activated * up, [gate, up])
+
+
+@pytest.mark.parametrize("behind", ["nothing", "norm", "gate"])
+def test_low_rank_behind_what_remembers(behind: str) -> None:
+    x, y, gain, a, b = leaves((2, N, D), (2, N, D), (D,), (R, D), (D, R))
+    weight, bias = (p.detach() for p in leaves((D, D), (D,)))
+    mine = {"nothing": lambda: x * 1, "norm": lambda: rms_norm(x, gain, 1e-5), "gate": lambda: gated(x, y, "silu")}
+    plain: dict[str, Callable[[], Any]] = {
+        "nothing": lambda: x,
+        "norm": lambda: F.rms_norm(x, (D,), gain, 1e-5),
+        "gate": lambda: F.silu(x) * y,
+    }
+    given = [a, b, x] + {"nothing": [], "norm": [gain], "gate": [y]}[behind]
+
+    def expected() -> Tensor:
+        inner: Tensor = plain[behind]()
+        return F.linear(inner, weight, bias) + 2.0 * (inner @ a.T) @ b.T
+
+    same(low_rank_linear(mine[behind](), weight, bias, a, b, 2.0), expected(), given)
+    made = mine[behind]()
+    same(low_rank_update(made, F.linear(made, weight, bias), a, b, 2.0), expected(), given)
+
+
+def test_cast_linear_in_one_dtype_is_a_linear_layer() -> None:
+    x, gain, weight, bias = leaves((2, N, D), (D,), (D, D), (D,))
+    normed = rms_norm(x, gain, 1e-5)
+    plain = F.linear(F.rms_norm(x, (D,), gain, 1e-5), weight, bias)
+    same(cast_linear(normed, weight, bias, torch.float32), plain, [x, gain, weight, bias])
+
+
+def test_cast_linear_keeps_no_cast_weight() -> None:
+    x, weight = leaves((N, D), (D, D))
+    low = x.detach().bfloat16().requires_grad_()
+    assert kept_bytes(lambda: cast_linear(low, weight, None, torch.bfloat16), [weight]) == N * D * 2
+    grad = torch.autograd.grad(cast_linear(low, weight, None, torch.bfloat16).float().sum(), weight)[0]
+    assert grad.dtype == torch.float32
+
+
+def test_low_rank_keeps_the_input_and_xa_or_what_the_input_was_made_of() -> None:
+    x, gain, a, b = leaves((N, D), (D,), (R, D), (D, R))
+    weight = torch.randn(D, D)
+    own = [gain, a, b, weight]
+    assert kept_bytes(lambda: low_rank_linear(x * 1, weight, None, a, b, 1.0), own) == 4 * (N * D + N * R)
+    # Behind a norm: the norm's input and one number a token, nothing else of width D.
+    behind = kept_bytes(lambda: low_rank_linear(rms_norm(x, gain, 1e-5), weight, None, a, b, 1.0), own)
+    assert behind == 4 * (N * D + N + N * R)
+
+
+def test_nothing_is_computed_for_an_input_that_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a, b = leaves((N, D), (R, D), (D, R))
+    out = low_rank_linear(x.detach(), torch.randn(D, D), None, a, b, 1.0)
+    wide = []
+    real = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda s, o: wide.append(tuple(o.shape)) or real(s, o))
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert (D, D) not in wide
+    assert wide

@@ -1,0 +1,144 @@
+"""Lean layers change no loss and no gradient, keep less, and are put in only where they compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ftune.data.batches import Batch, collate
+from ftune.data.tokenize import Example
+from ftune.methods import METHODS, Context
+from ftune.plan.lean import PER_DOCUMENT, make_lean
+from ftune.run.objective import Objective
+
+
+def context(dtype: torch.dtype = torch.float32) -> Context:
+    return Context(
+        total_steps=10, seed=0, dtype=dtype, device=torch.device("cpu"), tokenizer=tiny.tokenizer(), max_length=512,
+        row_lengths=[387],
+    )  # fmt: skip
+
+
+def adapted(name: str) -> Any:
+    method = METHODS[name](**tiny.SETTINGS.get(name, {}))
+    base: Any = tiny.model()
+    base.set_attn_implementation(method.attention("sdpa"))
+    model = method.adapt(base.requires_grad_(False).train(), context())
+    torch.manual_seed(1)
+    with torch.no_grad():  # adapters that begin at zero would hide what goes wrong behind them
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.train(), method
+
+
+def batch(packable: bool) -> Batch:
+    torch.manual_seed(2)
+    documents = []
+    for row, length in enumerate((50, 90, 30, 7, 210)):
+        ids = torch.randint(3, 250, (length,)).numpy().astype("int32")
+        labels = ids.copy()
+        labels[: length // 2] = -100
+        documents.append(Example(ids, labels, row))
+    return collate([documents] if packable else [[document] for document in documents], 0)
+
+
+def plain_loss(model: Any, given: Batch) -> Tensor:
+    """All logits of the model, as it came from transformers and PEFT."""
+    positions = {} if given.position_ids is None else {"position_ids": given.position_ids}
+    logits = model(input_ids=given.input_ids, use_cache=False, **positions).logits
+    logits = logits[:, -given.labels.shape[1] :]  # without virtual tokens
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), given.labels[:, 1:].flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module, loss: Tensor) -> tuple[float, dict[str, Tensor]]:
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "qlora"])
+def test_a_lean_model_has_the_loss_and_the_gradients_of_the_plain_one(name: str) -> None:
+    plain, method = adapted(name)
+    given = batch(method.packable)
+    expected, reference = gradients(plain, plain_loss(plain, given))
+    lean, _ = adapted(name)
+    found = make_lean(lean, method, context(), "sdpa")
+    assert found["norms"] >= 5
+    assert found["gates"] == 2
+    assert found["attention"] == (PER_DOCUMENT if name != "longlora" else "sdpa")
+    if name == "lora":
+        assert found["low_rank"] == 14
+    loss, grads = gradients(lean, Objective(lean, torch.float32)(given))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert grads.keys() == reference.keys()
+    for key, grad in grads.items():
+        assert (grad - reference[key]).norm() <= 1e-5 * reference[key].norm(), key
+
+
+def test_an_attention_that_computes_otherwise_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftune.methods import _documents
+
+    model, method = adapted("lora")
+    monkeypatch.setattr(_documents, "_borders", lambda sees, length, device: torch.tensor([0, length]))
+    assert make_lean(model, method, context(), "sdpa")["attention"] == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_norm_and_a_gate_that_compute_otherwise_stay() -> None:
+    model, method = adapted("lora")
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.__class__ = type("OddRMSNorm", (type(module),), {"forward": lambda self, x: 2 * x})
+        if type(module).__name__ == "LlamaMLP":
+            module.__class__ = type(
+                "OddMLP", (type(module),), {"forward": lambda self, x: self.down_proj(self.gate_proj(x))}
+            )
+    found = make_lean(model, method, context(), "sdpa")
+    assert (found["norms"], found["gates"]) == (0, 0)
+
+
+def test_what_stands_below_the_first_trained_layer_keeps_nothing() -> None:
+    def kept(layers: str) -> int:
+        method = METHODS["lora"](rank=4, target_modules=rf".*layers\.{layers}\..*_proj")
+        model = method.adapt(tiny.model().requires_grad_(False).train(), context())
+        make_lean(model, method, context(), "sdpa")
+        found: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x: Tensor) -> Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = Objective(model, torch.float32)(batch(True))
+        del loss
+        return sum(size for at, size in found.items() if at not in own)
+
+    both, last = kept("[01]"), kept("1")
+    assert last < 0.6 * both
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_window_shorter_than_a_document_gets_a_mask(window: int | None) -> None:
+    """transformers says what a query may see; borders alone would forget the window."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from ftune.methods import _documents
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    given = batch(True)
+    inputs = {"input_ids": given.input_ids, "position_ids": given.position_ids, "use_cache": False}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        model.set_attn_implementation(_documents.register())
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
