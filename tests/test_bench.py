@@ -23,10 +23,12 @@ def bench() -> dict[str, ModuleType]:
     """The modules of scripts/bench, which is no package: they are imported as when run.py is run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts/bench"))
-        before = set(sys.modules)
+        # Other tests may have imported directories of the same names.
+        others = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
         yield {name: importlib.import_module(name) for name in MODULES}
-        for name in set(MODULES) - before:
+        for name in MODULES:
             sys.modules.pop(name, None)
+        sys.modules.update(others)
 
 
 @pytest.fixture

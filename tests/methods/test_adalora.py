@@ -250,7 +250,7 @@ def test_the_penalty_is_in_the_gradient_once_an_update_and_in_no_loss_that_is_sh
 def test_the_adapter_of_a_run_is_its_model_in_plain_peft(whole: tuple[Path, dict[str, Any], Tensor]) -> None:
     run, _, live = whole
     plain = PeftModel.from_pretrained(tiny.model(), str(run / "adapter"))
-    assert torch.equal(tiny.logits(plain), live)
+    torch.testing.assert_close(tiny.logits(plain), live, rtol=1e-5, atol=1e-5)
     saved = load_file(run / "adapter/adapter_model.safetensors")
     assert sum(int(value.count_nonzero()) for name, value in saved.items() if "lora_E" in name) == 14
 
