@@ -85,6 +85,7 @@ class Loop:
             PeakMeter(self.accelerator.device),
         )
         order_of, order = -1, [[0]]
+        lengths, capacity = plan.row_lengths, plan.micro_batch_tokens
         wrapped.train()
         for step in range(start, plan.total_steps):
             began = time.perf_counter()
@@ -93,7 +94,7 @@ class Loop:
                 order_of, order = (
                     epoch,
                     epoch_order(
-                        plan.row_lengths,
+                        lengths,
                         plan.global_batch,
                         training.seed,
                         epoch,
@@ -117,7 +118,7 @@ class Loop:
                 group["lr"] = group["base_lr"] * scale
 
             if self.objective.flat:
-                mine = regroup([row for micro in mine for row in micro], plan.row_lengths, plan.micro_batch_tokens)
+                mine = regroup([row for micro in mine for row in micro], lengths, capacity)
             elif plan.world_size == 1:  # other processes would wait for the exchange of gradients
                 mine = [micro for micro in mine if micro]
             total = torch.zeros((), device=self.accelerator.device)

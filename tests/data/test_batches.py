@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftune.data.batches import collate, epoch_order, split
+from ftune.data.batches import collate, epoch_order, regroup, split
 from ftune.data.tokenize import IGNORE, Example
 
 
@@ -213,3 +213,23 @@ def test_the_leak_that_an_attention_mask_would_open(model: LlamaForCausalLM) -> 
             use_cache=False,
         ).logits[0, 4:]
     assert not torch.allclose(masked, logits(model, [[example(5, 6, 7)]])[0], atol=0.1)
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    st.integers(1, 120),
+)
+def test_regrouped_rows_are_the_same_rows_within_the_capacity(lengths: list[int], capacity: int) -> None:
+    rows = list(range(len(lengths)))
+    micros = regroup(rows, lengths, capacity)
+    assert sorted(row for micro in micros for row in micro) == rows
+    assert all(len(micro) == 1 or sum(lengths[row] for row in micro) <= capacity for micro in micros)
+    assert all(micros)
+    # First fit leaves no two micro-batches half empty.
+    assert (len(micros) - 1) * capacity < 2 * sum(lengths)
+
+
+def test_regrouped_micro_batches_are_alike_in_size() -> None:
+    lengths = [400, 300, 200, 200, 100]
+    assert sorted(sum(lengths[i] for i in m) for m in regroup(range(5), lengths, 900)) == [600, 600]
+    assert regroup([], [], 10) == [[]]
