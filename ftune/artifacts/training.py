@@ -180,7 +180,7 @@ def train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            flat = isolates and record["lean"]["attention"] == PER_DOCUMENT
+            flat = _lies_flat(plan, accelerator, isolates and record["lean"]["attention"] == PER_DOCUMENT)
             objective = Objective(model, plan.context.dtype, flat)
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
             loop.run(start)
@@ -327,6 +327,24 @@ def _probe_packing(plan: Plan, model: nn.Module) -> bool:
             help="set data.packing: false",
         )
     return isolates
+
+
+def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
+    """Whether all rows of a micro-batch may be laid into one: attention never needs a mask over it.
+
+    The verdict is every process's, since all must take the same rows.
+    """
+    import torch
+
+    longest = max(len(example) for example in plan.splits.train.examples)
+    window = plan.shape.extra.get("sliding_window")
+    masked = (
+        (window is not None and window < longest)
+        or plan.shape.extra.get("attention_dropout")
+        or (plan.context.device.type == "cuda" and plan.context.dtype == torch.float32)
+    )
+    verdict = torch.tensor([int(apart and not masked)], device=plan.context.device)
+    return bool(accelerator.gather(verdict).min())
 
 
 def _restore(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Batch", "collate", "epoch_order", "regroup", "split"]
+__all__ = ["Batch", "collate", "deal", "epoch_order", "regroup", "split"]
 
 # global batches that are sorted by length together: enough to find rows of one length, few enough that the
 # order stays random
@@ -102,6 +102,20 @@ def split(
     assert len(global_batch) <= micro_batch_size * accumulation * world, "the global batch is larger than its parts"
     starts = ((step * world + rank) * micro_batch_size for step in range(accumulation))
     return [list(global_batch[start : start + micro_batch_size]) for start in starts]
+
+
+def deal(global_batch: Sequence[int], row_lengths: Sequence[int], rank: int, world: int) -> list[int]:
+    """One rank's rows of a global batch, so that all ranks get about as many tokens.
+
+    For rows that are laid behind each other: a rank's work is its tokens. Over all ranks every row appears once.
+    """
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for row in sorted(global_batch, key=lambda row: -row_lengths[row]):
+        least = loads.index(min(loads))
+        shares[least].append(row)
+        loads[least] += row_lengths[row]
+    return shares[rank]
 
 
 def regroup(rows: Sequence[int], row_lengths: Sequence[int], capacity: int) -> list[list[int]]:

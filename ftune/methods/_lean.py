@@ -6,6 +6,7 @@ is. The replacement is a subclass made for the occasion: parameters, names, hook
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,26 +43,18 @@ def lean_base(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     import torch
 
     counts = {"norms": 0, "gates": 0, "linears": 0}
-    verdicts: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
     head = cast(Any, model).get_output_embeddings()
-    key: tuple[Any, ...]
+    forward: Callable[..., Any] | None
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:
-            key = (type(module), _eps(module))
-            if key not in verdicts:
-                verdicts[key] = next((f for f in (_plain_norm, _offset_norm) if _same_norm(module, f)), None)
-            kind = "norms"
+            kind, forms = "norms", (_plain_norm, _offset_norm)
+            forward = next((form for form in forms if _same_norm(module, form, dtype)), None)
         elif _activation(module) is not None:
-            key = (type(module), _activation(module))
-            if key not in verdicts:
-                verdicts[key] = _gated_forward if _same_gate(module, dtype) else None
-            kind = "gates"
+            kind, forward = "gates", _gated_forward if _same_gate(module, dtype) else None
         elif type(module) is torch.nn.Linear and module is not head and _casts(module, dtype):
-            key, kind = (torch.nn.Linear,), "linears"
-            verdicts[key] = _cast_forward
+            kind, forward = "linears", _cast_forward
         else:
             continue
-        forward = verdicts[key]
         if forward is not None:
             with_forward(module, forward)
             counts[kind] += 1
@@ -87,16 +80,28 @@ def _offset_norm(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, _eps(self), offset=True)  # type: ignore[arg-type]
 
 
-def _same_norm(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
+def _same_norm(module: nn.Module, forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
+    """Whether a norm of one input computes the same, in the dtype of its gain and in that of the model."""
     import torch
 
     weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 1 or _eps(module) is None or list(module.parameters()) != [weight]:
+    if weight is None or weight.ndim != 1 or _eps(module) is None or not _takes_one(module):
+        return False
+    if len(list(module.parameters())) != 1:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
+    made = torch.randn(4, len(weight), generator=generator).to(weight.device)
     with torch.no_grad():
-        return torch.equal(module(x), forward(module, x))
+        for x in (made.to(weight.dtype), made.to(dtype)):
+            theirs, mine = module(x), forward(module, x)
+            if theirs.dtype != mine.dtype or not torch.equal(theirs, mine):
+                return False
+    return True
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the layer's forward has one parameter: a gated norm has another, which a trial would not see."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 # --- gated feed-forwards -----------------------------------------------------------------------------------
@@ -123,6 +128,9 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     import torch
 
+    # What differs between training and evaluation would not show: the trial is without dropout.
+    if not _takes_one(module) or any("dropout" in name for name in (*vars(module), *dict(module.named_children()))):
+        return False
     weight = next(module.gate_proj.parameters())
     width = getattr(module.gate_proj, "in_features", None)
     if width is None:
@@ -183,6 +191,7 @@ def _plain_lora(module: Any) -> bool:
         and name not in module.lora_variant
         and isinstance(module.lora_dropout[name], torch.nn.Identity)
         and module.lora_B[name].bias is None
+        and not getattr(module.get_base_layer().bias, "requires_grad", False)
         and not module.fan_in_fan_out
     )
 

@@ -23,13 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["chunk_size", "chunked_cross_entropy", "linear_cross_entropy"]
 
-CHUNK_BYTES = 16 * 2**20
-"""Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations."""
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations. Every chunk
+reads the whole weight, for which a GPU needs many more rows."""
 
 
-def chunk_size(vocab: int) -> int:
-    """Positions in a chunk: ``CHUNK_BYTES`` of fp32 logits, in multiples of 8, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocab) // 8 * 8)
+def chunk_size(vocab: int, device_type: str = "cpu", *, least: int = 32) -> int:
+    """Positions in a chunk: ``CHUNK_BYTES`` of fp32 logits, in multiples of 8, at least ``least``."""
+    return max(least, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab) // 8 * 8)
 
 
 def linear_cross_entropy(
@@ -56,7 +57,11 @@ def linear_cross_entropy(
     Returns:
         fp32, shape (). Differentiable once with respect to hidden states, weight and bias.
     """
-    chunk = chunk or chunk_size(weight_VD.shape[0])
+    if chunk is None:
+        vocab, width = weight_VD.shape
+        # Where the weight trains, a chunk reads and writes its whole gradient: as large as the hidden states will do.
+        least = 32 if not weight_VD.requires_grad else max(32, len(targets_N) * width // vocab)
+        chunk = chunk_size(vocab, weight_VD.device.type, least=least)
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, scale, softcap, chunk)  # type: ignore[no-untyped-call]
     return loss
 
@@ -109,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             # The factor is 1 / targets: rounded to 16 bits it would scale every gradient by up to 1 + 2^-9.
             None if grad_hidden is None else (grad_hidden.float() * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.dtypes[0]),
+            None if grad_weight is None else grad_weight.mul(grad).to(ctx.dtypes[0]),
             None if grad_bias is None else (grad_bias * grad).to(ctx.dtypes[1]),
             *[None] * 4,
         )
@@ -151,7 +156,7 @@ def chunked_cross_entropy(
         return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
 
     total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    for hidden_CD, targets_C, _ in _chunks(hidden_ND, targets_N, chunk or chunk_size(vocab)):
+    for hidden_CD, targets_C, _ in _chunks(hidden_ND, targets_N, chunk or chunk_size(vocab, hidden_ND.device.type)):
         total = total + checkpoint(loss, hidden_CD, targets_C, use_reentrant=False)
     return total
 

@@ -29,8 +29,12 @@ Kept = tuple[Make | None, tuple[Tensor, ...]]
 
 def keep(x: Tensor) -> Kept:
     """What to save of ``x``: its makings where it remembers them, else itself."""
-    made: Kept | None = getattr(x, "_ftune_made_of", None)
-    return made if made is not None else (None, (x,))
+    made = getattr(x, "_ftune_made_of", None)
+    if made is None:
+        return None, (x,)
+    make, parts, versions = made
+    # A tensor that was changed in place is no longer what its makings make.
+    return (make, parts) if versions == _versions(x, *parts) else (None, (x,))
 
 
 def kept_again(make: Make | None, parts: tuple[Tensor, ...]) -> Tensor:
@@ -39,8 +43,13 @@ def kept_again(make: Make | None, parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _remember(x: Tensor, make: Make, *parts: Tensor) -> Tensor:
-    x._ftune_made_of = (make, tuple(part.detach() for part in parts))  # type: ignore[attr-defined]
+    kept = tuple(part.detach() for part in parts)
+    x._ftune_made_of = (make, kept, _versions(x, *kept))  # type: ignore[attr-defined]
     return x
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 # --- RMS norm ----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _attend_by_document(model: Any, context: Context, packable: bool) -> bool:
         model.set_attn_implementation(_documents.register())
         after = _logits(model, documents, context)
         same = _difference(after, before) <= BOUND[str(context.dtype).removeprefix("torch.")]
-    except (ValueError, TypeError, RuntimeError, IndexError):  # an architecture that handles masks itself
+    except Exception:  # an architecture that handles masks itself; it fails in its own ways, and loses nothing
         same = False
     if not same:
         model.set_attn_implementation(with_mask)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ftune.data.batches import collate, epoch_order, regroup, split
+from ftune.data.batches import collate, deal, epoch_order, regroup, split
 from ftune.errors import Interrupted, RunFailed
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
@@ -86,6 +86,9 @@ class Loop:
         )
         order_of, order = -1, [[0]]
         lengths, capacity = plan.row_lengths, plan.micro_batch_tokens
+        # Without padding there is nothing to gain from like lengths, and such updates are worse ones. Kept with the
+        # checkpoints: a resumed run must see the rows in the order in which it began.
+        by_length = self.progress.setdefault("by_length", not (recipe.packing or self.objective.flat))
         wrapped.train()
         for step in range(start, plan.total_steps):
             began = time.perf_counter()
@@ -98,8 +101,7 @@ class Loop:
                         plan.global_batch,
                         training.seed,
                         epoch,
-                        # Without padding there is nothing to gain, and updates of like lengths are worse ones.
-                        group_by_length=not (recipe.packing or self.objective.flat),
+                        group_by_length=by_length,
                     ),
                 )
             rows = order[index]
@@ -118,7 +120,8 @@ class Loop:
                 group["lr"] = group["base_lr"] * scale
 
             if self.objective.flat:
-                mine = regroup([row for micro in mine for row in micro], lengths, capacity)
+                share = deal(rows, lengths, self.accelerator.process_index, plan.world_size)
+                mine = regroup(share, lengths, capacity)
             elif plan.world_size == 1:  # other processes would wait for the exchange of gradients
                 mine = [micro for micro in mine if micro]
             total = torch.zeros((), device=self.accelerator.device)
