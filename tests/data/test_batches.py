@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftune.data.batches import collate, epoch_order, regroup, split
+from ftune.data.batches import collate, deal, epoch_order, regroup, split
 from ftune.data.tokenize import IGNORE, Example
 
 
@@ -233,3 +233,12 @@ def test_regrouped_micro_batches_are_alike_in_size() -> None:
     lengths = [400, 300, 200, 200, 100]
     assert sorted(sum(lengths[i] for i in m) for m in regroup(range(5), lengths, 900)) == [600, 600]
     assert regroup([], [], 10) == [[]]
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 5))
+def test_dealt_rows_are_every_row_once_and_even_in_tokens(lengths: list[int], world: int) -> None:
+    rows = list(range(len(lengths)))
+    shares = [deal(rows, lengths, rank, world) for rank in range(world)]
+    assert sorted(row for share in shares for row in share) == rows
+    loads = [sum(lengths[row] for row in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)

@@ -117,3 +117,12 @@ def test_nothing_is_computed_for_an_input_that_needs_no_gradient(monkeypatch: py
     out.sum().backward()  # type: ignore[no-untyped-call]
     assert (D, D) not in wide
     assert wide
+
+
+def test_an_input_that_was_changed_in_place_is_kept_itself() -> None:
+    x, gain, a, b = leaves((N, D), (D,), (R, D), (D, R))
+    weight = torch.randn(D, D)
+    changed = rms_norm(x, gain, 1e-5).mul_(3.0)
+    inner = F.rms_norm(x, (D,), gain, 1e-5) * 3
+    expected = inner @ weight.T + (inner @ a.T) @ b.T
+    same(low_rank_linear(changed, weight, None, a, b, 1.0), expected, [x, gain, a, b], tolerance=1e-4)

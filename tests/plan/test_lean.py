@@ -142,3 +142,51 @@ def test_a_window_shorter_than_a_document_gets_a_mask(window: int | None) -> Non
         before = model(**inputs).logits
         model.set_attn_implementation(_documents.register())
         torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_with_dropout_and_a_norm_with_a_second_input_stay() -> None:
+    class DropoutMLP:
+        residual_dropout = 0.1
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return F.dropout(out, self.residual_dropout, self.training)
+
+    class GatedRMSNorm:
+        def forward(self: Any, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            normed: Tensor = self.weight * F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
+            return normed if gate is None else normed * F.silu(gate)
+
+    model, method = adapted("lora")
+    for module in model.modules():
+        for name, odd in (("LlamaMLP", DropoutMLP), ("LlamaRMSNorm", GatedRMSNorm)):
+            if type(module).__name__ == name:
+                module.__class__ = type(odd.__name__, (odd, type(module)), {})
+                if odd is DropoutMLP:
+                    module.residual_dropout = 0.1
+    found = make_lean(model, method, context(), "sdpa")
+    assert (found["norms"], found["gates"]) == (0, 0)
+
+
+def test_a_norm_that_rounds_last_keeps_its_dtype_under_fp32_gains() -> None:
+    from ftune.methods._lean import lean_base
+
+    class LateRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.full((8,), 1.3)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.weight * F.rms_norm(x.float(), (8,), eps=self.eps)).to(x.dtype)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = LateRMSNorm()
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model = Model()
+    lean_base(model, torch.bfloat16)
+    assert model.norm(torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
