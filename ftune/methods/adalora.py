@@ -334,6 +334,12 @@ class AdaLora(Method):
         """The optimizer's, and three fp32 values a parameter: its importance and the averages of it."""
         return super().optimizer_bytes(shape, optimizer) + 12 * self.trainable_parameters(shape)
 
+    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """``diag(E) A``, and in 16 bits cast copies of A and B."""
+        targets = _shared.match_targets(shape.linears, self.target_modules)
+        sizes = sum(linear.in_features + (linear.out_features if dtype_bytes < 4 else 0) for linear in targets)
+        return self.init_rank * sizes * dtype_bytes
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """As LoRA's at ``init_rank``: the input, and its product with ``diag(E) A``."""
         return _shared.low_rank_saved_bytes(shape.linears, self.target_modules, self.init_rank, dtype_bytes)

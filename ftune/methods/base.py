@@ -372,9 +372,14 @@ class Method(BaseModel):
         """
         return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
 
-    def mask_cells(self, length: int) -> int:
-        """Cells of the attention mask that each layer keeps for a packed row of ``length`` tokens."""
-        return length**2
+    @property
+    def trains_head(self) -> bool:
+        """Whether an adapter method trains the output head whole."""
+        return False
+
+    def mask_cells(self, length: int, packed: bool) -> int:
+        """Cells of the attention masks that each layer keeps for a row, where the method's attention takes some."""
+        return 0
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""

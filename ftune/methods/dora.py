@@ -71,6 +71,13 @@ class Dora(LowRank):
         targets = _shared.match_targets(shape.linears, self.target_modules)
         return super().trainable_parameters(shape) + sum(linear.out_features for linear in targets)
 
+    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """Identity matrices, through which PEFT computes ``B A``, and in 16 bits cast copies of A and B."""
+        targets = _shared.match_targets(shape.linears, self.target_modules)
+        low_rank = self.rank * sum(linear.in_features + linear.out_features for linear in targets)
+        identities = sum(linear.in_features**2 for linear in targets)
+        return dtype_bytes * (identities + (low_rank if dtype_bytes < 4 else 0))
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Each target's input, ``xA``, and two tensors of its output's size, for magnitude and scale.
 
@@ -79,5 +86,7 @@ class Dora(LowRank):
         targets = _shared.match_targets(shape.linears, self.target_modules)
         outputs = 2 * sum(linear.out_features for linear in targets)
         if dtype_bytes >= 4:
-            return super().saved_bytes_per_token(shape, dtype_bytes) + outputs * dtype_bytes
+            return outputs * dtype_bytes + _shared.low_rank_saved_bytes(
+                shape.linears, self.target_modules, self.rank, dtype_bytes
+            )
         return (sum(linear.in_features + self.rank for linear in targets) + outputs) * dtype_bytes

@@ -279,15 +279,22 @@ class LongLora(LowRank):
         waiting = 4 * shape.embedding if self.train_embeddings and not shape.head else 0
         return super().gradient_bytes(shape) + waiting
 
-    def mask_cells(self, length: int) -> int:
+    @property
+    def trains_head(self) -> bool:
+        """A tied head is the embedding."""
+        return self.train_embeddings
+
+    def mask_cells(self, length: int, packed: bool) -> int:
         """Only the blocks on the diagonal: of every group, on either half of the heads."""
-        return min(length**2, 2 * length * (self.group_size or _quarter(length)))
+        return 0 if not packed else min(length**2, 2 * length * (self.group_size or _quarter(length)))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """LoRA's, every trained norm's normalized input in fp32, and the heads' outputs put beside each other."""
-        norms = 4 * shape.extra.get("norm_width", 0) * self.train_norms
-        joined = dtype_bytes * shape.layers * shape.heads * shape.head_dim
-        return super().saved_bytes_per_token(shape, dtype_bytes) + int(norms) + joined
+        """LoRA's, the residual stream in fp32, and attention's operands once more as groups and beside each other."""
+        fp32_residual = self.train_embeddings or self.train_norms
+        norms = (4 - dtype_bytes) * shape.extra["norm_width"] * fp32_residual
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        copies = (6 if dtype_bytes < 4 else 3) * query - 2 * key
+        return int(super().saved_bytes_per_token(shape, dtype_bytes) + norms + dtype_bytes * shape.layers * copies)
 
 
 def _quarter(length: int) -> int:

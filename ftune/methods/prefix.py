@@ -182,6 +182,10 @@ class Prefix(VirtualTokens):
             return self.virtual_tokens * row
         return self.virtual_tokens * width + (width + 1) * self._encoder + (self._encoder + 1) * row
 
+    def mask_cells(self, length: int, packed: bool) -> int:
+        """All of it: tokens see the prefix and what stands before them."""
+        return (length - self.virtual_positions) * length
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Keys and values repeated for every query head: behind a prefix attention takes an explicit mask."""
         return 2 * shape.layers * (shape.heads - shape.kv_heads) * shape.head_dim * dtype_bytes

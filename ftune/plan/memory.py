@@ -1,23 +1,22 @@
 """How much memory a run will need, from shapes alone, item by item.
 
-The activations are counted as autograd keeps them for a pre-norm decoder in transformers under autocast.
-Let the residual stream have width ``d``, the feed-forward ``f``, and attention ``h`` query heads and ``k``
-key-value heads of width ``e``; let ``b`` be the bytes of the compute dtype. A block whose weights are frozen
-keeps for each token
+The activations are counted as autograd keeps them for a pre-norm decoder in transformers under autocast, once
+``ftune.plan.lean`` has replaced its layers. Let the residual stream have width ``d`` and ``s`` bytes an element, the
+feed-forward ``f``, and attention ``h`` query heads and ``k`` key-value heads of width ``e``; let ``b`` be the bytes of
+the compute dtype. A block keeps for each token
 
-- of an RMS norm, its input in fp32: ``4 d`` (transformers computes the norm through an fp32 copy); of a layer
-  norm, its input as it is;
-- of attention by ``scaled_dot_product_attention``, query, key, value, output and the logarithm of the sum of
-  exponentials: ``b (2 h e + 2 k e) + 4 h``. With a mask the keys and values are repeated for every query head
-  (``k = h``), and every layer keeps a copy of the mask in the compute dtype, ``b L^2`` for each row;
-- of a gated feed-forward, gate, activated gate and up projection: ``3 b f``; without a gate, the input of the
-  activation;
-- nothing of its linear layers: a frozen weight needs no gradient, so the input is not kept. What adapters
-  keep above that is each method's own ``saved_bytes_per_token``.
+- of an RMS norm, its input and one fp32 number: ``s d + 4``; of a layer norm, its input;
+- of attention inside documents, query, key, value, output and the logarithm of the sum of exponentials:
+  ``b (2 h e + 2 k e) + 4 h``. Where a mask is needed (a window shorter than the row), keys and values are
+  repeated for every query head (``k = h``), and every layer keeps a copy of the mask, ``b L^2`` for each row;
+- of a gated feed-forward, gate and up projection: ``2 b f``; without a gate, the input of the activation;
+- nothing of its linear layers: a frozen weight needs no gradient, and a trained or adapted one makes its input
+  again of what the norm or the gate keeps. What adapters keep above that is each method's own
+  ``saved_bytes_per_token``.
 
-Where the weights themselves train, every linear layer keeps its input too, and every norm its normalized
-input. The logits are counted at the positions in the loss only. The C library's allocator adds its own on the
-CPU. ``scripts/measure_memory.py`` prints measured peaks beside these predictions.
+To that comes what the largest step of the backward pass takes for itself, the loss of one chunk of positions
+(``ftune.ops.cross_entropy``), and on the CPU the holes between blocks of the C library's heap. How close all of it
+comes is measured by ``scripts/measure_memory.py``.
 """
 
 from __future__ import annotations
@@ -26,26 +25,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftune.methods import Method, ModelShape
+from ftune.methods import Method, ModelShape, _shared
 
 __all__ = ["ITEMS", "MemoryEstimate", "estimate"]
 
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
 
-LOSS_BYTES = 12
-"""Bytes a logit takes at the start of the backward pass: log-softmax, its gradient, the logits' gradient."""
-
 RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 600 * 2**20}
-"""CPU: Python with torch, transformers, peft, datasets and accelerate imported, after a first update
-(measured on Linux). CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
+"""CPU: Python with torch, transformers, peft and accelerate imported, after a first update (measured on Linux).
+CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
 
-HEAP_SHARE_OF_BASE = 0.2
-HEAP_SHARE_OF_METHOD = 0.9
-HEAP_SHARE_OF_COPIES = 0.5
-"""Holes that glibc's heap keeps on the CPU, as shares of what is allocated between them: the base model's
-activations, those of the method (which makes and frees about as much again), autocast's copies of weights.
-Fitted to SmolLM2-135M; with every block mapped on its own (MALLOC_MMAP_THRESHOLD_) the holes vanish."""
+HOLES = 0.88
+HOLES_RECOMPUTED = 0.48
+"""Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
+activations live until the backward pass, and of recomputed ones. Fitted to LoRA on SmolLM2-135M with rows of 512 and
+2048 tokens. With every block mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they vanish, for a third more time."""
+
+LAST_STEP = 4
+"""Tensors of the feed-forward's width that the backward pass of one gated feed-forward takes for itself."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class MemoryEstimate:
         gradients: fp32 gradients of what trains.
         optimizer: Optimizer state.
         activations: What autograd keeps for the backward pass.
-        logits: The loss over the vocabulary.
-        buffers: Masks, autocast's copies of trained weights, dequantized weights, temporaries of the update,
-            holes in the heap.
+        logits: The loss over the vocabulary, one chunk of positions at a time.
+        buffers: Masks, a trained head's gradient in the making, dequantized weights, temporaries of the backward
+            pass and of the update, holes in the heap.
         runtime: Imported libraries on the CPU, the context on CUDA.
         total: The sum of all.
         arguments: What ``estimate`` was called with; no part of ``as_dict``.
@@ -118,54 +116,42 @@ def estimate(
     arguments = dict(locals())
     length += method.virtual_positions
     tokens = rows * length
-    layers, trained = shape.layers, method.trainable_parameters(shape)
+    layers = shape.layers
     whole = method.artifact == "model"
     stored = _stored_bytes(method, dtype_bytes)
-    # padding on the right of causal attention needs no mask
-    masked = attention != "flash_attention_2" and (packed or _slides(shape, length))
+    masked = _masked(shape, length, attention, device_type, packed)
 
-    kept_by_base = tokens * _base_bytes_per_token(
-        shape, whole, stored, dtype_bytes, attention, masked, device_type
-    ) + rows * _attention_matrices(shape, length, dtype_bytes, attention, device_type)
-    kept_by_method = tokens * method.saved_bytes_per_token(shape, dtype_bytes) + method.saved_bytes(shape, dtype_bytes)
-    kept = kept_by_base + kept_by_method
-    mask = rows * length**2 * dtype_bytes * masked
-    kept_masks = layers * rows * method.mask_cells(length) * dtype_bytes * masked
-    logits = target_tokens * shape.vocab
-    # Autocast casts a trained fp32 weight once in a forward pass; the copy lives until its backward is done.
-    cast = dtype_bytes if dtype_bytes < (stored if whole else 4) else 0
-    head_copy = cast * shape.extra["head_elements"] if whole else 0
-    copies = cast * sum(linear.elements for linear in shape.linears) + head_copy if whole else cast * trained
-    scratch = _dequantized_bytes(method, shape, stored, dtype_bytes)
+    kept = (
+        tokens * _base_bytes_per_token(shape, whole, stored, dtype_bytes, attention, masked, device_type)
+        + rows * _attention_matrices(shape, length, dtype_bytes, attention, device_type)
+        + tokens * method.saved_bytes_per_token(shape, dtype_bytes)
+        + method.saved_bytes(shape, dtype_bytes)
+    )
+    one_mask = rows * length**2 * dtype_bytes
+    masks = (one_mask if masked else 0) + rows * method.mask_cells(length, packed) * dtype_bytes
+    inputs = tokens * recomputed_blocks * shape.hidden * stored
+    left = layers - recomputed_blocks
+    held = kept * left // layers + inputs
+    step = LAST_STEP * tokens * shape.intermediate * dtype_bytes + _dequantized_bytes(
+        method, shape, stored, dtype_bytes
+    )
+    loss = _loss_bytes(shape.vocab, target_tokens, dtype_bytes) + 2 * target_tokens * shape.hidden * dtype_bytes
+    # The gradient of a trained head is made with the loss, and scaled at the start of the backward pass.
+    head = shape.extra["head_elements"] if whole or method.trains_head else 0
+    head_in_loss = head * (4 + 2 * (dtype_bytes if dtype_bytes < 4 else 0))
 
     # (activations, logits, buffers) at each moment that may be the peak
-    moments: list[tuple[int, int, int]] = []
+    moments = [
+        (held, loss, masks * left + head_in_loss),
+        (held, 0, masks * left + (8 * head)),
+        (held, 0, masks * left + 4 * head + step),
+        (0, 0, method.update_bytes(shape, optimizer) if device_type == "cuda" else 0),
+    ]
     if recomputed_blocks:
-        inputs = tokens * recomputed_blocks * shape.hidden * stored
-        one_block = kept // layers
-        rest = one_block * (layers - recomputed_blocks)
-        moments += [
-            (rest + inputs, logits * dtype_bytes, copies + mask),
-            (rest + inputs, logits * LOSS_BYTES, head_copy),
-            # the gradients inside a block are about as large as its feed-forward's activations
-            (
-                inputs + one_block + 3 * tokens * shape.extra["ffn_width"] // layers * dtype_bytes,
-                0,
-                copies // layers + mask + scratch,
-            ),
-        ]
-    else:
-        moments.append((kept, logits * LOSS_BYTES, copies + kept_masks + scratch))
-    moments.append((0, 0, method.update_bytes(shape, optimizer) if device_type == "cuda" else 0))
-
+        moments.append((inputs + kept // layers, 0, masks + step))
     activations, logit_bytes, buffers = max(moments, key=sum)
     if device_type == "cpu":
-        # checkpointing frees activations but leaves the holes between what it keeps
-        buffers += int(
-            HEAP_SHARE_OF_BASE * kept_by_base
-            + HEAP_SHARE_OF_METHOD * kept_by_method
-            + HEAP_SHARE_OF_COPIES * copies * whole
-        )
+        buffers += int(kept * (HOLES * left + HOLES_RECOMPUTED * recomputed_blocks) / layers)
     items = {
         "weights": method.base_bytes(shape, stored),
         "adapters": method.adapter_bytes(shape),
@@ -177,6 +163,21 @@ def estimate(
         "runtime": RUNTIME_BYTES[device_type],
     }
     return MemoryEstimate(**items, total=sum(items.values()), arguments=arguments)
+
+
+def _loss_bytes(vocab: int, target_tokens: int, compute: int) -> int:
+    """Bytes of one chunk's logits: as the head gives them, and in fp32."""
+    from ftune.ops.cross_entropy import chunk_size
+
+    return min(target_tokens, chunk_size(vocab)) * vocab * (4 + compute if compute < 4 else 4)
+
+
+def _masked(shape: ModelShape, length: int, attention: str, device_type: str, packed: bool) -> bool:
+    """Whether attention takes a mask: padding on the right of causal attention needs none, nor do documents."""
+    if attention == "flash_attention_2":
+        return False
+    by_document = attention == "sdpa" and not (device_type == "cpu" and shape.extra.get("attention_dropout"))
+    return _slides(shape, length) or (packed and not by_document)
 
 
 def _stored_bytes(method: Method, dtype_bytes: int) -> int:
@@ -200,23 +201,32 @@ def _base_bytes_per_token(
     whole: the base weights train; stored, compute: bytes of a weight and of a computed element.
     """
     extra = shape.extra
-    if extra["rms"]:
-        norms = extra["norm_width"] * (4 + (stored if whole else 0))
-    else:
-        # autocast computes layer norms in fp32 on CUDA
-        norms = extra["norm_width"] * (4 if device_type == "cuda" else stored)
     query = shape.heads * shape.head_dim
     key = query if masked and attention == "sdpa" else shape.kv_heads * shape.head_dim
     attended = shape.layers * (compute * (2 * query + 2 * key) + 4 * shape.heads)
     feed_forward = extra["ffn_saved"] * extra["ffn_width"] * compute
+    if extra["pre_norm"]:
+        # the residual stream is normalized in its own dtype, what a projection gave in the compute dtype
+        residual = min(extra["norm_width"], (2 * shape.layers + 1) * shape.hidden)
+        norms = residual * stored + (extra["norm_width"] - residual) * compute
+        norms += 4 * extra["norm_width"] // shape.hidden
+    elif extra["rms"]:
+        # of OLMo's form, which rounds in another order where its weight is wider than what it reads
+        norms = extra["norm_width"] * (2 * stored if whole and compute < stored else stored)
+    else:
+        # autocast computes layer norms in fp32 on CUDA
+        norms = extra["norm_width"] * (4 if device_type == "cuda" else stored)
     inputs = 0
-    if whole and compute < stored:
-        # autocast casts the input for each linear layer anew; the output projection's is attention's output
-        inputs = compute * (sum(linear.in_features for linear in shape.linears) - shape.layers * query)
+    if whole and compute == stored:
+        # plain linear layers: norms' outputs (shared by the projections that read them), the feed-forward's product
+        inputs = 2 * shape.layers * shape.hidden + extra["ffn_width"]
     elif whole:
-        # norms' outputs (shared by the projections that read them) and the feed-forward's product
-        inputs = compute * (2 * shape.layers * shape.hidden + extra["ffn_width"])
-    return int(norms + attended + feed_forward + inputs)
+        # cast for each layer anew, but for what norms and gates make again; attention's output is attention's own
+        inputs = (
+            sum(linear.in_features for linear in shape.linears if not _shared.makes_input_again(shape, linear))
+            - shape.layers * query
+        )
+    return int(norms + attended + feed_forward + max(0, inputs) * compute)
 
 
 def _attention_matrices(shape: ModelShape, length: int, compute: int, attention: str, device_type: str) -> int:

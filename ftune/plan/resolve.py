@@ -172,15 +172,20 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
     )
     _refuse(recipe, config, shape, context)
 
+    regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
+    if training.micro_batch_tokens and recipe.method.packable and recipe.model.attention == "sdpa":
+        update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
+        regrouped = min(max(training.micro_batch_tokens, max(lengths)), update)
+
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
         return estimate(
             recipe.method,
             shape,
             optimizer=recipe.optimizer.name,
             dtype_bytes=dtype.itemsize,
-            rows=training.micro_batch_size,
-            length=max(lengths),
-            target_tokens=training.micro_batch_size * _most_targets(splits.train, rows),
+            rows=1 if regrouped else training.micro_batch_size,
+            length=regrouped or max(lengths),
+            target_tokens=regrouped or training.micro_batch_size * _most_targets(splits.train, rows),
             recomputed_blocks=recomputed_blocks,
             attention=recipe.model.attention,
             device_type=device.type,

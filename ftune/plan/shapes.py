@@ -56,6 +56,8 @@ def shape_of(model: Any) -> ModelShape:
     - ``norm_width``: elements that all norms of the model read for one token;
     - ``rms``: whether they are RMS norms, which transformers computes through an fp32 copy;
     - ``ffn_width``: elements of the feed-forward's inner activation for one token, over all blocks;
+    - ``pre_norm``: whether RMS norms stand before attention and feed-forward, so that their output is made again;
+    - ``lean_gate``: whether the feed-forward is gated in the common build, so that its product is made again;
     - ``ffn_saved``: how many tensors of that width autograd keeps when the weights are frozen;
     - ``head_elements``: elements of the output head's weight, tied or not;
     - ``vectors``: elements of all parameters that are no matrices: norms and biases;
@@ -96,7 +98,9 @@ def shape_of(model: Any) -> ModelShape:
     experts = int(_first(config, "num_experts_per_tok") or 0)
     expert_width = int(_first(config, "moe_intermediate_size") or intermediate)
     gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
+    leaves = {linear.name.rpartition(".")[2] for linear in linears}
     activation = str(_first(config, "hidden_act", "hidden_activation", "activation_function"))
+    lean_gate = not experts and activation in _LEAN_ACTIVATIONS and {"gate_proj", "up_proj", "down_proj"} <= leaves
     head_elements = 0 if head is None else head.weight.numel()
     tied = head is not None and head.weight is embedding.weight
     return ModelShape(
@@ -116,8 +120,12 @@ def shape_of(model: Any) -> ModelShape:
         extra={
             "norm_width": norm_width,
             "rms": rms,
+            "pre_norm": rms and any(name.endswith("input_layernorm") for name, _ in model.named_modules()),
             "ffn_width": layers * (experts * expert_width if experts else intermediate),
-            "ffn_saved": (2 if gated else 0) + (_COMPOSED if activation in _COMPOSED_ACTIVATIONS else 1),
+            "ffn_saved": 2
+            if lean_gate
+            else (2 if gated else 0) + (_COMPOSED if activation in _COMPOSED_ACTIVATIONS else 1),
+            "lean_gate": lean_gate,
             "head_elements": head_elements,
             "vectors": sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2),
             "sliding_window": _window(config),
@@ -132,6 +140,8 @@ def shape_of(model: Any) -> ModelShape:
 # transformers composes these of elementary operations, each of which keeps its input
 _COMPOSED_ACTIVATIONS = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
 _COMPOSED = 4
+# of a gated feed-forward that ftune.methods._lean replaces
+_LEAN_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 
 
 def _first(config: Any, *keys: str) -> Any:

@@ -6,14 +6,16 @@ from typing import Any
 
 import psutil
 import pytest
+import tiny
 import torch
 from architectures import DENSE, tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ftune.human import bytes_text
-from ftune.methods import METHODS, Context, ModelShape
+from ftune.methods import METHODS, ModelShape
 from ftune.plan.advice import what_to_change
 from ftune.plan.available import available_bytes
+from ftune.plan.lean import make_lean
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.shapes import read_shape
 
@@ -42,62 +44,88 @@ def estimated(method: str = "lora", shape: ModelShape | None = None, **changes: 
 
 # --- activations against what autograd keeps -------------------------------------------------------------
 
-TOKENS = 509  # prime: what autograd keeps for tokens has a size that it divides, unlike copies of weights
+TOKENS = 509
 
 
-def kept_by_autograd(architecture: str, method: str, *, packed: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes kept for the backward pass by the blocks: for each token, and for each pair of tokens."""
-    attention = "eager" if architecture == "gemma2" else "sdpa"
-    trained = METHODS[method]()
+def kept_by_autograd(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass beside parameters; and those of masks among them."""
+    attention = attention_of(config)
+    method = tiny.method(name)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(
-        tiny_config(architecture), dtype=trained.base_dtype(dtype), attn_implementation=attention
+        config, dtype=method.base_dtype(dtype), attn_implementation=method.attention(attention)
     )
-    context = Context(total_steps=1, seed=0, dtype=dtype, device=torch.device("cpu"))
-    model = trained.adapt(model, context).train()
+    context = tiny.context(total_steps=9, dtype=dtype, max_length=TOKENS, row_lengths=[TOKENS])
+    model = method.adapt(model, context).train()
+    make_lean(model, method, context, attention)
     inputs = {"input_ids": torch.randint(3, 128, (1, TOKENS)), "use_cache": False}
-    if packed:
+    if method.packable and attention == "sdpa":
         inputs["position_ids"] = (torch.arange(TOKENS) % 300)[None]
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept.setdefault(address, tensor)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(**inputs, logits_to_keep=1)
-    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    pairs = sum(size for size in sizes if size % TOKENS**2 == 0)
-    return sum(size for size in sizes if size % TOKENS == 0) - pairs, pairs
+    masks = [t for t in kept.values() if t.ndim == 4 and t.shape[1] == 1 and t.shape[-1] >= t.shape[-2]]
+    return (
+        sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+        sum(tensor.untyped_storage().nbytes() for tensor in masks),
+    )
 
 
-# Fused query, key and value projections (gpt_neox) keep one tensor where three are counted.
-TOLERANCE = {"gpt_neox": 0.2}
+def attention_of(config: PreTrainedConfig) -> str:
+    return "eager" if config.model_type == "gemma2" else "sdpa"  # which caps its scores
+
+
+def ratio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> float:
+    """What is predicted to be kept over what is."""
+    attention = attention_of(config)
+    method = tiny.method(name)
+    shape = read_shape(config)
+    packed = method.packable and attention == "sdpa"
+    prediction = estimate(
+        method,
+        shape,
+        optimizer="adamw",
+        dtype_bytes=dtype.itemsize,
+        rows=1,
+        length=TOKENS,
+        target_tokens=1,
+        recomputed_blocks=0,
+        attention=attention,
+        device_type="cuda",  # without a heap
+        packed=packed,
+    )
+    kept, masks = kept_by_autograd(config, name, dtype)
+    predicted_masks = shape.layers * method.mask_cells(TOKENS + method.virtual_positions, packed) * dtype.itemsize
+    assert predicted_masks == pytest.approx(masks, rel=0.1)
+    return (prediction.activations + predicted_masks) / kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_what_is_predicted(name: str, dtype: torch.dtype) -> None:
+    # The first block keeps little under methods that train behind its attention: one in eight here, fewer in use.
+    config = tiny_config("llama", num_hidden_layers=8)
+    assert ratio(config, name, dtype) == pytest.approx(1, abs=0.05)
+
+
+# Of fused query, key and value projections gpt_neox keeps one tensor where three are counted, phi3 all for the values.
+TOLERANCE = {"gpt_neox": 0.25, "phi3": 0.15}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["full", "lora"])
 @pytest.mark.parametrize("architecture", DENSE)
-def test_activations_are_what_autograd_keeps(architecture: str, method: str, dtype: torch.dtype) -> None:
-    # gemma2 caps its attention scores, which only eager attention can
-    attention, packed = ("eager", False) if architecture == "gemma2" else ("sdpa", True)
-    tokens, pairs = kept_by_autograd(architecture, method, packed=packed, dtype=dtype)
-    prediction = estimated(
-        method,
-        read_shape(tiny_config(architecture)),
-        dtype_bytes=dtype.itemsize,
-        length=TOKENS,
-        target_tokens=1,
-        attention=attention,
-        packed=packed,
-    )
-    # what the packed rows keep for pairs is the mask; what eager attention keeps are activations
-    activations = tokens if packed else tokens + pairs
-    assert prediction.activations == pytest.approx(activations, rel=TOLERANCE.get(architecture, 0.13))
-    if packed:
-        assert pairs == 3 * TOKENS**2 * dtype.itemsize
-        assert prediction.buffers >= pairs
+def test_every_architecture_keeps_what_is_predicted(architecture: str, name: str, dtype: torch.dtype) -> None:
+    assert ratio(tiny_config(architecture), name, dtype) == pytest.approx(1, abs=TOLERANCE.get(architecture, 0.13))
 
 
 # --- the items --------------------------------------------------------------------------------------------
@@ -144,9 +172,7 @@ def test_four_bit_weights_take_about_a_quarter_and_a_dequantized_matrix() -> Non
     [
         ({"rows": 2}, {"rows": 4}),
         ({"length": 2048}, {"length": 4096}),
-        ({"target_tokens": 256}, {"target_tokens": 4096}),
         ({"optimizer": "adamw_8bit"}, {"optimizer": "adamw"}),
-        ({"packed": False}, {"packed": True}),
         ({"attention": "sdpa"}, {"attention": "eager"}),
     ],
     ids=lambda value: "-".join(f"{key}={item}" for key, item in value.items()),
@@ -175,21 +201,35 @@ def test_the_update_of_everything_may_be_the_peak_on_cuda() -> None:
     assert (items.activations, items.logits, items.buffers) == (0, 0, 4 * 6_738_415_616)
 
 
-def test_flash_attention_needs_no_mask() -> None:
-    with_mask, without = (estimated(packed=True, attention=kind) for kind in ("sdpa", "flash_attention_2"))
-    assert with_mask.buffers - without.buffers == 30 * 1024**2 * 2
+def test_documents_need_no_mask_but_under_eager_attention() -> None:
+    for kind, masks in (("sdpa", 0), ("flash_attention_2", 0), ("eager", 30)):
+        apart, alone = (estimated(packed=packed, attention=kind).buffers for packed in (True, False))
+        assert apart - alone == masks * 1024**2 * 2
+
+
+def test_the_loss_takes_one_chunk_of_positions() -> None:
+    few, many = (estimated(recomputed_blocks=30, length=32, target_tokens=count).logits for count in (64, 16384))
+    assert few == 64 * (49152 * 6 + 2 * 2 * 576)
+    assert many == 80 * 49152 * 6 + 16384 * 2 * 2 * 576
+
+
+def test_a_trained_head_gets_its_gradient_with_the_loss() -> None:
+    embedding = 49152 * 576
+    items = estimated("full", recomputed_blocks=30, length=8, target_tokens=8, optimizer="adamw_8bit")
+    assert items.buffers == 8 * embedding
 
 
 def test_padded_rows_need_no_mask() -> None:
     one, four = (estimated("lora", rows=rows, target_tokens=512).activations for rows in (1, 4))
     assert four == 4 * one
-    assert estimated("lora", rows=4).buffers == estimated("lora", rows=1).buffers
+    # what one feed-forward's backward pass takes, and no mask
+    assert estimated("lora", rows=4).buffers == 4 * (4 * 1024 * 1536 * 2)
 
 
 def test_a_short_window_needs_a_mask() -> None:
     shape = shape_named("mistral-7b")
     inside, beyond = (estimated(shape=shape, length=length).buffers for length in (4096, 4097))
-    assert beyond - inside == 32 * 4097**2 * 2
+    assert beyond - inside == pytest.approx(32 * 4097**2 * 2, rel=1e-3)
 
 
 def test_dropout_of_attention_has_no_fused_kernel_on_the_cpu() -> None:

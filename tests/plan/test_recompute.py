@@ -142,6 +142,18 @@ def test_the_plan_holds_the_run_to_the_recipe_s_memory(tmp_path: Path) -> None:
     assert hopeless["training"]["recomputed_blocks"] == 2
 
 
+def test_regrouped_rows_are_planned_as_one(tmp_path: Path) -> None:
+    rows = {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
+    as_asked, regrouped, at_most_all = (
+        planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500, 10**6)
+    )
+    longest = max(as_asked.row_lengths)
+    assert regrouped.memory.arguments["rows"] == 1
+    assert regrouped.memory.arguments["length"] == max(500, longest)
+    assert at_most_all.memory.arguments["length"] == 8 * longest
+    assert (as_asked.memory.arguments["rows"], as_asked.memory.arguments["length"]) == (4, longest)
+
+
 def test_a_resumed_run_recomputes_what_it_began_with(tmp_path: Path) -> None:
     from ftune.artifacts.run_dir import RunDir
     from ftune.artifacts.training import train
