@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.metrics import find_metric
+from ftune.artifacts.objective import make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
@@ -17,7 +18,6 @@ from ftune.plan.base_model import configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json
 from ftune.run.loop import held_out_loss
-from ftune.run.objective import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +144,8 @@ def _measure(
     """Loss, perplexity and metrics of one model, and its answers."""
     spec, dtype = plan.recipe.evaluation, plan.context.dtype
     began = time.perf_counter()
-    loss, count = held_out_loss(Objective(model, dtype), plan, accelerator)
+    objective, _ = make_objective(model, plan, accelerator)
+    loss, count = held_out_loss(objective, plan, accelerator)
     numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": count}
     answers: list[str] = []
     if items:

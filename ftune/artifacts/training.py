@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 import os
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
+from ftune.artifacts.objective import make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
-from ftune.errors import FtuneError, Interrupted, ModelError, RunDirError, RunFailed
+from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
-from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -28,7 +29,6 @@ from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, S
 from ftune.run.files import new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.loop import Loop
-from ftune.run.objective import Objective, packing_error
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, read_events, truncate_after
 from ftune.run.sinks.progress import ProgressSink
@@ -152,10 +152,9 @@ def train(
     try:
         with StopRequest() as stop:
             model, optimizer = build(plan)
-            record["lean"] = make_lean(model, plan.recipe.method, plan.context, plan.recipe.model.attention)
+            objective, record["lean"] = make_objective(model, plan, accelerator)
             record["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
-            isolates = _probe_packing(plan, model)
             if main:
                 _rehearse(plan, model, run)
                 if overwrite:
@@ -180,8 +179,6 @@ def train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            flat = _lies_flat(plan, accelerator, isolates and record["lean"]["attention"] == PER_DOCUMENT)
-            objective = Objective(model, plan.context.dtype, flat)
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
             loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
@@ -252,7 +249,17 @@ def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
         )
     if accelerator.num_processes != world:
         raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
+    if world > 1:
+        atexit.register(_leave_processes)
     return accelerator
+
+
+def _leave_processes() -> None:
+    """End the process group before the interpreter does: gloo's threads, still running then, abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:
@@ -305,46 +312,6 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
             f"checkpoints need {bytes_text(needed)}, and {bytes_text(free)} are free at {run.root}",
             help="lower checkpoint.keep, or choose another output_dir",
         )
-
-
-def _probe_packing(plan: Plan, model: nn.Module) -> bool:
-    """Whether this architecture keeps documents in one row apart.
-
-    Recurrent layers, and positions that a model counts for itself, ignore where a document begins.
-
-    Raises:
-        ModelError: The rows are packed, and a document's logits depend on the one before it, or differ from those
-            it has alone.
-    """
-    if not plan.recipe.method.packable:
-        return False
-    leak, shift, rounding = packing_error(model, plan.context.dtype, plan.context.device, plan.shape.vocab)
-    isolates = leak <= 1e-4 and shift <= 4 * rounding + 1e-4
-    if not isolates and any(len(row) > 1 for row in plan.rows):
-        raise ModelError(
-            f"{plan.shape.model_type} does not keep packed documents apart: the document before changes the logits "
-            f"by {leak:.2g} of their spread, the place in the row by {shift:.2g} (rounding: {rounding:.2g})",
-            help="set data.packing: false",
-        )
-    return isolates
-
-
-def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
-    """Whether all rows of a micro-batch may be laid into one: attention never needs a mask over it.
-
-    The verdict is every process's, since all must take the same rows.
-    """
-    import torch
-
-    longest = max(len(example) for example in plan.splits.train.examples)
-    window = plan.shape.extra.get("sliding_window")
-    masked = (
-        (window is not None and window < longest)
-        or plan.shape.extra.get("attention_dropout")
-        or (plan.context.device.type == "cuda" and plan.context.dtype == torch.float32)
-    )
-    verdict = torch.tensor([int(apart and not masked)], device=plan.context.device)
-    return bool(accelerator.gather(verdict).min())
 
 
 def _restore(

@@ -24,6 +24,8 @@ _SUBCLASSES: dict[tuple[type, Callable[..., Any]], type] = {}
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Give one module another ``forward(self, ...)``, through a subclass of its own class."""
     cls = type(module)
+    if vars(cls).get("forward") is forward:
+        return
     key = (cls, forward)
     if key not in _SUBCLASSES:
         _SUBCLASSES[key] = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
@@ -169,26 +171,28 @@ def _cast_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def lean_low_rank(model: nn.Module) -> int:
-    """Let PEFT's LoRA layers without dropout compute through one autograd function; returns how many."""
-    from peft.tuners.lora.layer import Linear
+    """Let PEFT's LoRA and DoRA layers without dropout compute through one autograd function; returns how many."""
+    from peft.tuners.lora.layer import LoraLayer
 
     count = 0
     for module in model.modules():
-        if isinstance(module, Linear) and _plain_lora(module):
-            with_forward(module, _low_rank_forward)
+        if isinstance(module, LoraLayer) and _plain_lora(module):
+            with_forward(module, _dora_forward if module.lora_variant else _low_rank_forward)
             count += 1
     return count
 
 
 def _plain_lora(module: Any) -> bool:
-    """Whether a PEFT layer is LoRA and nothing more: one adapter, no dropout, no variant, no bias of its own."""
+    """Whether a PEFT layer is LoRA or DoRA of a linear layer and nothing more: one adapter, no dropout, no bias."""
     import torch
+    from peft.tuners.lora.variants import DoraLinearVariant
 
     name = module.active_adapter[0]
     return (
-        len(module.active_adapters) == 1
+        type(module).__name__ in ("Linear", "Linear4bit")
+        and len(module.active_adapters) == 1
         and len(module.lora_A) == 1
-        and name not in module.lora_variant
+        and type(module.lora_variant.get(name)) in (type(None), DoraLinearVariant)
         and isinstance(module.lora_dropout[name], torch.nn.Identity)
         and module.lora_B[name].bias is None
         and not getattr(module.get_base_layer().bias, "requires_grad", False)
@@ -197,18 +201,59 @@ def _plain_lora(module: Any) -> bool:
 
 
 def _low_rank_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    import torch
-
     if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
         # of the class that PEFT made
         return type(self).__mro__[1].forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+    return _updated(self, x, self.get_base_layer().bias)
+
+
+def _dora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        return type(self).__mro__[1].forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+    from ftune.ops.linear import direction_norms, scale_directions
+
+    name, base = self.active_adapter[0], self.get_base_layer()
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    norms = direction_norms(_squares(self), _product(base, a.detach(), x), a, b, self.scaling[name])
+    out = scale_directions(_updated(self, x, None), self.lora_magnitude_vector[name].weight, norms)
+    return out if base.bias is None else out + base.bias.to(out.dtype)
+
+
+def _updated(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + scale * x A^T B^T``, plus the bias if it is wanted."""
+    import torch
+
     from ftune.ops.linear import low_rank_linear, low_rank_update
 
-    name = self.active_adapter[0]
+    name, base = self.active_adapter[0], self.get_base_layer()
     a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-    base = self.get_base_layer()
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
-        return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, base.bias, a, b, scale)
-    out = base(x, *args, **kwargs)
+        return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, bias, a, b, scale)
+    out = base(x)
+    if bias is None and base.bias is not None:
+        out = out - base.bias.to(out.dtype)
     return low_rank_update(x if x.dtype == out.dtype else x.to(out.dtype), out, a, b, scale)
+
+
+def _product(base: Any, a_RI: Tensor, x: Tensor) -> Tensor:
+    """``A W^T``, through the base layer itself: it knows how it keeps its weight."""
+    import torch
+
+    with torch.no_grad():
+        out: Tensor = base(a_RI.to(x.dtype))
+        return out if base.bias is None else out - base.bias.to(out.dtype)
+
+
+def _squares(module: Any) -> Tensor:
+    """Squared norms (O,) fp32 of the rows of a frozen weight; computed once."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    found: Tensor | None = vars(module).get("_ftune_squares")
+    if found is None:
+        with torch.no_grad():
+            weight = dequantize_module_weight(module.get_base_layer())
+            found = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+        module._ftune_squares = found
+    return found

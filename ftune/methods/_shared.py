@@ -475,6 +475,12 @@ def makes_input_again(shape: ModelShape, linear: Linear) -> bool:
     return leaf == "down_proj" and bool(shape.extra["lean_gate"])
 
 
+def keeps_output(shape: ModelShape, linear: Linear) -> bool:
+    """Whether what reads a layer's output keeps it as it is: attention its values, a gate its factors."""
+    leaf = linear.name.rpartition(".")[2]
+    return leaf == "v_proj" or (leaf in ("gate_proj", "up_proj") and bool(shape.extra["lean_gate"]))
+
+
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:
     """Bytes a token that the low-rank products keep for the backward pass: each distinct input, and ``xA``."""
     elements = 0

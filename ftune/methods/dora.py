@@ -26,7 +26,9 @@ class Dora(LowRank):
     typical_share: ClassVar[str] = "0.1-1 %"
     choose: ClassVar[str] = "Small ranks (4 to 16), where LoRA falls short of full fine-tuning."
     avoid: ClassVar[str] = "When step time or activation memory decides: it learns little more than LoRA at rank 32 up."
-    cost: ClassVar[str] = "About 1.3 x LoRA's step time and 2 to 3 x its saved activations; files as large as LoRA's."
+    cost: ClassVar[str] = (
+        "LoRA's step time and a tenth more memory; with dropout 1.3 x, and 2 to 3 x the activations."
+    )
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing; merges exactly. Not convertible to LoRA."
     not_lora_because: ClassVar[str] = "the trained magnitudes rescale the base weights themselves; use `ftune merge`"
     quantizable: ClassVar[bool] = True
@@ -72,21 +74,17 @@ class Dora(LowRank):
         return super().trainable_parameters(shape) + sum(linear.out_features for linear in targets)
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Identity matrices, through which PEFT computes ``B A``, and in 16 bits cast copies of A and B."""
+        """With dropout, what PEFT computes ``B A`` by: identity matrices, and in 16 bits cast copies of A and B."""
+        if not self.dropout:
+            return super().saved_bytes(shape, dtype_bytes)
         targets = _shared.match_targets(shape.linears, self.target_modules)
         low_rank = self.rank * sum(linear.in_features + linear.out_features for linear in targets)
         identities = sum(linear.in_features**2 for linear in targets)
         return dtype_bytes * (identities + (low_rank if dtype_bytes < 4 else 0))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Each target's input, ``xA``, and two tensors of its output's size, for magnitude and scale.
-
-        In 16 bits every target casts its input for itself; in fp32 targets with one input share it.
-        """
+        """LoRA's, and each target's output where nothing else keeps it; with dropout PEFT keeps two."""
         targets = _shared.match_targets(shape.linears, self.target_modules)
-        outputs = 2 * sum(linear.out_features for linear in targets)
-        if dtype_bytes >= 4:
-            return outputs * dtype_bytes + _shared.low_rank_saved_bytes(
-                shape.linears, self.target_modules, self.rank, dtype_bytes
-            )
-        return (sum(linear.in_features + self.rank for linear in targets) + outputs) * dtype_bytes
+        kept = [linear for linear in targets if self.dropout or not _shared.keeps_output(shape, linear)]
+        outputs = sum(linear.out_features for linear in kept) * (2 if self.dropout else 1)
+        return super().saved_bytes_per_token(shape, dtype_bytes) + outputs * dtype_bytes

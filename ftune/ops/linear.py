@@ -1,4 +1,4 @@
-"""Linear layers that keep little for the backward pass: one with a trained weight, one with a low-rank update.
+"""Linear layers that keep little for the backward pass: a trained weight, a low-rank update, DoRA's magnitudes.
 
 Both keep their input as ``ftune.ops.recompute`` remembers it, cast weights where they are used, and compute no
 gradient that nobody asked for.
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ftune.ops.recompute import Make, keep, kept_again
 
-__all__ = ["cast_linear", "low_rank_linear", "low_rank_update"]
+__all__ = ["cast_linear", "direction_norms", "low_rank_linear", "low_rank_update", "scale_directions"]
 
 
 def cast_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -148,6 +148,66 @@ class _LowRank(torch.autograd.Function):
                 grad_x = (grad_NO @ weight_OI).addmm_(grad_xa_NR, low_a_RI)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         return grad_x, grad if wants_base else None, None, None, grad_a, grad_b, None, None, None
+
+
+# --- DoRA --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def direction_norms(squares_O: Tensor, wa_RO: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Norms of the rows of ``W + scale * B A``, without making that matrix.
+
+    ``||w + s A^T b||^2 = ||w||^2 + 2 s b (A w) + s^2 b (A A^T) b`` for a row ``w`` of W and ``b`` of B.
+
+    Args:
+        squares_O: Squared norms of the rows of W, fp32.
+        wa_RO: ``A W^T``. Rounded to bf16 it moves a norm by about 1e-5 of itself: the update is small beside W.
+        a_RI: A.
+        b_OR: B.
+        scale: Factor of the update.
+
+    Returns:
+        (O,) fp32, detached: DoRA takes the norms as constants (Liu et al., arXiv:2402.09353, sec. 4.3).
+    """
+    with torch.autocast(b_OR.device.type, enabled=False):
+        a_RI, b_OR = a_RI.float(), b_OR.float() * scale
+        squares_O = squares_O + 2 * (b_OR * wa_RO.float().T).sum(1) + ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
+        return squares_O.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
+
+
+def scale_directions(out_NO: Tensor, magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
+    """``magnitude / norm * out``; keeps the result, which what comes next often keeps as well.
+
+    Args:
+        out_NO: Product with the adapted matrix, without a bias.
+        magnitude_O: Trained magnitudes. The gradient of one that is exactly 0 is 0.
+        norms_O: Of the rows of the adapted matrix, constants.
+
+    Returns:
+        (N, O) in ``out``'s dtype, computed in fp32.
+    """
+    out: Tensor = _ScaleDirections.apply(out_NO, magnitude_O, norms_O)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ScaleDirections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_NO: Tensor, magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
+        factor_O = magnitude_O.float() / norms_O
+        scaled_NO = torch.mul(out_NO, factor_O, out=torch.empty_like(out_NO))
+        ctx.save_for_backward(scaled_NO, magnitude_O, factor_O)
+        return scaled_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Any, ...]:
+        scaled_NO, magnitude_O, factor_O = ctx.saved_tensors
+        grad_out = grad_magnitude = None
+        if ctx.needs_input_grad[1]:
+            sums_O = (grad_NO * scaled_NO).flatten(0, -2).sum(0, dtype=torch.float32)
+            grad_magnitude = torch.where(magnitude_O == 0, 0.0, sums_O / magnitude_O)
+        if ctx.needs_input_grad[0]:
+            grad_out = torch.mul(grad_NO, factor_O, out=torch.empty_like(grad_NO))
+        return grad_out, grad_magnitude, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""A loaded model made ready to be trained or measured: one way for both, so that both find the same loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftune.errors import ModelError
+from ftune.plan.lean import PER_DOCUMENT, make_lean
+from ftune.plan.resolve import Plan
+from ftune.run.objective import Objective, packing_error
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+__all__ = ["make_objective"]
+
+
+def make_objective(model: nn.Module, plan: Plan, accelerator: Accelerator) -> tuple[Objective, dict[str, Any]]:
+    """Replace layers and attention by ones that keep less, hold that documents stay apart, and choose the batches.
+
+    In 16 bits the order of sums shows in the third digit of a loss over few tokens. A run and ``ftune eval`` must
+    not differ by that, so both come through here.
+
+    Args:
+        model: The base, adapted or not; changed in place.
+        plan: The plan it was loaded by.
+        accelerator: Whose processes must agree.
+
+    Returns:
+        The objective, and what was replaced (``ftune.plan.lean.make_lean``).
+
+    Raises:
+        ModelError: The rows are packed, and this architecture does not keep packed documents apart.
+    """
+    recipe, context = plan.recipe, plan.context
+    found = make_lean(model, recipe.method, context, recipe.model.attention)
+    isolates = _probe_packing(plan, model)
+    flat = _lies_flat(plan, accelerator, isolates and found["attention"] == PER_DOCUMENT)
+    return Objective(model, context.dtype, flat), found
+
+
+def _probe_packing(plan: Plan, model: nn.Module) -> bool:
+    """Whether this architecture keeps documents in one row apart.
+
+    Recurrent layers, and positions that a model counts for itself, ignore where a document begins.
+
+    Raises:
+        ModelError: The rows are packed, and a document's logits depend on the one before it, or differ from those
+            it has alone.
+    """
+    if not plan.recipe.method.packable:
+        return False
+    leak, shift, rounding = packing_error(model, plan.context.dtype, plan.context.device, plan.shape.vocab)
+    isolates = leak <= 1e-4 and shift <= 4 * rounding + 1e-4
+    if not isolates and any(len(row) > 1 for row in plan.rows):
+        raise ModelError(
+            f"{plan.shape.model_type} does not keep packed documents apart: the document before changes the logits "
+            f"by {leak:.2g} of their spread, the place in the row by {shift:.2g} (rounding: {rounding:.2g})",
+            help="set data.packing: false",
+        )
+    return isolates
+
+
+def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
+    """Whether all rows of a micro-batch may be laid into one: attention never needs a mask over it.
+
+    The verdict is every process's, since all must take the same rows.
+    """
+    import torch
+
+    longest = max(len(example) for example in plan.splits.train.examples)
+    window = plan.shape.extra.get("sliding_window")
+    masked = (
+        (window is not None and window < longest)
+        or plan.shape.extra.get("attention_dropout")
+        or (plan.context.device.type == "cuda" and plan.context.dtype == torch.float32)
+    )
+    verdict = torch.tensor([int(apart and not masked)], device=plan.context.device)
+    return bool(accelerator.gather(verdict).min())
