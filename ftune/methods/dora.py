@@ -26,9 +26,7 @@ class Dora(LowRank):
     typical_share: ClassVar[str] = "0.1-1 %"
     choose: ClassVar[str] = "Small ranks (4 to 16), where LoRA falls short of full fine-tuning."
     avoid: ClassVar[str] = "When step time or activation memory decides: it learns little more than LoRA at rank 32 up."
-    cost: ClassVar[str] = (
-        "LoRA's step time and a tenth more memory; with dropout 1.3 x, and 2 to 3 x the activations."
-    )
+    cost: ClassVar[str] = "LoRA's step time and a tenth more memory; with dropout 1.3 x, and 2 to 3 x the activations."
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing; merges exactly. Not convertible to LoRA."
     not_lora_because: ClassVar[str] = "the trained magnitudes rescale the base weights themselves; use `ftune merge`"
     quantizable: ClassVar[bool] = True
