@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ftune.artifacts import training
+from ftune.artifacts import objective, training
 from ftune.artifacts.training import train
 from ftune.data.batches import collate
 from ftune.data.tokenize import Example
@@ -357,7 +357,7 @@ def test_the_probe_finds_architectures_that_cannot_be_packed(
 
 
 def test_a_model_that_leaks_is_not_trained_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "packing_error", lambda *_: (0.5, 0.5, 0.0))
+    monkeypatch.setattr(objective, "packing_error", lambda *_: (0.5, 0.5, 0.0))
     with pytest.raises(ModelError, match="does not keep packed documents apart"):
         train(tiny.recipe(tmp_path))
     train(tiny.recipe(tmp_path, data={"packing": False}), overwrite=True)
