@@ -6,9 +6,10 @@ feed-forward ``f``, and attention ``h`` query heads and ``k`` key-value heads of
 the compute dtype. A block keeps for each token
 
 - of an RMS norm, its input and one fp32 number: ``s d + 4``; of a layer norm, its input;
-- of attention inside documents, query, key, value, output and the logarithm of the sum of exponentials:
-  ``b (2 h e + 2 k e) + 4 h``. Where a mask is needed (a window shorter than the row), keys and values are
-  repeated for every query head (``k = h``), and every layer keeps a copy of the mask, ``b L^2`` for each row;
+- of attention inside documents, query, key, value and output: ``b (2 h e + 2 k e)``; where a fused kernel computes it
+  (on the CPU in documents of over 1024 tokens), the logarithm of the sum of exponentials too: ``4 h``. Where a mask
+  is needed (a window shorter than the row), keys and values are repeated for every query head (``k = h``), and every
+  layer keeps a copy of the mask, ``b L^2`` for each row;
 - of a gated feed-forward, gate and up projection: ``2 b f``; without a gate, the input of the activation;
 - nothing of its linear layers: a frozen weight needs no gradient, and a trained or adapted one makes its input
   again of what the norm or the gate keeps. What adapters keep above that is each method's own
@@ -123,6 +124,7 @@ def estimate(
 
     kept = (
         tokens * _base_bytes_per_token(shape, whole, stored, dtype_bytes, attention, masked, device_type)
+        + tokens * _logsumexp_bytes(shape, length, attention, masked, device_type)
         + rows * _attention_matrices(shape, length, dtype_bytes, attention, device_type)
         + tokens * method.saved_bytes_per_token(shape, dtype_bytes)
         + method.saved_bytes(shape, dtype_bytes)
@@ -203,7 +205,7 @@ def _base_bytes_per_token(
     extra = shape.extra
     query = shape.heads * shape.head_dim
     key = query if masked and attention == "sdpa" else shape.kv_heads * shape.head_dim
-    attended = shape.layers * (compute * (2 * query + 2 * key) + 4 * shape.heads)
+    attended = shape.layers * compute * (2 * query + 2 * key)
     feed_forward = extra["ffn_saved"] * extra["ffn_width"] * compute
     if extra["pre_norm"]:
         # the residual stream is normalized in its own dtype, what a projection gave in the compute dtype
@@ -227,6 +229,14 @@ def _base_bytes_per_token(
             - shape.layers * query
         )
     return int(norms + attended + feed_forward + max(0, inputs) * compute)
+
+
+def _logsumexp_bytes(shape: ModelShape, length: int, attention: str, masked: bool, device_type: str) -> int:
+    """Bytes that all layers keep for one token where a fused kernel computes attention."""
+    from ftune.ops.document_attention import LONG
+
+    by_blocks = device_type == "cpu" and attention == "sdpa" and not masked and length <= LONG
+    return 0 if by_blocks or attention == "eager" else 4 * shape.heads * shape.layers
 
 
 def _attention_matrices(shape: ModelShape, length: int, compute: int, attention: str, device_type: str) -> int:

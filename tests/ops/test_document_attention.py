@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ftune.ops.document_attention import LONG, SHORT, document_attention
+from ftune.ops.document_attention import BLOCK, LONG, document_attention
 
-# Both ways to compute a document, at their borders, and documents of one token.
-BORDERS = [(0, 64), (0, 1, 2, 40), (0, SHORT, 2 * SHORT + 1), (0, 300, 300 + LONG, 1400)]
+# One block of queries, several, an odd last one; the fused kernel between two of them; documents of one token.
+BORDERS = [(0, BLOCK), (0, 1, 2, 40), (0, 2 * BLOCK, 4 * BLOCK + 1, 7 * BLOCK), (0, 300, 301 + LONG, 1400)]
 
 
 @pytest.mark.parametrize("borders", BORDERS)
