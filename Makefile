@@ -14,7 +14,7 @@ RUN := runs/quickstart
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast smoke quickstart methods bench docs golden audit clean
+.PHONY: help setup check fix test test-fast smoke quickstart methods bench bench-gpu docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ methods: $(STAMP) ## train 20 updates of every method's recipe beside LoRA, for 
 # Each peer's environment is made once under build/bench; BENCH passes options, as in BENCH="--peers trl --pairs 1".
 bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmarks.md: 20 minutes, alone
 	$(BIN)/python scripts/bench/run.py $(BENCH)
+
+# Goes on where it was stopped; GPU passes options, as in GPU="--methods lora longlora s2 --lengths 8192 --peers none".
+bench-gpu: $(STAMP) ## train an 8B shape of random weights on a GPU, by every method, for docs/benchmarks.md: hours
+	$(BIN)/python scripts/bench/gpu.py $(GPU)
 
 docs: $(STAMP) ## write docs/methods.md and docs/benchmarks.md from the union and the measured figures
 	$(BIN)/python scripts/make_method_docs.py

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from bench_scripts import imported
 
 from ftune.recipe import load_checked
 
-ROOT = Path(__file__).parents[1]
 MODULES = ("environments", "job", "measure", "ours", "peers", "report", "run", "work")
 
 
 @pytest.fixture(scope="module")
-def bench() -> dict[str, ModuleType]:
-    """The modules of scripts/bench, which is no package: they are imported as when run.py is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts/bench"))
-        # Other tests may have imported directories of the same names.
-        others = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
+def bench() -> Iterator[dict[str, ModuleType]]:
+    with imported(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture
@@ -50,8 +43,8 @@ def job(bench, tmp_path):
 
 def test_the_page_is_the_one_of_its_figures(bench) -> None:
     report = bench["report"]
-    figures = json.loads(report.FIGURES.read_text(encoding="utf-8"))
-    assert report.PAGE.read_text(encoding="utf-8") == report.render(figures), "run scripts/bench/report.py"
+    page = report.render(*report.read_figures())
+    assert report.PAGE.read_text(encoding="utf-8") == page, "run scripts/bench/report.py"
 
 
 def test_every_tool_is_asked_for_the_same_update(bench, job) -> None:
@@ -59,7 +52,7 @@ def test_every_tool_is_asked_for_the_same_update(bench, job) -> None:
     bench["ours"].OURS["ftune"].configure(job, Path("bin"))
     recipe = load_checked(job.out / "config.yaml", [])[0].recipe
     assert recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps == job.batch
-    settings = bench["peers"]._trainer_settings(job)
+    settings = bench["peers"].trainer_settings(job)
     assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == job.batch
     assert settings["learning_rate"] == recipe.optimizer.learning_rate
     assert (recipe.method.rank, recipe.method.alpha) == (bench["job"].RANK, bench["job"].ALPHA)

@@ -303,7 +303,7 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
             _save_artifact(plan, model, Path(scratch))
     except Exception as error:
         raise RunFailed(f"the result of this run could not be saved: {error}") from error
-    trained = plan.recipe.method.trainable_parameters(plan.shape) * 4
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     one = trained + plan.recipe.method.optimizer_bytes(plan.shape, plan.recipe.optimizer.name)
     needed = one * (plan.recipe.checkpoint.keep + 1) + trained
     free = shutil.disk_usage(run.root).free

@@ -11,7 +11,20 @@ from pathlib import Path
 from job import Tool
 
 TORCH = "torch==2.13.0"
-SHOWN = ("ftune", "torch", "transformers", "peft", "trl", "llamafactory", "litgpt", "lightning", "unsloth", "axolotl")
+SHOWN = (
+    "ftune",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "llamafactory",
+    "litgpt",
+    "lightning",
+    "unsloth",
+    "axolotl",
+    "bitsandbytes",
+    "flash_attn",
+)
 
 
 def build(tool: Tool, directory: Path, cuda: bool) -> Path:
@@ -52,3 +65,16 @@ def versions(bin_directory: Path) -> dict[str, str]:
     site = next(bin_directory.parent.glob("lib/python*/site-packages"))
     found = {d.metadata["Name"].lower(): d.version for d in distributions(path=[str(site)])}
     return {name: found[name] for name in SHOWN if name in found}
+
+
+def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
+    """Environment variables that every tool is given: its threads, no network, caches below the directory."""
+    cache = str(directory / "cache")
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": cache,
+        "XDG_CACHE_HOME": cache,
+    } | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})

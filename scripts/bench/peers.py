@@ -12,7 +12,7 @@ from typing import Any
 from job import ALPHA, LEARNING_RATE, RANK, SEED, Job, Phase, Tool, write_yaml
 
 
-def _trainer_settings(job: Job) -> dict[str, Any]:
+def trainer_settings(job: Job) -> dict[str, Any]:
     """What everything on the trainer of transformers understands."""
     return {
         "bf16": True,
@@ -50,7 +50,7 @@ def _trl(job: Job, bin_directory: Path) -> list[str]:
         "lora_target_modules": "all-linear",
         "max_length": job.max_length,
         "gradient_checkpointing": False,
-        **_trainer_settings(job),
+        **trainer_settings(job),
     }
     return [str(bin_directory / "trl"), "sft", "--config", write_yaml(job, settings)]
 
@@ -71,7 +71,7 @@ def _llamafactory(job: Job, bin_directory: Path) -> list[str]:
         "cutoff_len": job.max_length,
         "use_cpu": not job.cuda,
         "disable_gradient_checkpointing": True,
-        **_trainer_settings(job),
+        **trainer_settings(job),
     }
     return [str(bin_directory / "llamafactory-cli"), "train", write_yaml(job, settings)]
 
@@ -191,7 +191,7 @@ def _unsloth(job: Job, bin_directory: Path) -> list[str]:
         "max_length": job.max_length,
         "rank": RANK,
         "alpha": ALPHA,
-        "trainer": _trainer_settings(job),
+        "trainer": trainer_settings(job),
     }
     script = Path(__file__).with_name("unsloth_sft.py")
     return [str(bin_directory / "python"), str(script), write_yaml(job, settings)]

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_report
+from table import table
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs/figures/benchmarks.json"
+ARITHMETIC = ROOT / "docs/figures/arithmetic.json"
+GPU = ROOT / "docs/figures/gpu.json"
 PAGE = ROOT / "docs/benchmarks.md"
 
 Run = dict[str, Any]
@@ -52,8 +57,14 @@ ftune over the peer, each pair from one round: median, and the smallest and larg
 """
 
 
-def render(figures: dict[str, Any]) -> str:
-    """The whole page."""
+def render(figures: dict[str, Any], arithmetic: dict[str, Any], gpu: dict[str, Any] | None) -> str:
+    """The whole page.
+
+    Args:
+        figures: Of ``run.py``.
+        arithmetic: Of ``arithmetic.py``.
+        gpu: Of ``gpu.py``; None where no GPU was at hand.
+    """
     rounds = len({run["round"] for run in figures["runs"]})
     pairs = f"{rounds} rounds in turns" if rounds > 1 else "one round"
     memory = "; device memory is the growth of what nvidia-smi reports as used" if figures["cuda"] else ""
@@ -69,6 +80,7 @@ def render(figures: dict[str, Any]) -> str:
             _settings(figures),
             "\n## Not in the table\n\n",
             *(f"- {name}: {reason}.\n" for name, reason in figures["absent"].items()),
+            gpu_report.section(arithmetic, gpu),
         ]
     )
 
@@ -104,7 +116,7 @@ def _losses(figures: dict[str, Any]) -> str:
                 off if entry["agrees"] else f"{off}: not timed",
             ]
         )
-    return _table(["tool", "tokens in the loss", "mean over", "expected", "logged", "off by"], rows)
+    return table(["tool", "tokens in the loss", "mean over", "expected", "logged", "off by"], rows)
 
 
 def _medians(figures: dict[str, Any]) -> str:
@@ -126,7 +138,7 @@ def _medians(figures: dict[str, Any]) -> str:
         )
         if figures["cuda"]:
             rows[-1].append(f"{_median(runs, lambda run: run['device_peak_bytes']) / 2**20:,.0f}")
-    return _table(columns + (["device MiB"] if figures["cuda"] else []), rows)
+    return table(columns + (["device MiB"] if figures["cuda"] else []), rows)
 
 
 def _ratios(figures: dict[str, Any]) -> str:
@@ -146,7 +158,7 @@ def _ratios(figures: dict[str, Any]) -> str:
                 for middle, low, high in spreads
             ]
             rows.append([figures["tools"][ours]["title"], figures["tools"][peer]["title"], *cells])
-    return _table(["", "over", "speed", "start-up and saving", "wall", "CPU", "peak memory"], rows)
+    return table(["", "over", "speed", "start-up and saving", "wall", "CPU", "peak memory"], rows)
 
 
 def _settings(figures: dict[str, Any]) -> str:
@@ -154,7 +166,7 @@ def _settings(figures: dict[str, Any]) -> str:
     for _, tool in sorted(figures["tools"].items(), key=lambda item: not item[0].startswith("ftune")):
         versions = ", ".join(f"{name} {version}" for name, version in tool["versions"].items())
         rows.append([tool["title"], versions, tool["note"] or "-"])
-    return _table(["tool", "versions", "note"], rows)
+    return table(["tool", "versions", "note"], rows)
 
 
 def by_tool(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -176,10 +188,16 @@ def _median(runs: list[Run], value: Callable[[Run], float]) -> float:
     return statistics.median(value(run) for run in runs)
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def write_page() -> None:
+    """Write the page from the figures that are there."""
+    PAGE.write_text(render(*read_figures()), encoding="utf-8")
+
+
+def read_figures() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """The arguments of ``render``."""
+    figures, arithmetic = (json.loads(path.read_text(encoding="utf-8")) for path in (FIGURES, ARITHMETIC))
+    return figures, arithmetic, json.loads(GPU.read_text(encoding="utf-8")) if GPU.exists() else None
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(json.loads(FIGURES.read_text(encoding="utf-8"))), encoding="utf-8")
+    write_page()

@@ -123,15 +123,7 @@ class Bench:
         return checked
 
     def _environment(self) -> dict[str, str]:
-        threads, cache = str(self.args.threads), str(self.directory / "cache")
-        return {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": cache,
-            "XDG_CACHE_HOME": cache,
-        } | ({} if self.cuda else {"CUDA_VISIBLE_DEVICES": ""})
+        return environments.variables(self.directory, self.args.threads, self.cuda)
 
     def facts(self, expected: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
         """Everything that the page says beside the runs."""
@@ -175,7 +167,7 @@ def main() -> None:
             figures = bench.facts(expected, checked) | {"runs": runs}
             args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             if args.figures == report.FIGURES:
-                report.PAGE.write_text(report.render(figures), encoding="utf-8")
+                report.write_page()
     if len(agreeing) < len(tools):
         raise SystemExit(f"not timed, their loss differs: {', '.join(sorted(set(tools) - set(agreeing)))}")
 

@@ -83,6 +83,7 @@ def test_fused_experts_are_parameters_but_no_linears() -> None:
     [
         ("llama-2-7b", 6_738_415_616),
         ("llama-3-8b", 8_030_261_248),
+        ("llama-65b", 65_285_660_672),
         ("smollm2-135m", 134_515_008),
         ("mistral-7b", 7_241_732_096),
         ("qwen2.5-7b", 7_615_616_512),

@@ -1,0 +1,133 @@
+"""Train with TRL's SFTTrainer or Unsloth and print, as one line of JSON, what ftune's own runs say of themselves.
+
+    python scripts/bench/sft_peer.py CONFIG.yaml     # in the tool's environment
+
+The times are those from the end of one update to the end of the next, and the peak is that of the allocator from
+the first update on, both as ftune takes them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MARK = "measured: "
+
+
+def _trl(settings: dict[str, Any], attention: str) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"],
+        dtype=torch.bfloat16,
+        attn_implementation=attention,
+        device_map={"": 0 if settings["cuda"] else "cpu"},
+        quantization_config=quantization if settings["four_bit"] else None,
+    )
+    adapter = LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return model, AutoTokenizer.from_pretrained(settings["model"]), {"peft_config": adapter}
+
+
+def _unsloth(settings: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        settings["model"],
+        max_seq_length=settings["max_length"],
+        dtype=torch.bfloat16,
+        load_in_4bit=settings["four_bit"],
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        # Its own form, which moves what a block keeps to the host.
+        use_gradient_checkpointing="unsloth" if settings["checkpointing"] else False,
+        random_state=settings["trainer"]["seed"],
+    )
+    return model, tokenizer, {}
+
+
+def main(path: str) -> None:
+    settings: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if settings["tool"] == "unsloth":
+        import unsloth  # noqa: F401  # isort: skip  # must come first: it patches what follows
+    import torch
+    from datasets import load_dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    attention = "flash_attention_2" if settings["cuda"] and find_spec("flash_attn") else "sdpa"
+    found: dict[str, Any] = {"seconds": [], "losses": [], "tokens": [], "attention": attention}
+
+    class Watch(TrainerCallback):
+        last = 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if settings["cuda"]:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if settings["cuda"]:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            found["seconds"].append(now - self.last)
+            self.last = now
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                found["losses"].append(float(logs["loss"]))
+                found["tokens"].append(logs.get("num_tokens"))
+
+    if settings["tool"] == "unsloth":
+        found["attention"] = "its own choice"
+        model, tokenizer, more = _unsloth(settings)
+    else:
+        model, tokenizer, more = _trl(settings, attention)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=load_dataset("json", data_files=settings["data"], split="train"),
+        args=SFTConfig(
+            max_length=settings["max_length"],
+            completion_only_loss=True,
+            gradient_checkpointing=settings["checkpointing"],
+            use_cpu=not settings["cuda"],
+            **settings["trainer"],
+        ),
+        callbacks=[Watch()],
+        **more,
+    )
+    trainer.train()
+    found["peak_bytes"] = torch.cuda.max_memory_allocated() if settings["cuda"] else None
+    found["trainable"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    print("\n" + MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
