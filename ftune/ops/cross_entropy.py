@@ -65,6 +65,9 @@ def linear_cross_entropy(
     Returns:
         fp32, shape (). Differentiable once with respect to hidden states, weight and bias.
     """
+    if not torch.is_grad_enabled():
+        # A Function is told that a parameter needs a gradient even where none can be asked for.
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     if chunk is None:
         vocab, width = weight_VD.shape
         least = least_chunk(len(targets_N), vocab, width, trained=weight_VD.requires_grad)
