@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.metrics import find_metric
-from ftune.artifacts.objective import make_objective
+from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
@@ -67,9 +67,10 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         "notes": notes,
     }
     answers: dict[str, list[str]] = {}
+    loss = loss_of(run.read() if run else {})
 
     def measure(who: str, model: nn.Module) -> None:
-        result[who], answers[who] = _measure(model, plan, items, accelerator)
+        result[who], answers[who] = _measure(model, plan, items, accelerator, loss)
 
     model = load_plain(plan)
     if run is None:
@@ -139,12 +140,12 @@ def _padding_shows(plan: Plan, items: list[GenerationItem]) -> bool:
 
 
 def _measure(
-    model: nn.Module, plan: Plan, items: list[GenerationItem], accelerator: Accelerator
+    model: nn.Module, plan: Plan, items: list[GenerationItem], accelerator: Accelerator, loss_by: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Loss, perplexity and metrics of one model, and its answers."""
     spec, dtype = plan.recipe.evaluation, plan.context.dtype
     began = time.perf_counter()
-    objective, _ = make_objective(model, plan, accelerator)
+    objective, _ = make_objective(model, plan, accelerator, loss_by)
     loss, count = held_out_loss(objective, plan, accelerator)
     numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": count}
     answers: list[str] = []

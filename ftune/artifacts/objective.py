@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import ModelError
 from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan
+from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
 from ftune.run.objective import Objective, packing_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-__all__ = ["make_objective"]
+__all__ = ["loss_of", "make_objective"]
 
 
-def make_objective(model: nn.Module, plan: Plan, accelerator: Accelerator) -> tuple[Objective, dict[str, Any]]:
+def loss_of(record: dict[str, Any]) -> str:
+    """How a run computes its loss, by its ``run.json``; our own where that says nothing."""
+    return str(record.get("lean", {}).get("loss", CHUNKED))
+
+
+def make_objective(
+    model: nn.Module, plan: Plan, accelerator: Accelerator, loss: str | None = None
+) -> tuple[Objective, dict[str, Any]]:
     """Replace layers and attention by ones that keep less, hold that documents stay apart, and choose the batches.
 
     In 16 bits the order of sums shows in the third digit of a loss over few tokens. A run and ``ftune eval`` must
@@ -26,9 +34,10 @@ def make_objective(model: nn.Module, plan: Plan, accelerator: Accelerator) -> tu
         model: The base, adapted or not; changed in place.
         plan: The plan it was loaded by.
         accelerator: Whose processes must agree.
+        loss: How the run began to compute its loss; None: try what is best (``ftune.run.fused_loss``).
 
     Returns:
-        The objective, and what was replaced (``ftune.plan.lean.make_lean``).
+        The objective, and what was replaced (``ftune.plan.lean.make_lean``), with ``loss`` for the next time.
 
     Raises:
         ModelError: The rows are packed, and this architecture does not keep packed documents apart.
@@ -37,7 +46,9 @@ def make_objective(model: nn.Module, plan: Plan, accelerator: Accelerator) -> tu
     found = make_lean(model, recipe.method, context, recipe.model.attention)
     isolates = _probe_packing(plan, model)
     flat = _lies_flat(plan, accelerator, isolates and found["attention"] == PER_DOCUMENT)
-    return Objective(model, context.dtype, flat), found
+    objective = Objective(model, context.dtype, flat)
+    objective.fused = _takes_fused(objective, plan, accelerator, loss)
+    return objective, found | {"loss": LIGER if objective.fused else CHUNKED}
 
 
 def _probe_packing(plan: Plan, model: nn.Module) -> bool:
@@ -78,3 +89,18 @@ def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
     )
     verdict = torch.tensor([int(apart and not masked)], device=plan.context.device)
     return bool(accelerator.gather(verdict).min())
+
+
+def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, loss: str | None) -> bool:
+    """Whether Liger's kernel computes the loss: as the run began, where it is there, or as a trial says.
+
+    The verdict is every process's: rounding must not depend on who has a row.
+    """
+    import torch
+
+    device = plan.context.device
+    if loss == CHUNKED or device.type != "cuda":
+        return False
+    positions = plan.memory.arguments["target_tokens"]
+    fused = liger_is_there() and (loss == LIGER or objective.fused_pays(positions, device))
+    return bool(accelerator.gather(torch.tensor([int(fused)], device=accelerator.device)).min())

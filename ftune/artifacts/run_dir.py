@@ -38,6 +38,7 @@ _PACKAGES = (
     "accelerate",
     "datasets",
     "bitsandbytes",
+    "liger-kernel",
     "tokenizers",
     "safetensors",
     "pydantic",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
-from ftune.artifacts.objective import make_objective
+from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
@@ -152,7 +152,8 @@ def train(
     try:
         with StopRequest() as stop:
             model, optimizer = build(plan)
-            objective, record["lean"] = make_objective(model, plan, accelerator)
+            loss = loss_of(before) if before is not None else None
+            objective, record["lean"] = make_objective(model, plan, accelerator, loss)
             record["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:
@@ -174,6 +175,8 @@ def train(
                 if forecast := forecaster.after(event):
                     emit(forecast)
 
+            if loss is not None and loss != record["lean"]["loss"]:
+                notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
             for note in notes:
                 print(f"warning: {note}", file=sys.stderr)
             emit(RunStart(start, plan.total_steps))

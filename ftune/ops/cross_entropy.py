@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["chunk_size", "chunked_cross_entropy", "linear_cross_entropy"]
+__all__ = ["chunk_size", "chunked_cross_entropy", "least_chunk", "linear_cross_entropy"]
 
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations. Every chunk
@@ -31,6 +31,14 @@ reads the whole weight, for which a GPU needs many more rows."""
 def chunk_size(vocab: int, device_type: str = "cpu", *, least: int = 32) -> int:
     """Positions in a chunk: ``CHUNK_BYTES`` of fp32 logits, in multiples of 8, at least ``least``."""
     return max(least, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab) // 8 * 8)
+
+
+def least_chunk(positions: int, vocab: int, width: int, *, trained: bool) -> int:
+    """The least positions in a chunk of ``linear_cross_entropy``.
+
+    Where the weight trains, a chunk reads and writes its whole gradient: as large as the hidden states will do.
+    """
+    return max(32, positions * width // vocab) if trained else 32
 
 
 def linear_cross_entropy(
@@ -52,15 +60,17 @@ def linear_cross_entropy(
         bias_V: The head's bias.
         scale: Factor of the logits.
         softcap: Logits become ``softcap * tanh(logits / softcap)``, after the scale.
-        chunk: Positions whose logits exist at once; None: ``chunk_size(V)``.
+        chunk: Positions whose logits exist at once; None: ``chunk_size``, and no less than ``least_chunk``.
 
     Returns:
         fp32, shape (). Differentiable once with respect to hidden states, weight and bias.
     """
+    if not torch.is_grad_enabled():
+        # A Function is told that a parameter needs a gradient even where none can be asked for.
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     if chunk is None:
         vocab, width = weight_VD.shape
-        # Where the weight trains, a chunk reads and writes its whole gradient: as large as the hidden states will do.
-        least = 32 if not weight_VD.requires_grad else max(32, len(targets_N) * width // vocab)
+        least = least_chunk(len(targets_N), vocab, width, trained=weight_VD.requires_grad)
         chunk = chunk_size(vocab, weight_VD.device.type, least=least)
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, scale, softcap, chunk)  # type: ignore[no-untyped-call]
     return loss

@@ -137,9 +137,10 @@ def estimate(
     step = LAST_STEP * tokens * shape.intermediate * dtype_bytes + _dequantized_bytes(
         method, shape, stored, dtype_bytes
     )
-    loss = _loss_bytes(shape.vocab, target_tokens, dtype_bytes) + 2 * target_tokens * shape.hidden * dtype_bytes
+    trained = whole or method.trains_head
+    loss = _loss_bytes(shape, target_tokens, dtype_bytes, device_type, trained)
     # The gradient of a trained head is made with the loss, and scaled at the start of the backward pass.
-    head = shape.extra["head_elements"] if whole or method.trains_head else 0
+    head = shape.extra["head_elements"] if trained else 0
     head_in_loss = head * (4 + 2 * (dtype_bytes if dtype_bytes < 4 else 0))
 
     # (activations, logits, buffers) at each moment that may be the peak
@@ -167,11 +168,16 @@ def estimate(
     return MemoryEstimate(**items, total=sum(items.values()), arguments=arguments)
 
 
-def _loss_bytes(vocab: int, target_tokens: int, compute: int) -> int:
-    """Bytes of one chunk's logits: as the head gives them, and in fp32."""
-    from ftune.ops.cross_entropy import chunk_size
+def _loss_bytes(shape: ModelShape, target_tokens: int, compute: int, device_type: str, trained: bool) -> int:
+    """Bytes of one chunk's logits, as the head gives them and in fp32, and of all hidden states and their gradient.
 
-    return min(target_tokens, chunk_size(vocab)) * vocab * (4 + compute if compute < 4 else 4)
+    trained: whether the head trains, whole.
+    """
+    from ftune.ops.cross_entropy import chunk_size, least_chunk
+
+    least = least_chunk(target_tokens, shape.vocab, shape.hidden, trained=trained)
+    chunk = min(target_tokens, chunk_size(shape.vocab, device_type, least=least))
+    return chunk * shape.vocab * (4 + compute if compute < 4 else 4) + 2 * target_tokens * shape.hidden * compute
 
 
 def _masked(shape: ModelShape, length: int, attention: str, device_type: str, packed: bool) -> bool:

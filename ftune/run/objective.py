@@ -5,13 +5,14 @@ One module holds model, head and loss, because under DDP every parameter must be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from ftune.run.fused_loss import fused_cross_entropy, fused_pays
 from ftune.run.head import AfterHead, HeadTap, autocast, measure_after_head
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Objective(nn.Module):
         model: A transformers causal model, adapted or not.
         dtype: What it computes in; the loss itself is always fp32.
         flat: Whether a batch is best one row of documents: attention keeps them apart without a mask.
+
+    Attributes:
+        fused: Whether Liger's kernel computes the loss of a plain head.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, flat: bool = False) -> None:
@@ -38,6 +42,7 @@ class Objective(nn.Module):
         self.model = model
         self.dtype = dtype
         self.flat = flat
+        self.fused = False
         self._after_head: AfterHead | None = None
         self._measured = False
 
@@ -79,7 +84,8 @@ class Objective(nn.Module):
             # As autocast would for the head's product, which has no part in the loss's own precision.
             low_ND = hidden_ND if self.dtype == torch.float32 else hidden_ND.to(self.dtype)
             with torch.autocast(device, enabled=False):
-                loss = linear_cross_entropy(
+                linear = fused_cross_entropy if self.fused else linear_cross_entropy
+                loss = linear(
                     low_ND, head.weight, targets_N, head.bias, scale=after_head.scale, softcap=after_head.softcap
                 )
         else:
@@ -89,6 +95,17 @@ class Objective(nn.Module):
                 )
         # Without targets the hidden states keep the graph alive.
         return loss if targets_N.numel() else loss + 0.0 * hidden_BKD.sum()
+
+    def fused_pays(self, positions: int, device: torch.device) -> bool:
+        """Whether Liger's kernel is the better one for this model's head (``ftune.run.fused_loss``).
+
+        positions: Targets in a micro-batch.
+        """
+        after_head = self._measure_head(device)
+        if after_head is None:
+            return False
+        head = cast(Any, self.model).get_output_embeddings()
+        return type(head) is nn.Linear and fused_pays(head, after_head, self.dtype, positions)
 
     def _measure_head(self, device: torch.device) -> AfterHead | None:
         if not self._measured:

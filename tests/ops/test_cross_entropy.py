@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ftune.ops.cross_entropy import chunk_size, chunked_cross_entropy, linear_cross_entropy
 
@@ -96,3 +97,12 @@ def test_the_largest_tensor_is_a_chunk_of_logits_whatever_the_vocabulary() -> No
         with Largest() as seen:
             linear_cross_entropy(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
         assert seen.bytes <= chunk_size(vocab) * vocab * 4 <= 16 * 2**20
+
+
+def test_an_evaluation_computes_no_gradient_of_a_trained_head() -> None:
+    hidden, weight, bias_V, targets = inputs(True, torch.float32)
+    given = (hidden.detach(), weight, targets, bias_V)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss = linear_cross_entropy(*given)
+    assert counter.get_total_flops() == 2 * N * V * D
+    assert float(loss) == float(linear_cross_entropy(*given).detach())
