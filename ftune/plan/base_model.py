@@ -176,6 +176,8 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
             model = dense
             if quantization is not None:
                 quantize(model, quantization, device)
+    if quantization is not None:
+        _leave_file(model)
     model.config.name_or_path = located.path_or_id
     keep_packed(model)
     model.config.use_cache = False
@@ -184,6 +186,15 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
         model.to(device)
     return cast("nn.Module", model.train())
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy the weights that are not quantized: one that still lies in the mapped file keeps all of it resident."""
+    import torch
+
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
 
 
 def keep_packed(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from ftune.errors import ModelError
 from ftune.methods.full import Full
 from ftune.methods.lora import Lora
+from ftune.methods.qlora import QLora
 from ftune.plan.base_model import load_base, load_config, load_tokenizer
 from ftune.plan.resolve import resolve
 from ftune.recipe.schema import ModelSpec
@@ -63,6 +64,19 @@ def test_rotary_frequencies_stay_fp32_in_a_16_bit_model(tmp_path: Path) -> None:
 def test_full_keeps_fp32_master_weights_whatever_it_computes_in(tmp_path: Path) -> None:
     base = load_base(ModelSpec(id=str(tiny.model_dir(tmp_path / "m"))), Full(), torch.bfloat16, CPU)
     assert {p.dtype for p in base.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are mapped")
+def test_a_quantized_model_lets_go_of_the_file_it_was_made_of(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    tiny.model().bfloat16().save_pretrained(directory)
+    method = QLora(name="qlora")
+    quantized = load_base(ModelSpec(id=str(directory)), method, torch.bfloat16, torch.device("cpu"))
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    dense = load_base(ModelSpec(id=str(directory)), Lora(name="lora"), torch.bfloat16, torch.device("cpu"))
+    assert str(directory) in Path("/proc/self/maps").read_text()  # where nothing is copied: the file is the weights
+    embeddings = [model.get_input_embeddings().weight for model in (quantized, dense)]
+    assert torch.equal(*embeddings)
 
 
 def test_the_configuration_is_a_copy(tmp_path: Path) -> None:
