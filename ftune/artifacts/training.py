@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
+from ftune.artifacts.kernels import kernels_of_run
 from ftune.artifacts.objective import make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
+from ftune.ops.kernels import EAGER, using
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -161,6 +163,9 @@ def train(
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
             start, notes, found, kept = _restore(checkpoints, plan, model, optimizer, resume)
+            kernels, lines = EAGER, list[str]()
+            if recipe.training.compile:
+                kernels, lines = kernels_of_run(objective, plan, accelerator, start, lean=record["lean"], progress=kept)
             if main:
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
@@ -174,13 +179,14 @@ def train(
                 if forecast := forecaster.after(event):
                     emit(forecast)
 
-            for note in notes:
-                print(f"warning: {note}", file=sys.stderr)
+            for line in [*(f"warning: {note}" for note in notes), *(lines if main else ())]:
+                print(line, file=sys.stderr)
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
-            loop.run(start)
+            with using(kernels):
+                loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
