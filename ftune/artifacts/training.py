@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
+from ftune.artifacts.kernels import kernels_of_run
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
+from ftune.ops.kernels import EAGER, using
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -162,6 +164,9 @@ def train(
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
             start, notes, found, kept = _restore(checkpoints, plan, model, optimizer, resume)
+            kernels, lines = EAGER, list[str]()
+            if recipe.training.compile:
+                kernels, lines = kernels_of_run(objective, plan, accelerator, start, lean=record["lean"], progress=kept)
             if main:
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
@@ -177,13 +182,14 @@ def train(
 
             if loss is not None and loss != record["lean"]["loss"]:
                 notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
-            for note in notes:
-                print(f"warning: {note}", file=sys.stderr)
+            for line in [*(f"warning: {note}" for note in notes), *(lines if main else ())]:
+                print(line, file=sys.stderr)
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
-            loop.run(start)
+            with using(kernels):
+                loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
@@ -336,7 +342,8 @@ def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], r
     Raises:
         RunDirError: The recipe or the data changed.
     """
-    old, new = flatten(before.get("resolved", {})), flatten(plan.recipe.model_dump(mode="json"))
+    # Read as a recipe, so that a field which is newer than the run has its default.
+    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), plan.recipe))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())

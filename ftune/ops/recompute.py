@@ -12,15 +12,14 @@ Shape suffixes: N tokens, D width, F width of the feed-forward.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ftune.ops.kernels import Activation, Kernels, current
 
 __all__ = ["Activation", "Kept", "gated", "keep", "kept_again", "rms_norm"]
-
-Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 Make = Callable[..., Tensor]
 Kept = tuple[Make | None, tuple[Tensor, ...]]
@@ -68,42 +67,32 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, offset: bool = False
     Returns:
         As transformers' RMS norms do: in the input's dtype (Llama's form: promoted with the gain's).
     """
+    kernels = current()
     out: Tensor
-    out, rstd_N = _RmsNorm.apply(x_ND, weight_D, eps, offset)  # type: ignore[no-untyped-call]
-    return _remember(out, _offset_norm if offset else _plain_norm, x_ND, rstd_N, weight_D)
+    out, rstd_N = _RmsNorm.apply(x_ND, weight_D, eps, offset, kernels)  # type: ignore[no-untyped-call]
+    return _remember(out, _norm_of(kernels, offset), x_ND, rstd_N, weight_D)
 
 
-def _plain_norm(x_ND: Tensor, rstd_N: Tensor, weight_D: Tensor) -> Tensor:
-    return weight_D * (x_ND.float() * rstd_N).to(x_ND.dtype)
-
-
-def _offset_norm(x_ND: Tensor, rstd_N: Tensor, weight_D: Tensor) -> Tensor:
-    return ((x_ND.float() * rstd_N) * (1.0 + weight_D.float())).to(x_ND.dtype)
+def _norm_of(kernels: Kernels, offset: bool) -> Make:
+    return lambda x_ND, rstd_N, weight_D: kernels.norm_again(x_ND, rstd_N, weight_D, offset)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
-        rstd_N = torch.rsqrt(x_ND.float().square().mean(-1, keepdim=True) + eps)
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        out_ND, rstd_N = kernels.norm(x_ND, weight_D, eps, offset)
         ctx.save_for_backward(x_ND, rstd_N, weight_D)
-        ctx.offset = offset
+        ctx.offset, ctx.kernels = offset, kernels
         ctx.mark_non_differentiable(rstd_N)
-        return (_offset_norm if offset else _plain_norm)(x_ND, rstd_N, weight_D), rstd_N
+        return out_ND, rstd_N
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor, _: Any) -> tuple[Any, ...]:
-        x_ND, rstd_N, weight_D = ctx.saved_tensors
-        normed_ND = x_ND.float() * rstd_N
-        grad_ND = grad_ND.float()
-        grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad_ND * normed_ND).flatten(0, -2).sum(0).to(weight_D.dtype)
-        if ctx.needs_input_grad[0]:
-            gain = weight_D.float() + 1.0 if ctx.offset else weight_D.float()
-            inner_ND = grad_ND * gain
-            mean_N = (inner_ND * normed_ND).mean(-1, keepdim=True)
-            grad_x = inner_ND.sub_(normed_ND.mul_(mean_N)).mul_(rstd_N).to(x_ND.dtype)
-        return grad_x, grad_weight, None, None
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grads = ctx.kernels.norm_backward(grad_ND, *ctx.saved_tensors, ctx.offset, wants_x, wants_weight)
+        return *grads, None, None, None
 
 
 # --- gate --------------------------------------------------------------------------------------------------
@@ -114,40 +103,24 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> Tensor:
 
     Source: Shazeer, GLU Variants Improve Transformer (arXiv:2002.05202).
     """
-    out: Tensor = _Gated.apply(gate_NF, up_NF, activation)  # type: ignore[no-untyped-call]
-    return _remember(out, _PRODUCTS[activation], gate_NF, up_NF)
+    kernels = current()
+    out: Tensor = _Gated.apply(gate_NF, up_NF, activation, kernels)  # type: ignore[no-untyped-call]
+    return _remember(out, _product_of(kernels, activation), gate_NF, up_NF)
 
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-_SLOPES: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-}
-_PRODUCTS: dict[Activation, Make] = {
-    "silu": lambda gate, up: F.silu(gate).mul_(up),
-    "gelu": lambda gate, up: F.gelu(gate).mul_(up),
-    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh").mul_(up),
-}
+def _product_of(kernels: Kernels, activation: Activation) -> Make:
+    return lambda gate_NF, up_NF: kernels.gate(gate_NF, up_NF, activation)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: Activation, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate_NF, up_NF)
-        ctx.activation = activation
-        return _PRODUCTS[activation](gate_NF, up_NF)
+        ctx.activation, ctx.kernels = activation, kernels
+        return kernels.gate(gate_NF, up_NF, activation)
 
     @staticmethod
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Any, ...]:
-        gate_NF, up_NF = ctx.saved_tensors
-        grad_gate = grad_up = None
-        if ctx.needs_input_grad[1]:
-            grad_up = _ACTIVATIONS[ctx.activation](gate_NF).mul_(grad_NF)
-        if ctx.needs_input_grad[0]:
-            grad_gate = _SLOPES[ctx.activation](grad_NF * up_NF, gate_NF)
-        return grad_gate, grad_up, None
+        wants_gate, wants_up = ctx.needs_input_grad[:2]
+        grads = ctx.kernels.gate_backward(grad_NF, *ctx.saved_tensors, ctx.activation, wants_gate, wants_up)
+        return *grads, None, None

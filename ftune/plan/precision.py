@@ -22,7 +22,7 @@ from ftune.cache import cache_dir, publish, touch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "seconds_of"]
+__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "seconds_of"]
 
 MARGIN = 1.1
 """How many times faster bfloat16 must be than float32 to be taken: it costs precision, so a draw is float32's."""
@@ -68,7 +68,7 @@ def seconds_of(key: str, candidates: Mapping[str, Callable[[], object]]) -> dict
     """
     import torch
 
-    name = f"{key}-{_machine()}.json"
+    name = f"{key}-{machine()}.json"
     if name in _found and _found[name].keys() == candidates.keys():
         return _found[name]
     shared: list[Any] = [None]
@@ -127,7 +127,7 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
     return seconds
 
 
-def _machine() -> str:
+def machine() -> str:
     """Stands for the processor, torch and its threads in a file's name."""
     import torch
 

@@ -140,6 +140,11 @@ class TrainingSpec(_Block):
         description="Recompute blocks in the backward pass instead of keeping their activations. true: all; a number: "
         "the first so many; auto: none where the run fits, else the fewest that make it fit.",
     )
+    compile: bool | Literal["auto"] = Field(
+        False,
+        description="Compile norms and gates: half a minute or more at the start. auto: only where this run is long "
+        "enough to gain it back; true: always.",
+    )
     memory_gib: float | None = Field(
         None, gt=0, description="Memory that the run may take, in GiB. Default: what the device has free."
     )

@@ -1,0 +1,66 @@
+"""The kernels that a run computes its norms and gates with, the same from its first update to its last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftune.ops.kernels import Kernels
+from ftune.plan.resolve import Plan
+from ftune.run.compiling import choose_kernels
+from ftune.run.kernel_work import find_work, portions
+from ftune.run.objective import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["kernels_of_run"]
+
+
+def kernels_of_run(
+    objective: Objective,
+    plan: Plan,
+    accelerator: Accelerator,
+    start: int,
+    *,
+    lean: dict[str, Any],
+    progress: dict[str, Any],
+) -> tuple[Kernels, list[str]]:
+    """Decide as ``training.compile`` asks, or as was decided when the run began.
+
+    Args:
+        objective: Model and loss.
+        plan: The plan.
+        accelerator: Whose processes must agree.
+        start: Updates made so far.
+        lean: What was replaced; ``compile`` is added: what was decided and why.
+        progress: What the run keeps with its checkpoints; ``compile`` is set: whether the kernels are compiled.
+
+    Returns:
+        The kernels, and lines for people.
+    """
+    import torch
+
+    device, dtype = plan.context.device, plan.context.dtype
+    tokens, micro_batches = portions(plan, objective.flat, start)
+
+    def agree(verdict: bool) -> bool:
+        flag = torch.tensor([int(verdict)], device=device)
+        return bool(accelerator.gather(flag).min())
+
+    began = progress.get("compile")
+    kernels, found = choose_kernels(
+        plan.recipe.training.compile,
+        lambda: find_work(objective.model, lean, tokens, dtype, device),
+        micro_batches,
+        device,
+        agree,
+        began,
+    )
+    lean["compile"], progress["compile"] = found, found["compiled"]
+    lines = [f"compile: {found['why']}"]
+    if began and not found["compiled"]:
+        lines.append(
+            "warning: this run began with compiled kernels: from here on its numbers differ by rounding from those "
+            "it would have had without the interruption"
+        )
+    return kernels, lines

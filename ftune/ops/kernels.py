@@ -1,0 +1,121 @@
+"""The elementwise arithmetic of norms and gates as pure functions, in a set that can be exchanged for a run.
+
+``EAGER`` is the arithmetic itself, one torch operation after another. Another set (``ftune.ops.compiled``) computes
+the same up to rounding and is in force inside ``using``. A module of autograd that begins with one set ends with it:
+``ftune.ops.recompute`` keeps the set of the forward pass for the backward pass.
+
+Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["EAGER", "Activation", "Kernels", "current", "using"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions; those of ``EAGER`` say what each computes.
+
+    Attributes:
+        norm: ``(x_ND, weight_D, eps, offset)``: the normed input and ``rstd`` (N, 1) in fp32.
+        norm_again: ``(x_ND, rstd, weight_D, offset)``: the normed input.
+        norm_backward: ``(grad_ND, x_ND, rstd, weight_D, offset, wants_x, wants_weight)``: the gradients of input and
+            gain, None where one is not wanted.
+        gate: ``(gate_NF, up_NF, activation)``: ``activation(gate) * up``.
+        gate_backward: ``(grad_NF, gate_NF, up_NF, activation, wants_gate, wants_up)``: the gradients of gate and up.
+    """
+
+    norm: Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+    norm_again: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor | None, Tensor | None]]
+    gate: Callable[[Tensor, Tensor, Activation], Tensor]
+    gate_backward: Callable[[Tensor, Tensor, Tensor, Activation, bool, bool], tuple[Tensor | None, Tensor | None]]
+
+
+def _norm(x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
+    rstd_N = torch.rsqrt(x_ND.float().square().mean(-1, keepdim=True) + eps)
+    return _norm_again(x_ND, rstd_N, weight_D, offset), rstd_N
+
+
+def _norm_again(x_ND: Tensor, rstd_N: Tensor, weight_D: Tensor, offset: bool) -> Tensor:
+    if offset:
+        return ((x_ND.float() * rstd_N) * (1.0 + weight_D.float())).to(x_ND.dtype)
+    return weight_D * (x_ND.float() * rstd_N).to(x_ND.dtype)
+
+
+def _norm_backward(
+    grad_ND: Tensor, x_ND: Tensor, rstd_N: Tensor, weight_D: Tensor, offset: bool, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    normed_ND = x_ND.float() * rstd_N
+    grad_ND = grad_ND.float()
+    grad_x = grad_weight = None
+    if wants_weight:
+        grad_weight = (grad_ND * normed_ND).flatten(0, -2).sum(0).to(weight_D.dtype)
+    if wants_x:
+        gain = weight_D.float() + 1.0 if offset else weight_D.float()
+        inner_ND = grad_ND * gain
+        mean_N = (inner_ND * normed_ND).mean(-1, keepdim=True)
+        grad_x = inner_ND.sub_(normed_ND.mul_(mean_N)).mul_(rstd_N).to(x_ND.dtype)
+    return grad_x, grad_weight
+
+
+def _activated(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _slope(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    """The gradient of the activation's input."""
+    found: Tensor
+    if activation == "silu":
+        found = torch.ops.aten.silu_backward(grad, x)
+    else:
+        found = torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return found
+
+
+def _gate(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> Tensor:
+    return _activated(gate_NF, activation).mul_(up_NF)
+
+
+def _gate_backward(
+    grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, activation: Activation, wants_gate: bool, wants_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_up = _activated(gate_NF, activation).mul_(grad_NF) if wants_up else None
+    grad_gate = _slope(grad_NF * up_NF, gate_NF, activation) if wants_gate else None
+    return grad_gate, grad_up
+
+
+EAGER = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward)
+
+# Not a context variable: blocks that are recomputed run forwards in autograd's own thread.
+_current = EAGER
+
+
+def current() -> Kernels:
+    """The set in force."""
+    return _current
+
+
+@contextlib.contextmanager
+def using(kernels: Kernels) -> Iterator[None]:
+    """Put a set in force in every thread, and the one before it back at the end."""
+    global _current
+    before = _current
+    _current = kernels
+    try:
+        yield
+    finally:
+        _current = before

@@ -1,0 +1,76 @@
+"""A set of kernels is in force where it is put, for the backward pass of what began under it, and nowhere else."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ftune.ops.compiled import compile_kernels
+from ftune.ops.kernels import EAGER, Kernels, current, using
+from ftune.ops.linear import low_rank_linear
+from ftune.ops.recompute import gated, rms_norm
+
+
+def counting() -> tuple[Kernels, dict[str, int]]:
+    calls = dict.fromkeys(Kernels.__dataclass_fields__, 0)
+
+    def counted(name: str) -> object:
+        def call(*arguments: object) -> object:
+            calls[name] += 1
+            return getattr(EAGER, name)(*arguments)
+
+        return call
+
+    return Kernels(*(counted(name) for name in calls)), calls  # type: ignore[arg-type]
+
+
+def test_a_set_is_in_force_in_every_thread_until_its_block_ends() -> None:
+    mine, _ = counting()
+    seen = []
+
+    def fails() -> None:
+        with using(mine):
+            thread = threading.Thread(target=lambda: seen.append(current()))
+            thread.start()
+            thread.join()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert seen == [mine]
+    assert current() is EAGER
+
+
+def test_what_began_under_a_set_ends_with_it() -> None:
+    mine, calls = counting()
+    x, gain, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (8,), (2, 8), (8, 2)))
+    weight = torch.randn(8, 8)
+    with using(mine):
+        normed = low_rank_linear(rms_norm(x, gain, 1e-5), weight, None, a, b, 1.0)
+        out = low_rank_linear(gated(normed, normed, "silu"), weight, None, a, b, 1.0)
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert calls == {"norm": 1, "norm_again": 1, "norm_backward": 1, "gate": 2, "gate_backward": 1}
+    rms_norm(x, gain, 1e-5)
+    assert calls["norm"] == 1
+
+
+def test_compiled_code_that_fails_in_the_run_gives_way_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compiler(function: object, **_: object) -> object:
+        def broken(*arguments: object) -> object:
+            calls.append(function)
+            raise RuntimeError("expected size 8 at dim 0")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    kernels = compile_kernels([])
+    x, gain = torch.randn(2, 3, 8), torch.randn(8)
+    with pytest.warns(UserWarning, match="compiled norm failed, and is eager from here on: expected size"):
+        out, _ = kernels.norm(x, gain, 1e-5, False)
+    assert torch.equal(out, EAGER.norm(x, gain, 1e-5, False)[0])
+    kernels.norm(x, gain, 1e-5, False)
+    assert len(calls) == 1
