@@ -57,7 +57,7 @@ def kernels_of_run(
         began,
     )
     lean["compile"], progress["compile"] = found, found["compiled"]
-    lines = [f"compile: {found['why']}"]
+    lines = [f"compile: {found['why']}"] if plan.recipe.training.compile else []
     if began and not found["compiled"]:
         lines.append(
             "warning: this run began with compiled kernels: from here on its numbers differ by rounding from those "
