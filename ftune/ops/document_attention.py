@@ -66,10 +66,12 @@ class _DocumentAttention(torch.autograd.Function):
         for start, end in zip(borders, borders[1:], strict=False):
             query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
             out = out_LHD[start:end].transpose(0, 1)
-            if end - start <= LONG:
-                _by_blocks(query, key, value, scale, out)
-            else:
-                logsumexps_HT.append(_fused_into(query, key, value, scale, out))
+            # Autocast would round the scores to 16 bits.
+            with torch.autocast("cpu", enabled=False):
+                if end - start <= LONG:
+                    _by_blocks(query, key, value, scale, out)
+                else:
+                    logsumexps_HT.append(_fused_into(query, key, value, scale, out))
         ctx.save_for_backward(query_HLD, key_KLD, value_KLD, out_LHD, *logsumexps_HT)
         ctx.borders, ctx.scale = borders, scale
         return out_LHD

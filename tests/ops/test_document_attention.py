@@ -35,3 +35,11 @@ def test_equals_each_document_alone(
     actual = torch.autograd.grad((out.float() * weights).sum(), mine)
     for grad, reference in zip(actual, torch.autograd.grad((expected * weights).sum(), theirs), strict=True):
         assert (grad.float() - reference).norm() <= bound * reference.norm()
+
+
+def test_autocast_rounds_no_score() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 100, 16).bfloat16() * 3 for _ in range(3))
+    alone = document_attention(query, key, value, (0, 100))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(document_attention(query, key, value, (0, 100)), alone)
