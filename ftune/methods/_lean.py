@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ftune.ops.recompute import Activation
 
-__all__ = ["lean_base", "lean_low_rank", "with_forward"]
+__all__ = ["lean_adalora", "lean_base", "lean_low_rank", "with_forward"]
 
 _SUBCLASSES: dict[tuple[type, Callable[..., Any]], type] = {}
 
@@ -178,6 +178,27 @@ def lean_low_rank(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, LoraLayer) and _plain_lora(module):
             with_forward(module, _dora_forward if module.lora_variant else _low_rank_forward)
+            if module.lora_variant:
+                _squares(module)  # now: among the activations of the first step it would split the heap for good
+            count += 1
+    return count
+
+
+def lean_adalora(model: nn.Module) -> int:
+    """Let PEFT's AdaLoRA layers without dropout compute as LoRA does over ``diag(E) A``; returns how many."""
+    import torch
+    from peft.tuners.adalora import AdaLoraLayer
+
+    count = 0
+    for module in model.modules():
+        if (
+            isinstance(module, AdaLoraLayer)
+            and type(module).__name__ in ("SVDLinear", "SVDLinear4bit")
+            and len(module.lora_A) == len(module.active_adapters) == 1
+            and isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity)
+            and not getattr(module, "fan_in_fan_out", False)
+        ):
+            with_forward(module, _adalora_forward)
             count += 1
     return count
 
@@ -204,7 +225,19 @@ def _low_rank_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
         # of the class that PEFT made
         return type(self).__mro__[1].forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
-    return _updated(self, x, self.get_base_layer().bias)
+    name = self.active_adapter[0]
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    return _updated(self, x, self.get_base_layer().bias, a, b, self.scaling[name])
+
+
+def _adalora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if self.disable_adapters or self.merged:
+        return type(self).__mro__[1].forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+    name = self.active_adapters[0]
+    # A tensor: asking for its value would wait for the device in every layer. fp32, whatever the base's dtype.
+    factor = self.scaling[name] / (self.ranknum[name].float() + 1e-5)
+    scaled_e = self.lora_E[name] * factor
+    return _updated(self, x, self.get_base_layer().bias, self.lora_A[name] * scaled_e, self.lora_B[name], 1.0)
 
 
 def _dora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -215,18 +248,18 @@ def _dora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     name, base = self.active_adapter[0], self.get_base_layer()
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     norms = direction_norms(_squares(self), _product(base, a.detach(), x), a, b, self.scaling[name])
-    out = scale_directions(_updated(self, x, None), self.lora_magnitude_vector[name].weight, norms)
+    updated = _updated(self, x, None, a, b, self.scaling[name])
+    out = scale_directions(updated, self.lora_magnitude_vector[name].weight, norms)
     return out if base.bias is None else out + base.bias.to(out.dtype)
 
 
-def _updated(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+def _updated(self: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``x W^T + scale * x A^T B^T``, plus the bias if it is wanted."""
     import torch
 
     from ftune.ops.linear import low_rank_linear, low_rank_update
 
-    name, base = self.active_adapter[0], self.get_base_layer()
-    a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    base = self.get_base_layer()
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
         return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, bias, a, b, scale)

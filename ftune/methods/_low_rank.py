@@ -133,7 +133,4 @@ class LowRank(Method):
         if self.dropout:
             inputs = sum(linear.in_features for linear in targets)
             return inputs * (2 * dtype_bytes) + sum(self.rank for _ in targets) * dtype_bytes
-        kept = [linear for linear in targets if not _shared.makes_input_again(shape, linear)]
-        names = tuple(linear.name for linear in kept)
-        inputs_of_kept = _shared.low_rank_saved_bytes(kept, names, 0, dtype_bytes) if kept else 0
-        return inputs_of_kept + self.rank * len(targets) * dtype_bytes
+        return _shared.lean_saved_bytes(shape, targets, self.rank, dtype_bytes)

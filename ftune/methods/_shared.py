@@ -481,6 +481,14 @@ def keeps_output(shape: ModelShape, linear: Linear) -> bool:
     return leaf == "v_proj" or (leaf in ("gate_proj", "up_proj") and bool(shape.extra["lean_gate"]))
 
 
+def lean_saved_bytes(shape: ModelShape, targets: Sequence[Linear], rank: int, dtype_bytes: int) -> int:
+    """Bytes a token that lean low-rank layers keep: ``xA``, and the inputs that no norm or gate makes again."""
+    kept = [linear for linear in targets if not makes_input_again(shape, linear)]
+    names = tuple(linear.name for linear in kept)
+    inputs = low_rank_saved_bytes(kept, names, 0, dtype_bytes) if kept else 0
+    return inputs + rank * len(targets) * dtype_bytes
+
+
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:
     """Bytes a token that the low-rank products keep for the backward pass: each distinct input, and ``xA``."""
     elements = 0

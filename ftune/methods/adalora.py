@@ -164,6 +164,12 @@ class AdaLora(Method):
         _allocator(adapted).allocations = 0
         return adapted
 
+    def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
+        """And the adapted projections."""
+        from ftune.methods._lean import lean_adalora
+
+        return super().lean(model, context) | {"low_rank": lean_adalora(model)}
+
     def _hold_scale(self, model: nn.Module) -> nn.Module:
         """Keep what PEFT divides by at the initial rank.
 
@@ -335,13 +341,18 @@ class AdaLora(Method):
         return super().optimizer_bytes(shape, optimizer) + 12 * self.trainable_parameters(shape)
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """``diag(E) A``, and in 16 bits cast copies of A and B."""
+        """``diag(E) A`` in fp32; with dropout in the compute dtype, and in 16 bits cast copies of A and B."""
         targets = _shared.match_targets(shape.linears, self.target_modules)
+        if not self.dropout:
+            return 4 * self.init_rank * sum(linear.in_features for linear in targets)
         sizes = sum(linear.in_features + (linear.out_features if dtype_bytes < 4 else 0) for linear in targets)
         return self.init_rank * sizes * dtype_bytes
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """As LoRA's at ``init_rank``: the input, and its product with ``diag(E) A``."""
+        """As LoRA's at ``init_rank``: the product with ``diag(E) A``, and inputs; with dropout all of them."""
+        if not self.dropout:
+            targets = _shared.match_targets(shape.linears, self.target_modules)
+            return _shared.lean_saved_bytes(shape, targets, self.init_rank, dtype_bytes)
         return _shared.low_rank_saved_bytes(shape.linears, self.target_modules, self.init_rank, dtype_bytes)
 
 

@@ -176,10 +176,10 @@ def direction_norms(squares_O: Tensor, wa_RO: Tensor, a_RI: Tensor, b_OR: Tensor
 
 
 def scale_directions(out_NO: Tensor, magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
-    """``magnitude / norm * out``; keeps the result, which what comes next often keeps as well.
+    """``magnitude / norm * out``, in place; keeps the result, which what comes next often keeps as well.
 
     Args:
-        out_NO: Product with the adapted matrix, without a bias.
+        out_NO: Product with the adapted matrix, without a bias, which nothing else needs; it becomes the result.
         magnitude_O: Trained magnitudes. The gradient of one that is exactly 0 is 0.
         norms_O: Of the rows of the adapted matrix, constants.
 
@@ -194,9 +194,10 @@ class _ScaleDirections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_NO: Tensor, magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
         factor_O = magnitude_O.float() / norms_O
-        scaled_NO = torch.mul(out_NO, factor_O, out=torch.empty_like(out_NO))
-        ctx.save_for_backward(scaled_NO, magnitude_O, factor_O)
-        return scaled_NO
+        out_NO.mul_(factor_O)
+        ctx.mark_dirty(out_NO)
+        ctx.save_for_backward(out_NO, magnitude_O, factor_O)
+        return out_NO
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Any, ...]:

@@ -71,7 +71,7 @@ def test_a_lean_model_has_the_loss_and_the_gradients_of_the_plain_one(name: str)
     assert found["norms"] >= 5
     assert found["gates"] == 2
     assert found["attention"] == (PER_DOCUMENT if name != "longlora" else "sdpa")
-    if name in ("lora", "qlora", "dora"):
+    if name in ("lora", "qlora", "dora", "adalora"):
         assert found["low_rank"] == 14
     loss, grads = gradients(lean, Objective(lean, torch.float32)(given))
     assert loss == pytest.approx(expected, rel=1e-5)
