@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ftune.artifacts.objective import agreed
 from ftune.ops.kernels import Kernels
 from ftune.plan.resolve import Plan
 from ftune.run.compiling import choose_kernels
@@ -38,22 +40,15 @@ def kernels_of_run(
     Returns:
         The kernels, and lines for people.
     """
-    import torch
-
     device, dtype = plan.context.device, plan.context.dtype
     tokens, micro_batches = portions(plan, objective.flat, start)
-
-    def agree(verdict: bool) -> bool:
-        flag = torch.tensor([int(verdict)], device=device)
-        return bool(accelerator.gather(flag).min())
-
     began = progress.get("compile")
     kernels, found = choose_kernels(
         plan.recipe.training.compile,
         lambda: find_work(objective.model, lean, tokens, dtype, device),
         micro_batches,
         device,
-        agree,
+        partial(agreed, accelerator),
         began,
     )
     lean["compile"], progress["compile"] = found, found["compiled"]

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-__all__ = ["loss_of", "make_objective"]
+__all__ = ["agreed", "loss_of", "make_objective"]
+
+
+def agreed(accelerator: Accelerator, verdict: bool) -> bool:
+    """Whether every process says so; all of them must ask."""
+    import torch
+
+    return bool(accelerator.gather(torch.tensor([int(verdict)], device=accelerator.device)).min())
 
 
 def loss_of(record: dict[str, Any]) -> str:
@@ -87,8 +94,7 @@ def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
         or plan.shape.extra.get("attention_dropout")
         or (plan.context.device.type == "cuda" and plan.context.dtype == torch.float32)
     )
-    verdict = torch.tensor([int(apart and not masked)], device=plan.context.device)
-    return bool(accelerator.gather(verdict).min())
+    return agreed(accelerator, bool(apart and not masked))
 
 
 def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, loss: str | None) -> bool:
@@ -96,11 +102,9 @@ def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, los
 
     The verdict is every process's: rounding must not depend on who has a row.
     """
-    import torch
-
     device = plan.context.device
     if loss == CHUNKED or device.type != "cuda":
         return False
     positions = plan.memory.arguments["target_tokens"]
     fused = liger_is_there() and (loss == LIGER or objective.fused_pays(positions, device))
-    return bool(accelerator.gather(torch.tensor([int(fused)], device=accelerator.device)).min())
+    return agreed(accelerator, fused)

@@ -176,7 +176,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
             model = dense
             if quantization is not None:
                 quantize(model, quantization, device)
-    if quantization is not None:
+    if quantization is not None and device.type == "cpu":  # elsewhere nothing lies in the file
         _leave_file(model)
     model.config.name_or_path = located.path_or_id
     keep_packed(model)
