@@ -232,12 +232,17 @@ def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data changed.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its output_dir."""
     if resume and overwrite:
         raise FtuneError("--resume and --overwrite exclude each other")
+    if accept_changed_data and not resume:
+        raise FtuneError("--accept-changed-data goes with --resume: a new run takes the data as it is")
     loaded = _load(recipe, overrides)
     with _libraries():
         from ftune.artifacts.training import train as run_recipe
@@ -246,6 +251,7 @@ def train(
             loaded,
             resume=resume,
             overwrite=overwrite,
+            accept_changed_data=accept_changed_data,
             show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
         )
     if os.environ.get("RANK", "0") != "0":

@@ -8,14 +8,15 @@
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
     RUN/eval.json         what `ftune eval` measured
     RUN/merged/           what `ftune merge` made
+    RUN/.lock             held by whoever writes here (``ftune.run.lock``)
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ import ftune
 from ftune.errors import RunDirError
 from ftune.recipe.schema import Recipe
 from ftune.run.files import remove_leftovers, write_json
+from ftune.run.lock import LOCK
 
 __all__ = ["RunDir", "package_versions"]
 
@@ -43,6 +45,11 @@ _PACKAGES = (
     "safetensors",
     "pydantic",
 )
+
+
+def _foreign(path: Path) -> bool:
+    """Whether ftune did not make it: the lock, and what a process left half written before its run.json, it did."""
+    return path.name != LOCK and not path.name.startswith(".tmp-")
 
 
 def package_versions() -> dict[str, str]:
@@ -163,20 +170,27 @@ class RunDir:
                 help="--resume continues it, --overwrite replaces it, or choose another output_dir",
             )
         try:
-            remove_leftovers(self.root)
-            if not self.exists() and self.root.is_dir() and any(self.root.iterdir()):
+            if not self.exists() and self.root.is_dir() and any(map(_foreign, self.root.iterdir())):
                 raise RunDirError(
                     f"{self.root} is not empty and is no run directory",
                     help="choose another output_dir; ftune does not delete what it did not make",
                 )
             self.root.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.root, os.W_OK):
-                raise PermissionError(f"no permission to write in {self.root}")
+            # Tried, not asked: a full or read-only file system, and root's rights, show only so.
+            with tempfile.TemporaryDirectory(dir=self.root, prefix=".tmp-"):
+                pass
         except OSError as error:
             raise RunDirError(f"cannot write the run: {error}", help="choose another output_dir") from error
 
+    def sweep(self) -> None:
+        """Delete what a killed process left half written; only by who holds the lock."""
+        remove_leftovers(self.root)
+
     def clear(self) -> None:
-        """Delete the run that is here: what ftune made, and nothing else."""
-        for name in _OURS:
+        """Delete the run that is here: what ftune made, and nothing else.
+
+        Its ``run.json`` goes last: killed half-way, what is left is still known as a run.
+        """
+        for name in reversed(_OURS):
             path = self.root / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
+import contextlib
 import datetime
 import os
 import shlex
@@ -12,14 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.card import write_card
 from ftune.artifacts.kernels import kernels_of_run
-from ftune.artifacts.objective import loss_of, make_objective
+from ftune.artifacts.objective import agreed, loss_of, make_objective
+from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.artifacts.tally import Tally
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
@@ -27,74 +28,23 @@ from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
-from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd, Vitals
-from ftune.run.files import new_directory
+from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
+from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
+from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
 from ftune.run.signals import StopRequest
-from ftune.run.sinks.jsonl import JsonlSink, read_events, truncate_after
+from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
 from ftune.run.sinks.tracker import TrackerSink, flatten
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from torch.optim import Optimizer
 
 __all__ = ["train"]
 
 _LOCAL_SINKS = ("progress", "jsonl")
-# Blocks that may differ between start and resume: they do not change what is trained.
-_FREE_TO_CHANGE = ("checkpoint", "evaluation", "tracking", "output_dir")
-
-
-@dataclass
-class _Tally:
-    """A sink that adds up what ``run.json`` reports as measured."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    first_loss: float | None = None
-    last: StepEnd | None = None
-    evals: list[EvalEnd] = field(default_factory=list)
-
-    def receive(self, event: Event) -> None:
-        if isinstance(event, StepEnd):
-            self.tokens += event.tokens
-            self.seconds += event.seconds
-            self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
-            self.first_loss = event.loss if self.first_loss is None else self.first_loss
-            self.last = event
-        elif isinstance(event, EvalEnd):
-            self.evals.append(event)
-
-    def close(self) -> None:
-        pass
-
-    def recall(self, metrics: Path) -> None:
-        """Take the steps that a resumed run made before, from its ``metrics.jsonl``."""
-        names = {field.name for field in dataclasses.fields(StepEnd)} - {"extra"}
-        for event in read_events(metrics):
-            if event["event"] == "step":
-                self.receive(StepEnd(**{name: event[name] for name in names}))
-
-    def measured(self, predicted: int) -> dict[str, Any]:
-        """Figures of this process's part of the run."""
-        if self.last is None:
-            return {}
-        return {
-            "steps": self.last.step,
-            "loss": self.last.loss,
-            "first_loss": self.first_loss,
-            "held_out_loss": self.evals[-1].loss if self.evals else None,
-            "tokens": self.tokens,
-            "training_seconds": self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
-            "peak_bytes": self.peak_bytes,
-            "predicted_peak_bytes": predicted,
-            "predicted_over_measured": predicted / self.peak_bytes if self.peak_bytes else None,
-        }
 
 
 def train(
@@ -102,6 +52,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept_changed_data: bool = False,
     show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -111,23 +62,47 @@ def train(
         loaded: The recipe and its text.
         resume: Continue from the newest whole checkpoint of this run directory; start when there is none.
         overwrite: Replace a run that the directory holds.
+        accept_changed_data: Go on although the data is not what the run began with; ``run.json`` keeps that.
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
-    recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir).expanduser())
-    accelerator = _accelerator(recipe, run)
-    main = accelerator.is_main_process
-    if main:
-        run.prepare(overwrite=overwrite, resume=resume)
+    run = RunDir(Path(loaded.recipe.output_dir).expanduser())
+    accelerator = _accelerator(loaded.recipe, run)
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            run.prepare(overwrite=overwrite, resume=resume)
+            held.enter_context(RunLock(run.root))
+            run.sweep()
+        return _train(loaded, run, accelerator, resume, overwrite, accept_changed_data, show_plan, progress)
+
+
+def _train(
+    loaded: Loaded,
+    run: RunDir,
+    accelerator: Accelerator,
+    resume: bool,
+    overwrite: bool,
+    accept_changed_data: bool,
+    show_plan: Callable[[dict[str, Any]], None],
+    progress: bool,
+) -> dict[str, Any]:
+    recipe, main = loaded.recipe, accelerator.is_main_process
     accelerator.wait_for_everyone()
     before = run.read() if resume and run.exists() else None
-    plan = resolve(run.as_begun(recipe) if before else recipe, world_size=accelerator.num_processes)
+    if before is None:
+        plan = resolve(recipe, world_size=accelerator.num_processes)
+    elif accept_changed_data:
+        plan = resolve_again(run.as_begun(recipe), before, accelerator.num_processes)
+    else:
+        plan = resolve(run.as_begun(recipe), world_size=accelerator.num_processes)
     summary = plan.summary()
+    changes = list[dict[str, Any]]()
     if before is not None:
-        _require_same(before, plan, summary, run)
+        require_same(before, plan, summary, run, accept_changed_data=accept_changed_data)
+        changes = list(before.get("data_changed", []))
         if before.get("status") == "finished":
             raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
     if main:
@@ -148,7 +123,7 @@ def train(
         "started": _now(),
     }
     sinks: list[Sink] = []
-    tally, forecaster = _Tally(), Forecaster.of(plan)
+    tally, forecaster = Tally(), Forecaster.of(plan)
     began = time.perf_counter()
     status = "failed"
     try:
@@ -163,7 +138,12 @@ def train(
                 if overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
-            start, notes, found, kept = _restore(checkpoints, plan, model, optimizer, resume)
+            start, notes, found, kept = restore(checkpoints, plan, model, optimizer, accelerator, resume)
+            if before is not None and (data := changes_of_data(before, summary)):
+                changes.append({"after_step": start} | data)
+                notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")
+            if changes:
+                record["data_changed"] = changes
             kernels, lines = EAGER, list[str]()
             if recipe.training.compile:
                 kernels, lines = kernels_of_run(objective, plan, accelerator, start, lean=record["lean"], progress=kept)
@@ -189,13 +169,15 @@ def train(
                 emit(Resumed(start, found.name))
             loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
             with using(kernels):
+                if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
+                    loop.evaluate(start)
                 loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
             _require_at_work(recipe, record["vitals"])
             if main:
-                with new_directory(run.root / recipe.method.artifact) as out:
+                with new_directory(run.root / recipe.method.artifact) as out, as_os_error():
                     _save_artifact(plan, model, out)
                     record["measured"] = tally.measured(plan.memory.total)
                     record["measured"] |= {
@@ -217,7 +199,8 @@ def train(
     except OSError as error:
         record["error"] = str(error)
         raise RunFailed(
-            f"writing the run failed: {error}", help="free the disk, then continue with --resume"
+            f"writing the run failed: {error}",
+            help="free the disk, then continue with --resume: checkpoints that were complete are untouched",
         ) from error
     except BaseException as error:
         record["error"] = str(error)
@@ -227,10 +210,14 @@ def train(
             last = tally.last.step if tally.last else 0
             record |= {"status": status, "ended": _now()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
-            for sink in sinks:
-                sink.receive(RunEnd(last, status))
-                sink.close()
-            run.write(record)
+            # Where the disk is full, what went wrong first is what to say; run.json stays as it was, whole.
+            with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
+                try:
+                    for sink in sinks:
+                        sink.receive(RunEnd(last, status))
+                        sink.close()
+                finally:
+                    run.write(record)
     accelerator.wait_for_everyone()
     return record
 
@@ -308,8 +295,10 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
         RunFailed: What is trained cannot be saved, or the disk is too small for the checkpoints.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-rehearsal-") as scratch:
+        with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-rehearsal-") as scratch, as_os_error():
             _save_artifact(plan, model, Path(scratch))
+    except OSError:
+        raise
     except Exception as error:
         raise RunFailed(f"the result of this run could not be saved: {error}") from error
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -320,49 +309,6 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
         raise RunFailed(
             f"checkpoints need {bytes_text(needed)}, and {bytes_text(free)} are free at {run.root}",
             help="lower checkpoint.keep, or choose another output_dir",
-        )
-
-
-def _restore(
-    checkpoints: Checkpoints, plan: Plan, model: nn.Module, optimizer: Optimizer, resume: bool
-) -> tuple[int, list[str], Path | None, dict[str, Any]]:
-    """Load the newest whole checkpoint; returns the step, warnings, where it was, and what the loop kept in it."""
-    if not resume:
-        return 0, [], None, {}
-    path, notes = checkpoints.newest()
-    if path is None:
-        return 0, [*notes, "no checkpoint to resume from: starting at step 0"], None, {}
-    restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
-    return restored.step, notes, path, restored.progress
-
-
-def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir) -> None:
-    """Hold that a resumed run is the one that was started.
-
-    Raises:
-        RunDirError: The recipe or the data changed.
-    """
-    # Read as a recipe, so that a field which is newer than the run has its default.
-    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), plan.recipe))
-    changed = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
-    ]
-    then, now = before.get("plan", {}).get("training", {}), summary["training"]
-    changed += [
-        f"{what}: {then.get(key)} then, {now[key]} now"
-        for key, what in (("world_size", "processes"), ("steps", "steps in all"))
-        if then.get(key) != now[key]
-    ]
-    for name in ("fingerprint", "eval_fingerprint"):
-        if before.get("plan", {}).get("data", {}).get(name) != summary["data"][name]:
-            changed.append("the content of the data files")
-            break
-    if changed:
-        raise RunDirError(
-            f"{run.root} was started with another recipe:\n  " + "\n  ".join(changed),
-            help="restore the recipe, or train anew with --overwrite",
         )
 
 

@@ -135,6 +135,9 @@ class TrainingSpec(_Block):
         "changes no gradient. Default: as many as micro_batch_size of the longest rows have.",
     )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null: never.")
+    stop_at_grad_norm: float | None = Field(
+        None, gt=0, description="Stop, with a checkpoint, where the gradient norm before clipping is over this."
+    )
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Recompute blocks in the backward pass instead of keeping their activations. true: all; a number: "

@@ -1,14 +1,17 @@
-"""Checkpoints: saved whole, verified on load, enough to resume bit for bit.
+"""Checkpoints: saved whole, verified when written and when read, enough to resume bit for bit.
 
 A checkpoint holds the trained parameters, the optimizer's state, what the method adds, and the step. Random
 state and the position in the data are pure functions of the step (see ``ftune.run.loop``), so neither is stored.
 No pickle is trusted: parameters are safetensors, the optimizer's state is read with ``weights_only=True``.
+
+A damaged one is never deleted and never counted: it is renamed to ``step-N.damaged``, and the one before is used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +24,15 @@ from torch.optim import Optimizer
 
 from ftune.errors import RunFailed
 from ftune.methods import Method
-from ftune.run.files import new_directory, remove_leftovers
+from ftune.run.files import as_os_error, new_directory, remove_leftovers, sync
+from ftune.run.manifest import damage, write_manifest
 
 __all__ = ["Checkpoints", "Restored"]
+
+FILES = ("trained.safetensors", "method.safetensors", "optimizer.pt", "progress.json")
+"""What a checkpoint consists of, beside its manifest."""
+_NAME = re.compile(r"step-(\d+)")
+_DAMAGED = re.compile(r"step-\d+\.damaged(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,17 @@ class Checkpoints:
         remove_leftovers(directory)
 
     def steps(self) -> list[int]:
-        """Steps at which a complete checkpoint exists, oldest first."""
+        """Steps of the checkpoints that are here, oldest first; those set aside are not among them."""
         if not self.directory.is_dir():
             return []
-        names = (path.name for path in self.directory.iterdir() if (path / "manifest.json").is_file())
-        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def set_aside(self) -> list[Path]:
+        """Checkpoints that were found damaged, now or by an earlier start."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if _DAMAGED.fullmatch(path.name))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint after ``step`` updates is."""
@@ -68,28 +83,56 @@ class Checkpoints:
             method: Adds its own state.
             optimizer: The optimizer.
             progress: JSON-able facts that the run wants back.
+
+        Raises:
+            OSError: It could not be written; the older ones are untouched.
+            RunFailed: What the disk gives back is not what was written; the older ones are untouched.
         """
-        with new_directory(self.path(step)) as out:
+        with new_directory(self.path(step)) as out, as_os_error():
             save_file(_trained(model), out / "trained.safetensors")
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state(model).items()}
             save_file(state, out / "method.safetensors")
             torch.save(optimizer.state_dict(), out / "optimizer.pt")
             (out / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2) + "\n")
-            sums = {path.name: _sha256(path) for path in sorted(out.iterdir())}
-            (out / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=2) + "\n")
+            write_manifest(out)
+        # Before an older one goes: with `keep: 1` nothing else would be left.
+        if wrong := damage(self.path(step), FILES, from_disk=True):
+            aside = self._set_aside(step)
+            raise RunFailed(
+                f"the checkpoint after step {step} is not on the disk as it was written ({wrong}): now {aside.name}",
+                help="the disk may be failing; older checkpoints were kept: continue with --resume on another disk",
+            )
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+            # Renamed first: a deletion that is cut short leaves no half checkpoint under a whole one's name.
+            gone = self.directory / f".tmp-old-step-{old}"
+            os.replace(self.path(old), gone)
+            shutil.rmtree(gone)
         return self.path(step)
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose checksums hold, and a line for each damaged one passed over."""
+        """The newest whole checkpoint, and a line for each newer one, which was damaged and is set aside.
+
+        Raises:
+            OSError: A damaged one cannot be renamed.
+        """
         damaged: list[str] = []
         for step in reversed(self.steps()):
-            wrong = _damage(self.path(step))
+            wrong = damage(self.path(step), FILES)
             if wrong is None:
                 return self.path(step), damaged
-            damaged.append(f"checkpoint {self.path(step)} is damaged ({wrong}): passed over")
+            aside = self._set_aside(step)
+            damaged.append(f"checkpoint step-{step} is damaged ({wrong}): set aside as {aside}")
         return None, damaged
+
+    def _set_aside(self, step: int) -> Path:
+        path = self.path(step)
+        aside, count = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            count += 1
+            aside = path.with_name(f"{path.name}.damaged-{count}")
+        os.replace(path, aside)
+        sync(self.directory)
+        return aside
 
     def load(self, path: Path, model: nn.Module, method: Method, optimizer: Optimizer) -> Restored:
         """Put a checkpoint's state into a freshly built model and optimizer.
@@ -118,20 +161,3 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        sums = json.loads((path / "manifest.json").read_text())["sha256"]
-        for name, expected in sums.items():
-            if _sha256(path / name) != expected:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
-    return None

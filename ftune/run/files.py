@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +15,15 @@ from typing import Any
 
 from ftune.errors import FtuneError
 
-__all__ = ["new_directory", "remove_leftovers", "require_writable", "sync", "write_json"]
+__all__ = [
+    "as_os_error",
+    "new_directory",
+    "remove_leftovers",
+    "require_writable",
+    "sync",
+    "write_json",
+    "write_text",
+]
 
 _ASIDE = ".tmp-"
 
@@ -29,11 +39,32 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Replace a JSON file in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step: after a crash it is the old one or the new one, whole."""
     aside = path.with_name(_ASIDE + path.name)
-    aside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    """Turn what safetensors and torch raise when a write fails into the ``OSError`` that it is."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            raise
+        if number := re.search(r"os error (\d+)", text):  # safetensors, written in Rust
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|file write failed|iostream", text):
+            raise OSError(errno.EIO, f"torch could not write: {text.splitlines()[0]}") from error
+        raise
 
 
 def require_writable(target: Path, marker: str, what: str) -> None:

@@ -140,11 +140,8 @@ class Loop:
                     loss.backward()
 
             norm = method.gradient_norm(trained, self.optimizer)
-            if not math.isfinite(norm):
-                raise RunFailed(
-                    f"the gradient norm is {norm} at step {step + 1}, rows {self._row_numbers(rows)}",
-                    help="lower optimizer.learning_rate, or look at these rows of the data",
-                )
+            loss_sum = float(self.accelerator.reduce(total, "sum"))
+            self._require_sane(step, start, norm, loss_sum / targets, rows)
             if training.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(trained, training.max_grad_norm, torch.tensor(norm))
             self.optimizer.step()
@@ -159,7 +156,6 @@ class Loop:
             self.progress["resting"] = watch.resting
             self.optimizer.zero_grad(set_to_none=True)
 
-            loss_sum = float(self.accelerator.reduce(total, "sum"))
             seconds = time.perf_counter() - began
             self.emit(
                 StepEnd(
@@ -177,6 +173,32 @@ class Loop:
                 )
             )
             self._after(step + 1)
+
+    def _require_sane(self, step: int, start: int, norm: float, loss: float, rows: list[int]) -> None:
+        """Hold that an update may be made, before it is; else save the state as it is, which is still good.
+
+        Raises:
+            RunFailed: Loss or gradient is not finite, or the gradient's norm is over the recipe's bound.
+        """
+        bound = self.plan.recipe.training.stop_at_grad_norm
+        over = bound is not None and norm > bound
+        if math.isfinite(norm) and math.isfinite(loss) and not over:
+            return
+        which = "training.stop_at_grad_norm is " + f"{bound:g}" if over and math.isfinite(norm) else ""
+        kept = "nothing was trained yet"
+        if self.plan.recipe.method.updates_in_backward:
+            # Each parameter was updated as its gradient came: there is no good state left to save.
+            kept = "this update was applied in the backward pass: only earlier checkpoints are good"
+        elif step:
+            if step > start:
+                self.save(step)
+            kept = f"step-{step} has the state before it"
+        raise RunFailed(
+            f"the gradient norm is {norm:g}, the loss {loss:g}, at step {step + 1}, rows {self._row_numbers(rows)}"
+            + (f": {which}" if which else ""),
+            help=f"{kept}; look at these rows, and go on with --resume --accept-changed-data once they are mended, "
+            "or train anew with a lower optimizer.learning_rate",
+        )
 
     def _after(self, step: int) -> None:
         """Evaluate and save when due, and stop when asked."""

@@ -43,14 +43,14 @@ def losses(run: Path) -> list[float]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send SIGTERM to this process when the update ``step`` is done."""
-    emit = training._Tally.receive
+    emit = training.Tally.receive
 
     def receive(self: Any, event: Any) -> None:
         emit(self, event)
         if isinstance(event, StepEnd) and event.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training._Tally, "receive", receive)
+    monkeypatch.setattr(training.Tally, "receive", receive)
 
 
 @EVERY

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.run.events import Event
+from ftune.run.files import write_text
 
 __all__ = ["JsonlSink", "read_events", "truncate_after"]
 
@@ -35,9 +36,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict):  # a torn line may be a whole number
+            events.append(event)
     return events
 
 
@@ -45,4 +48,4 @@ def truncate_after(path: Path, step: int) -> None:
     """Drop the events after ``step``, and a torn last line: a resumed run makes those steps again."""
     if path.is_file():
         kept = [event for event in read_events(path) if event.get("step", 0) <= step and event.get("event") != "end"]
-        path.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))

@@ -1,0 +1,113 @@
+"""Going on with a run: is it the same one, and from which checkpoint?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftune.artifacts.run_dir import RunDir
+from ftune.errors import RunDirError
+from ftune.plan.resolve import Plan, resolve
+from ftune.recipe.schema import Recipe
+from ftune.run.checkpoint import Checkpoints
+from ftune.run.sinks.jsonl import read_events
+from ftune.run.sinks.tracker import flatten
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["changes_of_data", "evaluation_missed", "require_same", "resolve_again", "restore"]
+
+# What may differ between start and resume: it does not change what is trained.
+_FREE_TO_CHANGE = ("checkpoint", "evaluation", "tracking", "output_dir", "training.stop_at_grad_norm")
+
+
+def resolve_again(recipe: Recipe, before: dict[str, Any], world_size: int) -> Plan:
+    """Resolve a run whose data may have changed, with as many steps as it began with.
+
+    The rate, and for some methods more, depend on the number of steps in all.
+    """
+    steps = before.get("plan", {}).get("training", {}).get("steps")
+    fixed = recipe.training.model_copy(update={"max_steps": steps, "epochs": None})
+    plan = resolve(recipe.model_copy(update={"training": fixed}), world_size=world_size)
+    length = {name: getattr(recipe.training, name) for name in ("max_steps", "epochs")}
+    training = plan.recipe.training.model_copy(update=length)
+    return replace(plan, recipe=plan.recipe.model_copy(update={"training": training}))
+
+
+def changes_of_data(before: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """Fingerprints of the data that differ: ``{name: [then, now]}``."""
+    then, now = before.get("plan", {}).get("data", {}), summary["data"]
+    names = ("fingerprint", "eval_fingerprint")
+    return {name: [then.get(name), now[name]] for name in names if then.get(name) != now[name]}
+
+
+def require_same(
+    before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir, *, accept_changed_data: bool
+) -> None:
+    """Hold that a resumed run is the one that was started.
+
+    Raises:
+        RunDirError: The recipe changed, or the data did and that was not accepted.
+    """
+    # Read as a recipe, so that a field which is newer than the run has its default.
+    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), plan.recipe))
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _FREE_TO_CHANGE and key.split(".")[0] not in _FREE_TO_CHANGE
+    ]
+    then, now = before.get("plan", {}).get("training", {}), summary["training"]
+    changed += [
+        f"{what}: {then.get(key)} then, {now[key]} now"
+        for key, what in (("world_size", "processes"), ("steps", "steps in all"))
+        if then.get(key) != now[key]
+    ]
+    data = "the content of the data files"
+    if not accept_changed_data and changes_of_data(before, summary):
+        changed.append(data)
+    if changed:
+        ways = "restore the recipe, or train anew with --overwrite"
+        if changed[-1] == data:
+            ways = "restore the data, go on with the new data by --accept-changed-data, or train anew with --overwrite"
+        raise RunDirError(f"{run.root} was started with another recipe:\n  " + "\n  ".join(changed), help=ways)
+
+
+def restore(
+    checkpoints: Checkpoints,
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    resume: bool,
+) -> tuple[int, list[str], Path | None, dict[str, Any]]:
+    """Load the newest whole checkpoint; returns the step, warnings, where it was, and what the loop kept in it.
+
+    Raises:
+        RunDirError: There are checkpoints, and every one is damaged.
+    """
+    if not resume:
+        return 0, [], None, {}
+    with accelerator.main_process_first():  # it sets damaged ones aside, and the others must not see them
+        path, notes = checkpoints.newest()
+    if path is None and (damaged := checkpoints.set_aside()):
+        names = ", ".join(aside.name for aside in damaged)
+        raise RunDirError(
+            "\n  ".join([f"every checkpoint in {checkpoints.directory} is damaged: {names}", *notes]),
+            help="mend one and rename it back, or train anew from step 0 with --overwrite",
+        )
+    if path is None:
+        return 0, ["no checkpoint to resume from: starting at step 0"], None, {}
+    restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
+    return restored.step, notes, path, restored.progress
+
+
+def evaluation_missed(plan: Plan, step: int, metrics: Path) -> bool:
+    """Whether the run was stopped after the checkpoint of ``step``, before the evaluation that was due then."""
+    every = plan.recipe.evaluation.every_steps
+    due = step == plan.total_steps or (every is not None and step % every == 0)
+    done = any(event.get("event") == "eval" and event.get("step") == step for event in read_events(metrics))
+    return bool(step and plan.eval_rows and due and not done)

@@ -1,0 +1,102 @@
+"""One writer a run directory: a lock that the kernel lets go of, however its holder ends.
+
+``flock`` on ``RUN/.lock``. It belongs to the open file, so kill -9, a crash or a reboot release it, and a file that is
+left behind locks nothing. On NFS, Linux makes it a lock of the server, which holds between machines; where the file
+system knows no locks (some Lustre and FUSE mounts, ``local_lock`` on NFS for other machines) nothing is held, and a
+warning says so where that can be seen. Who only reads a run (eval, merge, convert) shares the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ftune.errors import RunDirError
+
+__all__ = ["LOCK", "RunLock"]
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """Hold a run directory while it is written, or keep it from being replaced while it is read.
+
+    Args:
+        root: The run directory.
+        shared: Whether others may hold it in the same way.
+
+    Raises:
+        RunDirError: On entering: another process holds it; the message names it.
+    """
+
+    def __init__(self, root: Path, *, shared: bool = False) -> None:
+        self._root = root
+        self._shared = shared
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        path = self._root / LOCK
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if self._shared:  # a run on a read-only file system can be read
+                return self
+            raise RunDirError(f"cannot write the run: {error}", help="choose another output_dir") from error
+        if not self._take():
+            holder = _holder(path)
+            os.close(self._file)
+            self._file = None
+            raise RunDirError(
+                f"{self._root} is in use by another process: {holder}",
+                help="wait for it or stop it; the lock goes with the process, nothing has to be deleted",
+            )
+        if not self._shared:
+            me = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, (json.dumps(me) + "\n").encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)  # the file stays: deleting it would let two hold two files of one name
+            self._file = None
+
+    def _take(self) -> bool:
+        """Take the lock; False where another has it."""
+        assert self._file is not None
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            print("warning: this system has no flock: nothing keeps a second process out", file=sys.stderr)
+            return True
+        try:
+            fcntl.flock(self._file, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            print(f"warning: {self._root} cannot be locked ({error}): let no second process write it", file=sys.stderr)
+        return True
+
+
+def _holder(path: Path) -> str:
+    """Who wrote its name into the lock."""
+    try:
+        holder = json.loads(path.read_text())
+        return f"pid {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "one that reads it (eval, merge or convert), or has just begun"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

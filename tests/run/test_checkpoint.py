@@ -1,0 +1,148 @@
+"""A damaged checkpoint is named, set aside and replaced by the one before; the last good one is never deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from run.test_loop import losses, stop_after
+
+from ftune.artifacts.training import train
+from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.run import checkpoint, files
+from ftune.run.checkpoint import Checkpoints
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def leave_out(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]["progress.json"]
+    path.write_text(json.dumps(manifest))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit": (lambda at: flip(at / "trained.safetensors"), "trained.safetensors does not match"),
+    "short": (lambda at: os.truncate(at / "optimizer.pt", 100), "optimizer.pt does not match"),
+    "file": (lambda at: (at / "method.safetensors").unlink(), "method.safetensors is missing"),
+    "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json is missing"),
+    "torn manifest": (lambda at: os.truncate(at / "manifest.json", 30), "manifest.json cannot be read"),
+    "flipped manifest": (lambda at: flip(at / "manifest.json"), ""),
+    "list": (lambda at: (at / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "unnamed": (lambda at: leave_out(at / "manifest.json"), "does not name progress.json"),
+    "extra": (lambda at: (at / "stray").write_text("x"), "stray: not in manifest.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps stopped after the third, with checkpoints after each."""
+    where = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(Interrupted):
+            train(tiny.recipe(where, checkpoint={"every_steps": 1, "keep": 3}))
+    return where / "run/checkpoints"
+
+
+@pytest.fixture
+def found(interrupted: Path, tmp_path: Path) -> Checkpoints:
+    import shutil
+
+    shutil.copytree(interrupted, tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints", 2)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_damage_is_named_and_set_aside(kind: str, found: Checkpoints) -> None:
+    damage, said = DAMAGE[kind]
+    damage(found.path(3))
+    path, notes = found.newest()
+    assert path == found.path(2)
+    assert len(notes) == 1
+    assert said in notes[0]
+    assert "step-3.damaged" in notes[0]
+    assert found.steps() == [1, 2]
+    assert [aside.name for aside in found.set_aside()] == ["step-3.damaged"]
+
+
+def test_a_whole_checkpoint_is_left_alone(found: Checkpoints) -> None:
+    assert found.newest() == (found.path(3), [])
+    assert found.set_aside() == []
+
+
+def test_what_is_set_aside_never_replaces_what_was(found: Checkpoints) -> None:
+    (found.directory / "step-3.damaged").mkdir()
+    flip(found.path(3) / "trained.safetensors")
+    found.newest()
+    assert [aside.name for aside in found.set_aside()] == ["step-3.damaged", "step-3.damaged-2"]
+
+
+def test_a_run_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1, "keep": 2})
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(Interrupted):
+            train(loaded)
+    flip(tmp_path / "run/checkpoints/step-3/trained.safetensors")
+    train(loaded, resume=True)
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-3", "step-3.damaged", "step-4"], "the damaged one is not counted in `keep`"
+
+
+def test_all_damaged_is_refused_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Interrupted):
+            train(loaded)
+    for step in (1, 2):
+        flip(tmp_path / f"run/checkpoints/step-{step}/optimizer.pt")
+    for _ in range(2):  # at the second start nothing is called step-N any more
+        with pytest.raises(RunDirError, match=r"every checkpoint .* is damaged: step-1.damaged, step-2.damaged"):
+            train(loaded, resume=True)
+    assert len(losses(tmp_path / "run")) == 2, "what was measured stays"
+    assert train(loaded, overwrite=True)["status"] == "finished"
+
+
+def test_the_last_good_one_stays_when_the_new_one_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = checkpoint.new_directory, 0
+
+    def failing_disk(target: Path) -> object:
+        nonlocal count
+        count += 1
+        return real(target) if count == 1 else rotten(target)
+
+    import contextlib
+
+    @contextlib.contextmanager
+    def rotten(target: Path):  # type: ignore[no-untyped-def]
+        with real(target) as out:
+            yield out
+        flip(target / "trained.safetensors")
+
+    monkeypatch.setattr(checkpoint, "new_directory", failing_disk)
+    with pytest.raises(RunFailed, match="not on the disk as it was written"):
+        train(tiny.recipe(tmp_path, checkpoint={"every_steps": 1, "keep": 1}))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-1", "step-2.damaged"]
+
+
+def test_files_reach_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = files.sync, os.replace
+    monkeypatch.setattr(files, "sync", lambda path: (sync(path), done.append(f"sync {path.name}")))
+    monkeypatch.setattr(os, "replace", lambda a, b: (rename(a, b), done.append(f"rename to {Path(b).name}")))
+    with files.new_directory(tmp_path / "target") as out:
+        (out / "a").write_text("a")
+        (out / "b").write_text("b")
+    assert done == ["sync a", "sync b", f"sync {out.name}", "rename to target", f"sync {tmp_path.name}"]
