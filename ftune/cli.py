@@ -304,8 +304,10 @@ def merge(
     with _libraries():
         from ftune.artifacts.merge import merge as merge_run
         from ftune.artifacts.run_dir import RunDir
+        from ftune.run.lock import RunLock
 
-        report = merge_run(RunDir(run), out, dtype)
+        with RunLock(run, shared=True):
+            report = merge_run(RunDir(run), out, dtype)
     _print_json(report) if as_json else print(merge_summary(report))
 
 
@@ -328,8 +330,10 @@ def convert(
     with _libraries():
         from ftune.artifacts.convert import to_lora
         from ftune.artifacts.run_dir import RunDir
+        from ftune.run.lock import RunLock
 
-        report = to_lora(RunDir(run), out, rank)
+        with RunLock(run, shared=True):
+            report = to_lora(RunDir(run), out, rank)
     _print_json(report) if as_json else print(convert_summary(report))
 
 

@@ -211,13 +211,12 @@ def _train(
             record |= {"status": status, "ended": _now()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
             # Where the disk is full, what went wrong first is what to say; run.json stays as it was, whole.
-            with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-                try:
-                    for sink in sinks:
-                        sink.receive(RunEnd(last, status))
-                        sink.close()
-                finally:
-                    run.write(record)
+            quiet = (OSError,) if status == "failed" else ()
+            for sink in sinks:
+                with contextlib.suppress(*quiet), contextlib.closing(sink):
+                    sink.receive(RunEnd(last, status))
+            with contextlib.suppress(*quiet):
+                run.write(record)
     accelerator.wait_for_everyone()
     return record
 

@@ -62,7 +62,9 @@ def as_os_error() -> Iterator[None]:
             raise
         if number := re.search(r"os error (\d+)", text):  # safetensors, written in Rust
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|file write failed|iostream", text):
+        if isinstance(error, RuntimeError) and re.search(
+            "PytorchStreamWriter|inline_container|file write failed|iostream", text
+        ):
             raise OSError(errno.EIO, f"torch could not write: {text.splitlines()[0]}") from error
         raise
 

@@ -45,9 +45,9 @@ class RunLock:
     def __enter__(self) -> Self:
         path = self._root / LOCK
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(path, os.O_RDONLY if self._shared else os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            if self._shared:  # a run on a read-only file system can be read
+            if self._shared:  # nobody ever locked it
                 return self
             raise RunDirError(f"cannot write the run: {error}", help="choose another output_dir") from error
         if not self._take():

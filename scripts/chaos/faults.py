@@ -1,4 +1,4 @@
-"""Count what a process does to files under a directory, and let it die, or its disk be full, at one of these operations.
+"""Count what a process does to files under a directory; let it die, or its disk be full, at one of these operations.
 
 Counted are: opening for writing, making, renaming and deleting (by Python's audit events), and ``os.fsync``.
 """
