@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import datetime
-import os
 import shlex
 import shutil
 import sys
@@ -20,7 +18,7 @@ from ftune.artifacts.card import write_card
 from ftune.artifacts.kernels import kernels_of_run
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
-from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
 from ftune.plan.resolve import Plan, build, resolve
@@ -31,6 +29,7 @@ from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, S
 from ftune.run.files import new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.loop import Loop
+from ftune.run.processes import join_processes
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, read_events, truncate_after
 from ftune.run.sinks.progress import ProgressSink
@@ -118,7 +117,8 @@ def train(
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir).expanduser())
-    accelerator = _accelerator(recipe, run)
+    trackers = [name for name in recipe.tracking if name not in _LOCAL_SINKS]
+    accelerator = join_processes(trackers, run.root / "tracking")
     main = accelerator.is_main_process
     if main:
         run.prepare(overwrite=overwrite, resume=resume)
@@ -233,42 +233,6 @@ def train(
             run.write(record)
     accelerator.wait_for_everyone()
     return record
-
-
-def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
-    """Make the Accelerator, and hold that it sees the processes that were launched."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    trackers = [name for name in recipe.tracking if name not in _LOCAL_SINKS]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=trackers or None,
-        project_dir=str(run.root / "tracking") if trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))],
-    )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise FtuneError(
-            f"the launch configuration asks for {accelerator.distributed_type.value}, which ftune does not run yet",
-            help="launch with torchrun, or with one of configs/*.yaml",
-        )
-    if accelerator.num_processes != world:
-        raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
-    if world > 1:
-        atexit.register(_leave_processes)
-    return accelerator
-
-
-def _leave_processes() -> None:
-    """End the process group before the interpreter does: gloo's threads, still running then, abort the process."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:
