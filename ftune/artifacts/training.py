@@ -18,6 +18,7 @@ from ftune.artifacts.card import write_card
 from ftune.artifacts.kernels import kernels_of_run
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
@@ -124,10 +125,17 @@ def train(
         run.prepare(overwrite=overwrite, resume=resume)
     accelerator.wait_for_everyone()
     before = run.read() if resume and run.exists() else None
-    plan = resolve(run.as_begun(recipe) if before else recipe, world_size=accelerator.num_processes)
+    began = run.recipe() if before is not None else None
+    if before is not None and began is not None:
+        recipe = in_world(run.as_begun(recipe), began, before, accelerator.num_processes)
+    plan = resolve(recipe, world_size=accelerator.num_processes)
+    # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
+    resolved = plan.recipe
+    if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
+        resolved = with_accumulation(resolved, began.training.gradient_accumulation_steps)
     summary = plan.summary()
     if before is not None:
-        _require_same(before, plan, summary, run)
+        _require_same(before, resolved, summary, run)
         if before.get("status") == "finished":
             raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
     if main:
@@ -136,7 +144,7 @@ def train(
     record: dict[str, Any] = {
         "recipe": loaded.text,
         "overrides": list(loaded.overrides),
-        "resolved": plan.recipe.model_dump(mode="json"),
+        "resolved": resolved.model_dump(mode="json"),
         "plan": summary,
         "measured": {},
         "vitals": {},
@@ -149,7 +157,7 @@ def train(
     }
     sinks: list[Sink] = []
     tally, forecaster = _Tally(), Forecaster.of(plan)
-    began = time.perf_counter()
+    clock = time.perf_counter()
     status = "failed"
     try:
         with StopRequest() as stop:
@@ -180,6 +188,12 @@ def train(
                 if forecast := forecaster.after(event):
                     emit(forecast)
 
+            if (
+                before is not None
+                and main
+                and (note := note_of(before["plan"]["training"], summary["training"], model))
+            ):
+                print(f"note: {note}", file=sys.stderr)
             if loss is not None and loss != record["lean"]["loss"]:
                 notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
             for line in [*(f"warning: {note}" for note in notes), *(lines if main else ())]:
@@ -199,7 +213,7 @@ def train(
                     _save_artifact(plan, model, out)
                     record["measured"] = tally.measured(plan.memory.total)
                     record["measured"] |= {
-                        "wall_seconds": time.perf_counter() - began,
+                        "wall_seconds": time.perf_counter() - clock,
                         "loop_seconds": forecaster.spent,
                         "predicted_loop_seconds": forecaster.predicted,
                     }
@@ -300,14 +314,14 @@ def _restore(
     return restored.step, notes, path, restored.progress
 
 
-def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir) -> None:
+def _require_same(before: dict[str, Any], recipe: Recipe, summary: dict[str, Any], run: RunDir) -> None:
     """Hold that a resumed run is the one that was started.
 
     Raises:
         RunDirError: The recipe or the data changed.
     """
     # Read as a recipe, so that a field which is newer than the run has its default.
-    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), plan.recipe))
+    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), recipe))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -316,7 +330,7 @@ def _require_same(before: dict[str, Any], plan: Plan, summary: dict[str, Any], r
     then, now = before.get("plan", {}).get("training", {}), summary["training"]
     changed += [
         f"{what}: {then.get(key)} then, {now[key]} now"
-        for key, what in (("world_size", "processes"), ("steps", "steps in all"))
+        for key, what in (("global_batch", "rows in an update"), ("steps", "steps in all"))
         if then.get(key) != now[key]
     ]
     for name in ("fingerprint", "eval_fingerprint"):
