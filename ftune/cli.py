@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -54,10 +55,10 @@ def main() -> NoReturn:
     except FtuneError as error:
         # A recipe's reports are painted where they are made.
         text = error.render()
-        print(text if isinstance(error, RecipeError) else _paint(text), file=sys.stderr)
+        _tell(text if isinstance(error, RecipeError) else _paint(text), error.exit_code)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted", 130)
         sys.exit(130)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
@@ -66,11 +67,38 @@ def main() -> NoReturn:
     except Exception as error:
         # typer's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)
+        if show is None and _launched():
+            _tell(traceback.format_exc().rstrip(), 1)
+            # Not sys.exit: a thread that waits for the other processes would hold this one back.
+            sys.stdout.flush()
+            os._exit(1)
         if show is None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _launched() -> bool:
+    from ftune.run.launch import launched
+
+    return launched()
+
+
+def _tell(text: str, code: int) -> None:
+    """Print an error; of many processes that ftune launched, the launcher prints the first one's.
+
+    All of them know of an interruption, so the main process tells of it.
+    """
+    if not _launched():
+        print(text, file=sys.stderr)
+    elif code in (130, 143):
+        if os.environ.get("RANK") == "0":
+            print(text, file=sys.stderr)
+    else:
+        from ftune.run.launch import leave_error
+
+        leave_error(text, code)
 
 
 def _paint(text: str) -> str:
@@ -235,14 +263,39 @@ def train(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data changed.")
     ] = False,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", min=1, help="Share every update among N processes, here.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its output_dir."""
+    from ftune.run.launch import follow_launcher, launch, require_launchable
+
+    follow_launcher()
     if resume and overwrite:
         raise FtuneError("--resume and --overwrite exclude each other")
     if accept_changed_data and not resume:
         raise FtuneError("--accept-changed-data goes with --resume: a new run takes the data as it is")
+    if num_processes is not None:
+        require_launchable(num_processes)
+    if num_processes is not None and num_processes > 1:
+        from ftune.recipe import load_checked
+
+        # A mistake is told before anything starts; what is only doubtful, by the main process.
+        load_checked(recipe, overrides or (), color=_color(sys.stderr))
+        flags = [
+            flag
+            for flag, on in (
+                ("--resume", resume),
+                ("--overwrite", overwrite),
+                ("--accept-changed-data", accept_changed_data),
+                ("--json", as_json),
+            )
+            if on
+        ]
+        settings = [part for override in overrides or () for part in ("--set", override)]
+        raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
     loaded = _load(recipe, overrides)
     with _libraries():
         from ftune.artifacts.training import train as run_recipe

@@ -46,7 +46,7 @@ def changes_of_data(before: dict[str, Any], summary: dict[str, Any]) -> dict[str
 
 
 def require_same(
-    before: dict[str, Any], plan: Plan, summary: dict[str, Any], run: RunDir, *, accept_changed_data: bool
+    before: dict[str, Any], recipe: Recipe, summary: dict[str, Any], run: RunDir, *, accept_changed_data: bool
 ) -> None:
     """Hold that a resumed run is the one that was started.
 
@@ -54,7 +54,7 @@ def require_same(
         RunDirError: The recipe changed, or the data did and that was not accepted.
     """
     # Read as a recipe, so that a field which is newer than the run has its default.
-    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), plan.recipe))
+    old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), recipe))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -63,7 +63,7 @@ def require_same(
     then, now = before.get("plan", {}).get("training", {}), summary["training"]
     changed += [
         f"{what}: {then.get(key)} then, {now[key]} now"
-        for key, what in (("world_size", "processes"), ("steps", "steps in all"))
+        for key, what in (("global_batch", "rows in an update"), ("steps", "steps in all"))
         if then.get(key) != now[key]
     ]
     data = "the content of the data files"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
-import os
 import shlex
 import shutil
 import sys
@@ -21,7 +19,8 @@ from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
-from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.artifacts.world import in_world, note_of, with_accumulation
+from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
 from ftune.plan.resolve import Plan, build, resolve
@@ -33,6 +32,7 @@ from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
+from ftune.run.processes import join_processes
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
@@ -70,7 +70,8 @@ def train(
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
-    accelerator = _accelerator(loaded.recipe, run)
+    trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
+    accelerator = join_processes(trackers, run.root / "tracking")
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
@@ -89,19 +90,24 @@ def _train(
     show_plan: Callable[[dict[str, Any]], None],
     progress: bool,
 ) -> dict[str, Any]:
-    recipe, main = loaded.recipe, accelerator.is_main_process
+    recipe, main, world = loaded.recipe, accelerator.is_main_process, accelerator.num_processes
     accelerator.wait_for_everyone()
     before = run.read() if resume and run.exists() else None
-    if before is None:
-        plan = resolve(recipe, world_size=accelerator.num_processes)
-    elif accept_changed_data:
-        plan = resolve_again(run.as_begun(recipe), before, accelerator.num_processes)
+    began = run.recipe() if before is not None else None
+    if before is not None and began is not None:
+        recipe = in_world(run.as_begun(recipe), began, before, world)
+    if before is not None and accept_changed_data:
+        plan = resolve_again(recipe, before, world)
     else:
-        plan = resolve(run.as_begun(recipe), world_size=accelerator.num_processes)
+        plan = resolve(recipe, world_size=world)
+    # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
+    resolved = plan.recipe
+    if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
+        resolved = with_accumulation(resolved, began.training.gradient_accumulation_steps)
     summary = plan.summary()
     changes = list[dict[str, Any]]()
     if before is not None:
-        require_same(before, plan, summary, run, accept_changed_data=accept_changed_data)
+        require_same(before, resolved, summary, run, accept_changed_data=accept_changed_data)
         changes = list(before.get("data_changed", []))
         if before.get("status") == "finished":
             raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
@@ -111,7 +117,7 @@ def _train(
     record: dict[str, Any] = {
         "recipe": loaded.text,
         "overrides": list(loaded.overrides),
-        "resolved": plan.recipe.model_dump(mode="json"),
+        "resolved": resolved.model_dump(mode="json"),
         "plan": summary,
         "measured": {},
         "vitals": {},
@@ -123,8 +129,8 @@ def _train(
         "started": _now(),
     }
     sinks: list[Sink] = []
+    clock = time.perf_counter()
     tally, forecaster = Tally(), Forecaster.of(plan)
-    began = time.perf_counter()
     status = "failed"
     try:
         with StopRequest() as stop:
@@ -160,9 +166,10 @@ def _train(
                 if forecast := forecaster.after(event):
                     emit(forecast)
 
+            told = note_of(before["plan"]["training"], summary["training"], model) if before is not None else []
             if loss is not None and loss != record["lean"]["loss"]:
                 notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
-            for line in [*(f"warning: {note}" for note in notes), *(lines if main else ())]:
+            for line in [*(f"warning: {note}" for note in notes), *([*told, *lines] if main else ())]:
                 print(line, file=sys.stderr)
             emit(RunStart(start, plan.total_steps))
             if found is not None:
@@ -181,7 +188,7 @@ def _train(
                     _save_artifact(plan, model, out)
                     record["measured"] = tally.measured(plan.memory.total)
                     record["measured"] |= {
-                        "wall_seconds": time.perf_counter() - began,
+                        "wall_seconds": time.perf_counter() - clock,
                         "loop_seconds": forecaster.spent,
                         "predicted_loop_seconds": forecaster.predicted,
                     }
@@ -219,42 +226,6 @@ def _train(
                 run.write(record)
     accelerator.wait_for_everyone()
     return record
-
-
-def _accelerator(recipe: Recipe, run: RunDir) -> Accelerator:
-    """Make the Accelerator, and hold that it sees the processes that were launched."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    trackers = [name for name in recipe.tracking if name not in _LOCAL_SINKS]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=trackers or None,
-        project_dir=str(run.root / "tracking") if trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))],
-    )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise FtuneError(
-            f"the launch configuration asks for {accelerator.distributed_type.value}, which ftune does not run yet",
-            help="launch with torchrun, or with one of configs/*.yaml",
-        )
-    if accelerator.num_processes != world:
-        raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
-    if world > 1:
-        atexit.register(_leave_processes)
-    return accelerator
-
-
-def _leave_processes() -> None:
-    """End the process group before the interpreter does: gloo's threads, still running then, abort the process."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:

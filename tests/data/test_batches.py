@@ -92,6 +92,20 @@ def test_an_update_sees_the_same_rows_however_it_is_split(of: list[int], seed: i
             assert {row for part in parts for rows in part for row in rows} == set(batch)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7, 8, 16, 64])
+@pytest.mark.parametrize("rows", [1, 191, 192, 193, 1000])
+def test_an_epoch_is_shared_without_gap_or_repeat(world: int, rows: int) -> None:
+    # The last update is short for most of these, and leaves some processes without a row.
+    of = [int(x) for x in np.random.RandomState(rows).randint(1, 200, rows)]
+    micro, accumulation = 2, 3
+    padded, flat = [], []
+    for batch in epoch_order(of, micro * accumulation * world, 7, 1, True):
+        for rank in range(world):
+            padded += [row for part in split(batch, micro, accumulation, rank, world) for row in part]
+            flat += [row for part in regroup(deal(batch, of, rank, world), of, 400) for row in part]
+    assert sorted(padded) == sorted(flat) == list(range(rows))
+
+
 def test_a_batch_that_does_not_fit_is_a_broken_invariant() -> None:
     with pytest.raises(AssertionError):
         split(range(9), 4, 2, 0, 1)

@@ -240,10 +240,9 @@ class TestRunDirectory:
                 train(tiny.recipe(tmp_path))
         record = tmp_path / "run/run.json"
         data = json.loads(record.read_text())
-        # As if it had been started on two processes.
-        data["plan"]["training"] |= {"world_size": 2, "steps": 2}
+        data["plan"]["training"] |= {"steps": 2}
         record.write_text(json.dumps(data))
-        with pytest.raises(RunDirError, match="processes: 2 then, 1 now"):
+        with pytest.raises(RunDirError, match="steps in all: 2 then, 4 now"):
             train(tiny.recipe(tmp_path), resume=True)
 
     def test_tensorboard_gets_the_numbers(self, tmp_path: Path) -> None:

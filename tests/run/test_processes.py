@@ -1,4 +1,4 @@
-"""Two processes over gloo, launched by torchrun through the real command line."""
+"""One global batch gives one result, on one process, two or four: over gloo, launched by torchrun."""
 
 from __future__ import annotations
 
@@ -10,30 +10,52 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from run.test_loop import stop_after
 from safetensors.torch import load_file
 
 from ftune.artifacts.training import train
+from ftune.errors import Interrupted
 from ftune.methods import METHODS
 from ftune.recipe import load_checked
 
 pytestmark = pytest.mark.slow
 
 
-# All methods in one launch: starting two processes and importing the libraries takes longer than training.
+# All methods in one launch: starting processes and importing the libraries takes longer than training.
 EACH = """
-import sys
+import json, os, sys
 from pathlib import Path
+import torch
 from ftune.artifacts.training import train
 from ftune.recipe import load_checked
+
+gradients, clip = [], torch.nn.utils.clip_grads_with_norm_
+
+def keep(parameters, *rest):
+    # Before it is clipped, which the loop does by this function.
+    gradients.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters if p.grad is not None]))
+    clip(parameters, *rest)
+
+torch.nn.utils.clip_grads_with_norm_ = keep
 for path in sys.argv[1:]:
-    train(load_checked(Path(path))[0], progress=False)
+    recipe, _, resume = path.partition(":")
+    loaded = load_checked(Path(recipe))[0]
+    gradients.clear()
+    record = train(loaded, progress=False, resume=bool(resume))
+    found = [gradients[0], {"vitals": record["vitals"]}]
+    torch.save(found, Path(loaded.recipe.output_dir) / f"rank-{os.environ.get('RANK', 0)}.pt")
 """
 
+FOUR = ("lora", "adalora", "galore", "full")
+"""Methods that run on four processes too: one of each kind, for each process costs its imports."""
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script or a module in two processes, through torchrun."""
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or a module in several processes, through torchrun; in one, without."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments],
+        [sys.executable, *(torchrun if processes > 1 else ()), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -55,39 +77,86 @@ def recipe(where: Path, name: str, accumulation: int, run: str) -> Path:
     return path
 
 
+def interrupted(path: Path) -> None:
+    """Begin a run in this process and stop it after two of its four updates."""
+    loaded = load_checked(path)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            train(loaded, progress=False)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of every method in one process (``NAME-1``) and in two (``NAME-2``)."""
+    """The runs of every method in one process (``NAME-1``) and in two (``NAME-2``), and of some in four."""
     where = tmp_path_factory.mktemp("processes")
-    for name in METHODS:
-        train(load_checked(recipe(where, name, 4, f"{name}-1"))[0], progress=False)
     script = where / "each.py"
     script.write_text(EACH)
-    done = launch(str(script), *(str(recipe(where, name, 2, f"{name}-2")) for name in METHODS))
-    assert done.returncode == 0, done.stderr
+    resumed = recipe(where, "lora", 4, "resumed")
+    interrupted(resumed)
+    for processes, names in ((1, METHODS), (2, METHODS), (4, FOUR)):
+        made = [str(recipe(where, name, 4 // processes, f"{name}-{processes}")) for name in names]
+        if processes == 2:
+            made.append(f"{resumed}:resume")
+        done = launch(processes, str(script), *made)
+        assert done.returncode == 0, done.stderr
+        (where / f"stderr-{processes}").write_text(done.stderr)
     return where
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    done = launch("-m", "ftune", "train", str(recipe(tmp_path, "lora", 2, "run")))
+    done = launch(2, "-m", "ftune", "train", str(recipe(tmp_path, "lora", 2, "run")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at work:") == 1, "one process speaks"
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_equal_one(name: str, runs: Path) -> None:
-    results = [runs / f"{name}-1", runs / f"{name}-2"]
-    for processes, run in enumerate(results, start=1):
-        assert json.loads((run / "run.json").read_text())["device"]["processes"] == processes
-    one, two = (tiny.events(run, "step") for run in results)
-    assert [step["target_tokens"] for step in one] == [step["target_tokens"] for step in two]
-    for a, b in zip(one, two, strict=True):
+def gradient(run: Path, rank: int = 0) -> torch.Tensor:
+    """The gradient of a run's first update, before clipping."""
+    found: torch.Tensor = torch.load(run / f"rank-{rank}.pt")[0]
+    return found
+
+
+@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in METHODS), *((name, 4) for name in FOUR)])
+def test_processes_equal_accumulation(name: str, processes: int, runs: Path) -> None:
+    results = [runs / f"{name}-1", runs / f"{name}-{processes}"]
+    for count, run in zip((1, processes), results, strict=True):
+        training = json.loads((run / "run.json").read_text())["plan"]["training"]
+        assert (training["world_size"], training["gradient_accumulation_steps"]) == (count, 4 // count)
+    one, many = (tiny.events(run, "step") for run in results)
+    assert [step["target_tokens"] for step in one] == [step["target_tokens"] for step in many]
+    assert len({step["target_tokens"] for step in one}) > 2, "the third update is a short one"
+    assert many[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert many[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-6)
+    expected = gradient(results[0])
+    for rank in range(processes):
+        assert (gradient(results[1], rank) - expected).norm() <= 1e-6 * expected.norm()
+    for a, b in zip(one, many, strict=True):
+        # AdamW divides by the root of the second moment: a difference in the last bit of a tiny gradient grows.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    ones, twos = (load_file(run / "checkpoints/step-4/trained.safetensors") for run in results)
+    ones, others = (load_file(run / "checkpoints/step-4/trained.safetensors") for run in results)
     for key in ones:
-        # AdamW divides by the root of the second moment: a difference in the last bit of a tiny gradient grows.
-        assert (ones[key] - twos[key]).abs().mean() <= 1e-3 * ones[key].abs().mean(), key
+        assert (ones[key] - others[key]).abs().mean() <= 1e-3 * ones[key].abs().mean(), key
     held_out = [tiny.events(run, "eval")[-1] for run in results]
     assert held_out[1]["loss"] == pytest.approx(held_out[0]["loss"], rel=1e-5)
     assert held_out[1]["target_tokens"] == held_out[0]["target_tokens"]
+
+
+@pytest.mark.parametrize(("name", "processes"), [("adalora", 2), ("adalora", 4), ("galore", 4)])
+def test_every_process_has_the_same_vitals(name: str, processes: int, runs: Path) -> None:
+    # Of AdaLoRA the ranks, of GaLore the subspaces.
+    found = [torch.load(runs / f"{name}-{processes}" / f"rank-{rank}.pt")[1] for rank in range(processes)]
+    assert all(vitals == found[0] for vitals in found)
+
+
+def test_resumed_on_two_processes_equals_one_uninterrupted(runs: Path) -> None:
+    record = json.loads((runs / "resumed/run.json").read_text())
+    assert record["device"]["processes"] == 2
+    assert record["plan"]["training"]["gradient_accumulation_steps"] == 2
+    resumed, whole = (tiny.events(runs / run, "step") for run in ("resumed", "lora-1"))
+    assert len(resumed) == 4
+    for a, b in zip(whole, resumed, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["target_tokens"] == a["target_tokens"]
+    line = "note: 2 processes now, 1 before: gradient_accumulation_steps 2 instead of 4 keeps the global batch of 8"
+    assert (runs / "stderr-2").read_text().count(line) == 1

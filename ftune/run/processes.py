@@ -1,0 +1,98 @@
+"""Join the processes that share a run, and hold that they are those that were launched.
+
+accelerate falls back in silence: without its CPU flag, processes of torchrun stay alone on a machine without GPUs;
+a configuration for FSDP or DeepSpeed becomes plain DistributedDataParallel on a CPU. A run that trains otherwise than
+was asked for, or N runs that write the same files, is worse than none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftune.errors import FtuneError, RunFailed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["join_processes", "refuse_other_engines", "require_joined"]
+
+# Set by `accelerate launch` for a configuration that asks for them.
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+# What one process waits for another: tokenizing, compiling and saving happen in between.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def join_processes(trackers: Sequence[str], tracking: Path) -> Accelerator:
+    """Make the Accelerator of this run; with several processes, the process group too.
+
+    Args:
+        trackers: accelerate's trackers.
+        tracking: Where they write.
+
+    Raises:
+        FtuneError: The launch configuration asks for an engine that ftune does not run.
+        RunFailed: accelerate did not join the processes that were launched.
+    """
+    refuse_other_engines()
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    accelerator = Accelerator(
+        # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
+        cpu=not cuda,
+        mixed_precision="no",
+        log_with=list(trackers) or None,
+        project_dir=str(tracking) if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+    )
+    if world > 1:
+        atexit.register(_leave_processes)
+    require_joined(accelerator, world, cuda=cuda)
+    return accelerator
+
+
+def refuse_other_engines(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launch configuration whose engine would be ignored.
+
+    Raises:
+        FtuneError: Names the engine.
+    """
+    for variable, engine in _ENGINES.items():
+        if environment.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise FtuneError(
+                f"the launch configuration asks for {engine} ({variable} is set), which ftune does not run",
+                help="launch with `ftune train --num-processes N`, torchrun, or one of configs/*.yaml",
+            )
+
+
+def require_joined(accelerator: Accelerator, world: int, *, cuda: bool) -> None:
+    """Hold that accelerate sees the processes that were launched, joined as they should be.
+
+    Raises:
+        RunFailed: It sees others, or joined them in another way.
+    """
+    wanted = "NO" if world == 1 else "MULTI_GPU" if cuda else "MULTI_CPU"
+    joined = accelerator.distributed_type.value
+    if accelerator.num_processes != world:
+        raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
+    if joined != wanted:
+        raise RunFailed(f"accelerate runs {joined}, where {wanted} was to be expected from how ftune was launched")
+
+
+def _leave_processes() -> None:
+    """End the process group before the interpreter does: gloo's threads, still running then, abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
