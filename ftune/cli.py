@@ -232,6 +232,12 @@ def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="How several processes share the model: ddp or fsdp2. Default: as launched, else ddp."
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -246,6 +252,7 @@ def train(
             loaded,
             resume=resume,
             overwrite=overwrite,
+            engine=engine,
             show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
         )
     if os.environ.get("RANK", "0") != "0":

@@ -23,10 +23,12 @@ from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
+from ftune.plan.engine import choose_engine, require_engine
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
+from ftune.run.engines import make_engine
 from ftune.run.events import EvalEnd, Event, Resumed, RunEnd, RunStart, Saved, Sink, StepEnd, Vitals
 from ftune.run.files import new_directory
 from ftune.run.forecast import Forecaster
@@ -104,6 +106,7 @@ def train(
     overwrite: bool = False,
     show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
     progress: bool = True,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Train a recipe; returns the record that ``run.json`` keeps.
 
@@ -113,18 +116,23 @@ def train(
         overwrite: Replace a run that the directory holds.
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
+        engine: How processes share an update: ``ddp`` or ``fsdp2``; None: as the launch configuration says.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     recipe, run = loaded.recipe, RunDir(Path(loaded.recipe.output_dir).expanduser())
+    choice = choose_engine(engine, os.environ)
+    require_engine(recipe, choice)
+    # Or accelerate shards beside the engine, which does all that the configuration asks for.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = _accelerator(recipe, run)
     main = accelerator.is_main_process
     if main:
         run.prepare(overwrite=overwrite, resume=resume)
     accelerator.wait_for_everyone()
     before = run.read() if resume and run.exists() else None
-    plan = resolve(run.as_begun(recipe) if before else recipe, world_size=accelerator.num_processes)
+    plan = resolve(run.as_begun(recipe) if before else recipe, world_size=accelerator.num_processes, engine=choice)
     summary = plan.summary()
     if before is not None:
         _require_same(before, plan, summary, run)
@@ -142,7 +150,7 @@ def train(
         "vitals": {},
         "vitals_line": "",
         "versions": package_versions(),
-        "device": summary["device"] | {"processes": accelerator.num_processes},
+        "device": summary["device"] | {"processes": accelerator.num_processes, "engine": choice.name},
         "seed": recipe.training.seed,
         "status": "running",
         "started": _now(),
@@ -187,13 +195,15 @@ def train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
+            shared = make_engine(choice, accelerator)
+            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept)
             with using(kernels):
                 loop.run(start)
             record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
             _require_at_work(recipe, record["vitals"])
+            shared.make_whole(model)
             if main:
                 with new_directory(run.root / recipe.method.artifact) as out:
                     _save_artifact(plan, model, out)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ftune.errors import RunFailed
 from ftune.methods import Method
+from ftune.run.engines import Gathered
 from ftune.run.files import new_directory, remove_leftovers
 
 __all__ = ["Checkpoints", "Restored"]
@@ -59,7 +60,15 @@ class Checkpoints:
         """Where the checkpoint after ``step`` updates is."""
         return self.directory / f"step-{step}"
 
-    def save(self, step: int, model: nn.Module, method: Method, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        method: Method,
+        optimizer: Optimizer,
+        progress: dict[str, Any],
+        gathered: Gathered | None = None,
+    ) -> Path:
         """Save after ``step`` updates, then delete what is older than the ``keep`` newest.
 
         Args:
@@ -68,12 +77,13 @@ class Checkpoints:
             method: Adds its own state.
             optimizer: The optimizer.
             progress: JSON-able facts that the run wants back.
+            gathered: What model and optimizer hold, where this process has only parts of it.
         """
         with new_directory(self.path(step)) as out:
-            save_file(_trained(model), out / "trained.safetensors")
+            save_file(_trained(model) if gathered is None else gathered.trained, out / "trained.safetensors")
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state(model).items()}
             save_file(state, out / "method.safetensors")
-            torch.save(optimizer.state_dict(), out / "optimizer.pt")
+            torch.save(optimizer.state_dict() if gathered is None else gathered.optimizer, out / "optimizer.pt")
             (out / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2) + "\n")
             sums = {path.name: _sha256(path) for path in sorted(out.iterdir())}
             (out / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=2) + "\n")
