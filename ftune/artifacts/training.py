@@ -127,6 +127,11 @@ def train(
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = _accelerator(recipe, run)
+    if choice.name != "ddp" and accelerator.num_processes == 1:
+        raise FtuneError(
+            f"--engine {choice.name} in one process: there is nothing to share out",
+            help="torchrun --nproc-per-node 2 -m ftune train ... starts two",
+        )
     main = accelerator.is_main_process
     if main:
         run.prepare(overwrite=overwrite, resume=resume)

@@ -232,9 +232,7 @@ class GaLoreAdamW(Optimizer):
 
 
 @torch.no_grad()
-def _update_now(
-    reference: weakref.ref[GaLoreAdamW], name: str, index: int, place: int, parameter: Tensor
-) -> None:
+def _update_now(reference: weakref.ref[GaLoreAdamW], name: str, index: int, place: int, parameter: Tensor) -> None:
     """The hook: without its optimizer it does nothing."""
     optimizer = reference()
     if optimizer is not None:

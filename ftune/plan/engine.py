@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ftune.errors import FtuneError
-from ftune.methods import Problem
 
 if TYPE_CHECKING:
     from ftune.recipe.schema import Recipe
@@ -30,12 +29,10 @@ class EngineChoice:
         name: ``ddp`` (each process has the whole model; also of one process alone) or ``fsdp2``.
         reshard_after_forward: fsdp2: whether a block's weights are dropped between its forward and its backward
             pass, and gathered twice an update.
-        offload: fsdp2: whether the parts lie in the host's memory.
     """
 
     name: EngineName = "ddp"
     reshard_after_forward: bool = True
-    offload: bool = False
 
 
 _PROVEN = "use --engine fsdp2, which shards weights, gradients and optimizer state as ZeRO-3 does, or ddp"
@@ -46,7 +43,7 @@ _FSDP: dict[str, tuple[tuple[str, ...], str]] = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": (("", "None"), "leave it out: ftune finds the model's blocks"),
     "FSDP_MIN_NUM_PARAMS": (("", "0", "100000000", "None"), "leave it out: ftune shards block by block"),
     "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "true or false"),
-    "FSDP_OFFLOAD_PARAMS": (("true", "false"), "true or false"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "set it to false: not proven yet"),
     "FSDP_STATE_DICT_TYPE": (("FULL_STATE_DICT", "None", ""), "checkpoints are whole: FULL_STATE_DICT"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "set it to false: every process reads the base model"),
     "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the recipe decides: training.gradient_checkpointing"),
@@ -137,38 +134,20 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
     return EngineChoice(
         name="fsdp2",
         reshard_after_forward=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
-        offload=environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     )
 
 
-def require_engine(recipe: Recipe, choice: EngineChoice, device_type: str | None = None) -> None:
+def require_engine(recipe: Recipe, choice: EngineChoice) -> None:
     """Hold that this recipe can run under this engine.
 
     Args:
         recipe: What is to run.
         choice: The engine.
-        device_type: What it runs on, where that is known by now.
 
     Raises:
         FtuneError: Names the field and the way out; all of them.
     """
     problems = list(recipe.method.engine_problems(recipe, choice.name))
-    if choice.offload and recipe.method.artifact == "model":
-        problems.append(
-            Problem(
-                ("method", "name"),
-                f"`{recipe.method.name}` trains all weights, and the optimizer would update them on the host",
-                "set fsdp_offload_params: false; of an adapter's frozen base the parts can lie in the host's memory",
-            )
-        )
-    if choice.offload and device_type == "cpu":
-        problems.append(
-            Problem(
-                ("fsdp_offload_params",),
-                "there is no accelerator whose weights could lie in the host's memory",
-                "set fsdp_offload_params: false",
-            )
-        )
     if problems:
         lines = [f"{'.'.join(map(str, problem.loc))}: {problem.message}" for problem in problems]
         raise FtuneError(

@@ -137,7 +137,7 @@ def resolve(
         FtuneError: The engine cannot run this recipe.
     """
     device = choose_device()
-    require_engine(recipe, engine, device.type)
+    require_engine(recipe, engine)
     dtype = choose_dtype(recipe.model.dtype, device)
     recipe = written_out(recipe, dtype)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)

@@ -38,7 +38,7 @@ class Fsdp2(Engine):
     """Fully sharded data parallelism.
 
     Args:
-        choice: ``reshard_after_forward``, ``offload``.
+        choice: ``reshard_after_forward``.
         accelerator: Knows the device; its processes have joined.
     """
 
@@ -53,7 +53,7 @@ class Fsdp2(Engine):
     def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
         """Shard block by block, then what is left; hand the optimizer the parts of what it trains."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device.type
         before = dict(objective.named_parameters())
@@ -61,7 +61,6 @@ class Fsdp2(Engine):
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(device, (self.world_size,)),
             "ignored_params": kept,
-            "offload_policy": CPUOffloadPolicy() if self.choice.offload else OffloadPolicy(),
         }
         for block in blocks_of(objective.model):
             fully_shard(block, reshard_after_forward=self.choice.reshard_after_forward, **settings)
