@@ -182,7 +182,8 @@ class Method(BaseModel):
         if engine == "fsdp2" and self.artifact == "model" and recipe.optimizer.needs_bitsandbytes:
             yield Problem(
                 ("optimizer", "name"),
-                f"`{recipe.optimizer.name}` keeps its moments in blocks, which do not end where the parts of a weight do",
+                f"`{recipe.optimizer.name}` keeps its moments in blocks, which do not end where the parts of a "
+                "weight do",
                 "use `adamw`: under fsdp2 each process keeps a part of its moments",
             )
 

@@ -102,7 +102,7 @@ class GaLore(Method):
             yield Problem(("method", "weights"), *_BFLOAT16_IN_FLOAT32)
 
     def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
-        """Yield updates in the backward pass, which see a part of a weight. 8-bit states are GaLore's own, and whole."""
+        """Yield updates in the backward pass, which see a part of a weight; 8-bit states are GaLore's own."""
         if engine == "fsdp2" and self.per_layer:
             yield Problem(
                 ("method", "per_layer"),

@@ -15,7 +15,7 @@ from ftune.errors import FtuneError
 if TYPE_CHECKING:
     from ftune.recipe.schema import Recipe
 
-__all__ = ["ENGINES", "EngineChoice", "choose_engine", "require_engine"]
+__all__ = ["DDP", "ENGINES", "EngineChoice", "choose_engine", "require_engine"]
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
@@ -34,6 +34,8 @@ class EngineChoice:
     name: EngineName = "ddp"
     reshard_after_forward: bool = True
 
+
+DDP = EngineChoice()
 
 _PROVEN = "use --engine fsdp2, which shards weights, gradients and optimizer state as ZeRO-3 does, or ddp"
 # What accelerate's launcher sets for FSDP, and the values under which it asks for nothing that ftune would not do.

@@ -19,7 +19,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
-from ftune.plan.engine import EngineChoice, require_engine
+from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
@@ -77,7 +77,7 @@ class Plan:
     available: int
     recomputed: Recomputed
     sizes: Path | None = None
-    engine: EngineChoice = EngineChoice()
+    engine: EngineChoice = DDP
 
     @property
     def global_batch(self) -> int:
@@ -119,9 +119,7 @@ def make_rows(split: Split, recipe: Recipe) -> Rows:
     return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
 
 
-def resolve(
-    recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, engine: EngineChoice = EngineChoice()
-) -> Plan:
+def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, engine: EngineChoice = DDP) -> Plan:
     """Decide everything that needs no weights.
 
     Args:

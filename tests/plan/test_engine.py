@@ -99,7 +99,7 @@ def _verdict(recipe: object, engine: str) -> str:
         require_engine(recipe, choice)  # type: ignore[arg-type]
         method = recipe.method  # type: ignore[attr-defined]
         shape = read_shape(configured(recipe.model, method))  # type: ignore[attr-defined]
-        for problem in method.refusals(shape, tiny.context(world_size=2)):
+        for problem in method.refusals(shape, tiny.context(world_size=2, max_length=256)):
             raise FtuneError(problem.message)
     except FtuneError as error:
         return "refused: " + " ".join(str(error).split())

@@ -73,7 +73,7 @@ class Engine:
         return None
 
     def make_whole(self, model: nn.Module) -> None:
-        """Put whole parameters into the main process's model, on the CPU, so that it can be saved. It trains no more."""
+        """Put whole parameters into the main process's model, on the CPU, to be saved: it trains no more."""
 
 
 class Ddp(Engine):
