@@ -209,7 +209,7 @@ class GaLoreAdamW(Optimizer):
         # Weak: a hook lives as long as its parameter, and must not keep the optimizer, and so the model, alive.
         for index, (parameter, place) in enumerate(self._members()):
             hook = functools.partial(_update_now, weakref.ref(self), names[parameter], index, place)
-            parameter.register_post_accumulate_grad_hook(hook)
+            cast(Any, parameter).register_post_accumulate_grad_hook(hook)
 
     def _update_now(self, parameter: nn.Parameter, name: str, index: int, place: int) -> None:
         assert parameter.grad is not None

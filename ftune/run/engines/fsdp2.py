@@ -77,7 +77,7 @@ class Fsdp2(Engine):
             flat = torch.cat([grad.flatten() for grad in bucket])
             distributed.all_reduce(flat)
             flat /= self.world_size
-            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whol
     """Put other parameters in an optimizer's groups, in the same places, and parts into its state."""
     for group in optimizer.param_groups:
         group["params"] = [by[parameter] for parameter in group["params"]]
-    states = {by[parameter]: state for parameter, state in optimizer.state.items()}
+    states = {by[cast(nn.Parameter, parameter)]: state for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     for parameter, state in states.items():
         optimizer.state[cast(Tensor, parameter)] = {
