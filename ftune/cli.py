@@ -266,6 +266,12 @@ def train(
     num_processes: Annotated[
         int | None, typer.Option("--num-processes", min=1, help="Share every update among N processes, here.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="How several processes share the model: ddp or fsdp2. Default: as launched, else ddp."
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -294,6 +300,7 @@ def train(
             )
             if on
         ]
+        flags += ["--engine", engine] if engine is not None else []
         settings = [part for override in overrides or () for part in ("--set", override)]
         raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
     loaded = _load(recipe, overrides)
@@ -305,6 +312,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             accept_changed_data=accept_changed_data,
+            engine=engine,
             show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
         )
     if os.environ.get("RANK", "0") != "0":

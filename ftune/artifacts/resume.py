@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
+from ftune.plan.engine import EngineChoice
 from ftune.plan.resolve import Plan, resolve
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
@@ -25,14 +26,14 @@ __all__ = ["changes_of_data", "evaluation_missed", "require_same", "resolve_agai
 _FREE_TO_CHANGE = ("checkpoint", "evaluation", "tracking", "output_dir", "training.stop_at_grad_norm")
 
 
-def resolve_again(recipe: Recipe, before: dict[str, Any], world_size: int) -> Plan:
+def resolve_again(recipe: Recipe, before: dict[str, Any], world_size: int, engine: EngineChoice) -> Plan:
     """Resolve a run whose data may have changed, with as many steps as it began with.
 
     The rate, and for some methods more, depend on the number of steps in all.
     """
     steps = before.get("plan", {}).get("training", {}).get("steps")
     fixed = recipe.training.model_copy(update={"max_steps": steps, "epochs": None})
-    plan = resolve(recipe.model_copy(update={"training": fixed}), world_size=world_size)
+    plan = resolve(recipe.model_copy(update={"training": fixed}), world_size=world_size, engine=engine)
     length = {name: getattr(recipe.training, name) for name in ("max_steps", "epochs")}
     training = plan.recipe.training.model_copy(update=length)
     return replace(plan, recipe=plan.recipe.model_copy(update={"training": training}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import shlex
 import shutil
 import sys
@@ -20,13 +21,15 @@ from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_s
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
-from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
+from ftune.plan.engine import EngineChoice, choose_engine, require_engine
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
+from ftune.run.engines import make_engine
 from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
 from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
@@ -55,6 +58,7 @@ def train(
     accept_changed_data: bool = False,
     show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
     progress: bool = True,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Train a recipe; returns the record that ``run.json`` keeps.
 
@@ -65,25 +69,36 @@ def train(
         accept_changed_data: Go on although the data is not what the run began with; ``run.json`` keeps that.
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
+        engine: How processes share an update: ``ddp`` or ``fsdp2``; None: as the launch configuration says.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
+    choice = choose_engine(engine, os.environ)
+    require_engine(loaded.recipe, choice)
+    # Or accelerate shards beside the engine, which does all that the configuration asks for.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
     accelerator = join_processes(trackers, run.root / "tracking")
+    if choice.name != "ddp" and accelerator.num_processes == 1:
+        raise FtuneError(
+            f"--engine {choice.name} in one process: there is nothing to share out",
+            help="--num-processes 2 starts two",
+        )
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
             run.sweep()
-        return _train(loaded, run, accelerator, resume, overwrite, accept_changed_data, show_plan, progress)
+        return _train(loaded, run, accelerator, choice, resume, overwrite, accept_changed_data, show_plan, progress)
 
 
 def _train(
     loaded: Loaded,
     run: RunDir,
     accelerator: Accelerator,
+    choice: EngineChoice,
     resume: bool,
     overwrite: bool,
     accept_changed_data: bool,
@@ -97,9 +112,9 @@ def _train(
     if before is not None and began is not None:
         recipe = in_world(run.as_begun(recipe), began, before, world)
     if before is not None and accept_changed_data:
-        plan = resolve_again(recipe, before, world)
+        plan = resolve_again(recipe, before, world, choice)
     else:
-        plan = resolve(recipe, world_size=world)
+        plan = resolve(recipe, world_size=world, engine=choice)
     # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
     resolved = plan.recipe
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
@@ -123,7 +138,7 @@ def _train(
         "vitals": {},
         "vitals_line": "",
         "versions": package_versions(),
-        "device": summary["device"] | {"processes": accelerator.num_processes},
+        "device": summary["device"] | {"processes": accelerator.num_processes, "engine": choice.name},
         "seed": recipe.training.seed,
         "status": "running",
         "started": _now(),
@@ -174,7 +189,8 @@ def _train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            loop = Loop(plan, accelerator, objective, optimizer, checkpoints, emit, stop, kept)
+            shared = make_engine(choice, accelerator)
+            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept)
             with using(kernels):
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)
@@ -183,6 +199,7 @@ def _train(
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
             _require_at_work(recipe, record["vitals"])
+            shared.make_whole(model)
             if main:
                 with new_directory(run.root / recipe.method.artifact) as out, as_os_error():
                     _save_artifact(plan, model, out)

@@ -29,6 +29,7 @@ from ftune.ops.galore import (
     subspace,
     to_8bit,
 )
+from ftune.ops.sharded import part_like, whole
 
 __all__ = ["GaLoreAdamW"]
 
@@ -87,8 +88,6 @@ class GaLoreAdamW(Optimizer):
             reproject_moments,
         )
         self.bits, self.seed = bits, seed
-        places = [(p, place) for place, group in enumerate(self.param_groups) for p in group["params"]]
-        self._place = {p: (index, place) for index, (p, place) in enumerate(places)}
         self._norms: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
@@ -98,18 +97,22 @@ class GaLoreAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in self._place:
+        for index, (parameter, place) in enumerate(self._members()):
             if parameter.grad is not None:
-                self._update(parameter)
+                self._update(parameter, index, place)
         return loss
 
     # --- one parameter ---
 
-    def _update(self, parameter: nn.Parameter) -> None:
-        index, place = self._place[parameter]
+    def _members(self) -> list[tuple[nn.Parameter, int]]:
+        """All parameters, each with the number of its group; their own numbers here are part of what is random."""
+        return [(parameter, place) for place, group in enumerate(self.param_groups) for parameter in group["params"]]
+
+    def _update(self, parameter: nn.Parameter, index: int, place: int) -> None:
         group, state = self.param_groups[place], self.state[parameter]
         assert parameter.grad is not None
-        grad = parameter.grad.float()
+        # Where a process has only a part: a subspace is one of the whole gradient. The state is whole everywhere.
+        grad = whole(parameter.grad).float()
         done = int(state["step"]) if state else 0
         basis = None
         if group["rank"] is not None:
@@ -130,10 +133,11 @@ class GaLoreAdamW(Optimizer):
             direction = lift(direction, basis).mul_(self.scale)
         rate, decay = group["lr"], group["weight_decay"]
         if parameter.dtype == torch.float32:
-            parameter.mul_(1 - rate * decay).add_(direction, alpha=-rate)
+            parameter.mul_(1 - rate * decay).add_(part_like(direction, parameter), alpha=-rate)
         else:
-            moved = parameter.float().mul_(1 - rate * decay).add_(direction, alpha=-rate)
-            parameter.copy_(round_to_bfloat16(moved, self._generator("rounding", index, done, parameter.device)))
+            moved = whole(parameter).float().mul_(1 - rate * decay).add_(direction, alpha=-rate)
+            rounded = round_to_bfloat16(moved, self._generator("rounding", index, done, parameter.device))
+            parameter.copy_(part_like(rounded, parameter))
 
     def _renew(self, state: dict[str, Any], grad_MN: Tensor, group: dict[str, Any], done: int, index: int) -> None:
         """Compute the subspace of this gradient, and take the moments into it where that is asked."""
@@ -182,7 +186,7 @@ class GaLoreAdamW(Optimizer):
         """Restore a state as it was saved: torch's own would cast it to the dtype of each parameter."""
         super().load_state_dict({**state_dict, "state": {}})
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, parameter in zip(saved, self._place, strict=True):
+        for index, (parameter, _) in zip(saved, self._members(), strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 # Counters stay on the CPU: they are read at every update.
                 device = parameter.device if value.ndim else torch.device("cpu")
@@ -203,11 +207,11 @@ class GaLoreAdamW(Optimizer):
             names: Of the parameters, for messages.
         """
         # Weak: a hook lives as long as its parameter, and must not keep the optimizer, and so the model, alive.
-        for parameter in self._place:
-            hook = functools.partial(_update_now, weakref.ref(self), names[parameter])
-            parameter.register_post_accumulate_grad_hook(hook)
+        for index, (parameter, place) in enumerate(self._members()):
+            hook = functools.partial(_update_now, weakref.ref(self), names[parameter], index, place)
+            cast(Any, parameter).register_post_accumulate_grad_hook(hook)
 
-    def _update_now(self, parameter: nn.Parameter, name: str) -> None:
+    def _update_now(self, parameter: nn.Parameter, name: str, index: int, place: int) -> None:
         assert parameter.grad is not None
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         if not torch.isfinite(norm):
@@ -217,7 +221,7 @@ class GaLoreAdamW(Optimizer):
                 help="lower optimizer.learning_rate, or look at the data; `per_layer: false` names the rows",
             )
         self._norms[parameter] = norm
-        self._update(parameter)
+        self._update(parameter, index, place)
         parameter.grad = None
 
     def take_gradient_norm(self, parameters: Iterable[nn.Parameter]) -> float:
@@ -228,8 +232,8 @@ class GaLoreAdamW(Optimizer):
 
 
 @torch.no_grad()
-def _update_now(reference: weakref.ref[GaLoreAdamW], name: str, parameter: Tensor) -> None:
+def _update_now(reference: weakref.ref[GaLoreAdamW], name: str, index: int, place: int, parameter: Tensor) -> None:
     """The hook: without its optimizer it does nothing."""
     optimizer = reference()
     if optimizer is not None:
-        optimizer._update_now(cast(nn.Parameter, parameter), name)
+        optimizer._update_now(cast(nn.Parameter, parameter), name, index, place)

@@ -421,11 +421,13 @@ def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     import torch
     from peft.utils.integrations import dequantize_module_weight
 
+    from ftune.ops.sharded import whole
+
     for module in model.modules():
         magnitudes = getattr(module, "lora_magnitude_vector", None)
         if magnitudes:
             layer = cast(Any, module)
-            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+            weight = whole(dequantize_module_weight(layer.get_base_layer()).detach()).float()
             yield (
                 magnitudes["default"].weight,
                 torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1),

@@ -165,6 +165,8 @@ class Method(BaseModel):
     """Directory under the run that holds what was trained."""
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "peft"
     """Which library loads what ``save`` wrote."""
+    keeps_whole_state: ClassVar[bool] = False
+    """Whether the optimizer's state stays whole on every process where the weights it belongs to are shared out."""
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = None
     """Whether the trained update is, or can be written as, a plain LoRA adapter."""
     not_lora_because: ClassVar[str] = ""
@@ -174,6 +176,16 @@ class Method(BaseModel):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield what cannot work in this recipe because of this method."""
         yield from ()
+
+    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+        """Yield what cannot work in this recipe when ``engine`` shares the model out among processes."""
+        if engine == "fsdp2" and self.artifact == "model" and recipe.optimizer.needs_bitsandbytes:
+            yield Problem(
+                ("optimizer", "name"),
+                f"`{recipe.optimizer.name}` keeps its moments in blocks, which do not end where the parts of a "
+                "weight do",
+                "use `adamw`: under fsdp2 each process keeps a part of its moments",
+            )
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield what cannot work on this model or in this many steps, once the plan knows both."""
@@ -264,7 +276,9 @@ class Method(BaseModel):
         """The global norm of the update's gradients, asked for after the last backward pass."""
         import torch
 
-        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        from ftune.ops.sharded import whole
+
+        return float(whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])))
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
         """Act after ``optimizer.step()`` and before the gradients are cleared; returns numbers to log."""

@@ -42,6 +42,7 @@ class GaLore(Method):
     # AdamW's, an eighth at rank 128 of 576, but embeddings and norms take the rate as it is.
     default_learning_rate: ClassVar[float] = 1e-4
     artifact: ClassVar[Literal["adapter", "model"]] = "model"
+    keeps_whole_state: ClassVar[bool] = True
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "transformers"
 
     name: Literal["galore"] = Field("galore", description="Full training with gradient low-rank projection.")
@@ -99,6 +100,15 @@ class GaLore(Method):
             )
         if self.weights == "bfloat16" and recipe.model.dtype == "float32":
             yield Problem(("method", "weights"), *_BFLOAT16_IN_FLOAT32)
+
+    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+        """Yield updates in the backward pass, which see a part of a weight; 8-bit states are GaLore's own."""
+        if engine == "fsdp2" and self.per_layer:
+            yield Problem(
+                ("method", "per_layer"),
+                "`per_layer` updates before the processes have exchanged their gradients",
+                "use `per_layer: false`: under fsdp2 each process keeps a part of the gradients anyway",
+            )
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield ranks that save nothing on this model, and per-layer updates on several processes."""
@@ -217,9 +227,11 @@ class GaLore(Method):
             return cast("GaLoreAdamW", optimizer).take_gradient_norm(trained)
         import torch
 
+        from ftune.ops.sharded import whole
+
         # Of bf16 gradients torch would give a norm in bf16, and clip by it.
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained if p.grad is not None]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        return float(whole(torch.linalg.vector_norm(torch.stack(norms)))) if norms else 0.0
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """What is projected, how often the subspace was renewed, and what the state takes."""

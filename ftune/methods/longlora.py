@@ -330,6 +330,8 @@ def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of the base that is trained whole, in fp32: before and now; a tied head is left out."""
     from peft.utils import ModulesToSaveWrapper
 
+    from ftune.ops.sharded import whole
+
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -337,4 +339,4 @@ def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
             for name, before in cast(Any, module).original_module.named_parameters():
                 if id(now[name]) not in seen:
                     seen.add(id(now[name]))
-                    yield before.detach().float(), now[name].detach().float()
+                    yield whole(before.detach()).float(), now[name].detach().float()

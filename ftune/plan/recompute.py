@@ -16,7 +16,7 @@ from ftune.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Recomputed", "choose_blocks", "enable_checkpointing", "written"]
+__all__ = ["Recomputed", "blocks_of", "choose_blocks", "enable_checkpointing", "written"]
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ def enable_checkpointing(model: Any, blocks: int | None = None) -> None:
     else:  # its name in older versions of transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if blocks is not None:
-        layers = _blocks(model)
+        layers = blocks_of(model)
         first = _first_with_graph(model, layers)
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = first <= index < first + blocks
 
 
-def _blocks(model: nn.Module) -> list[Any]:
+def blocks_of(model: nn.Module) -> list[Any]:
+    """The model's blocks, from the first to the last; none where transformers does not tell them apart."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

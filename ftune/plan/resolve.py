@@ -19,6 +19,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
@@ -58,6 +59,7 @@ class Plan:
         available: Bytes that the device has free.
         recomputed: Which blocks are recomputed in the backward pass, and why.
         sizes: Where the sizes came from, when they are not those of the recipe's model.
+        engine: How the processes share an update.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class Plan:
     available: int
     recomputed: Recomputed
     sizes: Path | None = None
+    engine: EngineChoice = DDP
 
     @property
     def global_batch(self) -> int:
@@ -116,7 +119,7 @@ def make_rows(split: Split, recipe: Recipe) -> Rows:
     return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
 
 
-def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -> Plan:
+def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, engine: EngineChoice = DDP) -> Plan:
     """Decide everything that needs no weights.
 
     Args:
@@ -124,12 +127,15 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         world_size: Processes that share an update.
         sizes: A directory whose ``config.json`` gives the model's sizes instead of the recipe's model, to plan
             for a model that is not there; its tokens are counted with the tokenizer of the recipe's.
+        engine: How the processes share an update.
 
     Raises:
         ModelError: The configuration or the tokenizer cannot be read, or a target matches nothing.
         DataError: The data cannot be read or cannot be trained on.
+        FtuneError: The engine cannot run this recipe.
     """
     device = choose_device()
+    require_engine(recipe, engine)
     dtype = choose_dtype(recipe.model.dtype, device)
     recipe = written_out(recipe, dtype)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
@@ -218,6 +224,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         available=available,
         recomputed=recomputed,
         sizes=sizes,
+        engine=engine,
     )
 
 

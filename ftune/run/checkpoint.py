@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ftune.errors import RunFailed
 from ftune.methods import Method
+from ftune.run.engines import Gathered
 from ftune.run.files import as_os_error, new_directory, remove_leftovers, sync
 from ftune.run.manifest import damage, write_manifest
 
@@ -74,7 +75,15 @@ class Checkpoints:
         """Where the checkpoint after ``step`` updates is."""
         return self.directory / f"step-{step}"
 
-    def save(self, step: int, model: nn.Module, method: Method, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        method: Method,
+        optimizer: Optimizer,
+        progress: dict[str, Any],
+        gathered: Gathered | None = None,
+    ) -> Path:
         """Save after ``step`` updates, then delete what is older than the ``keep`` newest.
 
         Args:
@@ -83,16 +92,17 @@ class Checkpoints:
             method: Adds its own state.
             optimizer: The optimizer.
             progress: JSON-able facts that the run wants back.
+            gathered: What model and optimizer hold, where this process has only parts of it.
 
         Raises:
             OSError: It could not be written; the older ones are untouched.
             RunFailed: What the disk gives back is not what was written; the older ones are untouched.
         """
         with new_directory(self.path(step)) as out, as_os_error():
-            save_file(_trained(model), out / "trained.safetensors")
+            save_file(_trained(model) if gathered is None else gathered.trained, out / "trained.safetensors")
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state(model).items()}
             save_file(state, out / "method.safetensors")
-            torch.save(optimizer.state_dict(), out / "optimizer.pt")
+            torch.save(optimizer.state_dict() if gathered is None else gathered.optimizer, out / "optimizer.pt")
             (out / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2) + "\n")
             write_manifest(out)
         # Before an older one goes: with `keep: 1` nothing else would be left.

@@ -25,6 +25,7 @@ from ftune.errors import Interrupted, RunFailed
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
 from ftune.run.checkpoint import Checkpoints
+from ftune.run.engines import Engine
 from ftune.run.events import EvalEnd, Event, Saved, StepEnd, Vitals
 from ftune.run.memory import PeakMeter
 from ftune.run.moved import MoveWatch
@@ -47,6 +48,7 @@ class Loop:
     Attributes:
         plan: What to train on, how long, in what portions.
         accelerator: Knows the device and the other processes.
+        engine: How the processes share an update.
         objective: Model and loss; wrapped for the exchange of gradients when the loop starts.
         optimizer: From the method.
         checkpoints: Where to save.
@@ -57,6 +59,7 @@ class Loop:
 
     plan: Plan
     accelerator: Accelerator
+    engine: Engine
     objective: Objective
     optimizer: Optimizer
     checkpoints: Checkpoints
@@ -73,7 +76,7 @@ class Loop:
         """
         plan, recipe, method = self.plan, self.plan.recipe, self.plan.recipe.method
         model, training = self.objective.model, self.plan.recipe.training
-        wrapped = self.accelerator.prepare_model(self.objective) if plan.world_size > 1 else self.objective
+        wrapped = self.engine.wrap(self.objective, self.optimizer, method)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         watch, meter = (
             MoveWatch(
@@ -120,8 +123,7 @@ class Loop:
                 group["lr"] = group["base_lr"] * scale
 
             if self.objective.flat:
-                share = deal(rows, lengths, self.accelerator.process_index, plan.world_size)
-                mine = regroup(share, lengths, capacity)
+                mine = self._laid_flat(rows, lengths, capacity)
             elif plan.world_size == 1:  # other processes would wait for the exchange of gradients
                 mine = [micro for micro in mine if micro]
             total = torch.zeros((), device=self.accelerator.device)
@@ -129,7 +131,7 @@ class Loop:
                 self._reseed(step, micro_step)
                 last = micro_step == len(mine) - 1
                 # The gradients travel once an update, with the last micro-batch.
-                with nullcontext() if last or plan.world_size == 1 else self.accelerator.no_sync(wrapped):
+                with nullcontext() if last else self.engine.accumulating(wrapped):
                     loss = wrapped(self._batch(micro))
                     total += loss.detach()
                     # Gradients are averaged over processes: the factor makes the average a sum.
@@ -139,6 +141,7 @@ class Loop:
                     # Not accelerator.backward: that divides by a number from the environment.
                     loss.backward()
 
+            self.engine.exchange(trained)
             norm = method.gradient_norm(trained, self.optimizer)
             loss_sum = float(self.accelerator.reduce(total, "sum"))
             self._require_sane(step, start, norm, loss_sum / targets, rows)
@@ -223,14 +226,22 @@ class Loop:
             self.emit(Vitals(step, self.plan.recipe.method.vitals(self.objective.model, self.optimizer)))
 
     def save(self, step: int) -> None:
-        """Save a checkpoint on the main process; the others wait."""
+        """Save a checkpoint on the main process; the others hand in their parts, and wait."""
+        gathered = self.engine.gather(self.objective.model, self.optimizer)
         if self.accelerator.is_main_process:
             began = time.perf_counter()
             path = self.checkpoints.save(
-                step, self.objective.model, self.plan.recipe.method, self.optimizer, self.progress
+                step, self.objective.model, self.plan.recipe.method, self.optimizer, self.progress, gathered
             )
             self.emit(Saved(step, path.name, time.perf_counter() - began))
         self.accelerator.wait_for_everyone()
+
+    def _laid_flat(self, rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
+        """This process's rows of an update, laid behind each other in micro-batches."""
+        world, rank = self.plan.world_size, self.accelerator.process_index
+        each = [regroup(deal(rows, lengths, other, world), lengths, capacity) for other in range(world)]
+        most = max(map(len, each)) if self.engine.lockstep else len(each[rank])
+        return each[rank] + [[] for _ in range(most - len(each[rank]))]
 
     def _count(self, rows: list[int]) -> tuple[int, int]:
         """Real tokens and target tokens of an update; every process knows all rows, so none has to ask."""
@@ -291,7 +302,9 @@ def eval_batches(plan: Plan, rank: int, world: int, flat: bool) -> list[Batch]:
         ([held_out.examples[i] for i in row] for row in plan.eval_rows),
         key=lambda row: sum(len(example.input_ids) for example in row),
     )[rank::world]
-    return [make_batch(rows[i : i + size], plan, flat) for i in range(0, len(rows), size)]
+    # As many on every process, the last perhaps empty: where a model is sharded, each forward pass is an exchange.
+    count = math.ceil(math.ceil(len(plan.eval_rows) / world) / size)
+    return [make_batch(rows[i * size : (i + 1) * size], plan, flat) for i in range(count)]
 
 
 def make_batch(rows: list[list[Example]], plan: Plan, flat: bool = False) -> Batch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ftune.errors import RunFailed
+from ftune.ops.sharded import whole
 
 __all__ = ["MoveWatch"]
 
@@ -91,7 +92,7 @@ class MoveWatch:
 
     def _should_show(self, parameter: Tensor, learning_rate: float) -> bool:
         """Whether an update of this size changes the last bit of the parameter's smallest element."""
-        bit = float(parameter.detach().abs().min()) * torch.finfo(parameter.dtype).eps
+        bit = float(whole(parameter.detach()).abs().min()) * torch.finfo(parameter.dtype).eps
         if parameter.dtype == torch.float32:
             return learning_rate >= bit
         # Rounded at random, an element moves with the probability of the update over the bit.
@@ -106,7 +107,8 @@ def _some(names: list[str]) -> str:
 def _checksum(parameter: Tensor) -> int:
     """A sum of the parameter's bits, each element's times an odd number of its own, modulo 2^64."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = parameter.detach().contiguous().view(integers[parameter.element_size()]).flatten()
+    # Not of a part: a process may have rows of an embedding that no token uses.
+    bits = whole(parameter.detach()).contiguous().view(integers[parameter.element_size()]).flatten()
     total = 0
     # In pieces: as 64-bit integers a whole embedding would take twice its memory.
     for piece in torch.split(bits, 2**20):

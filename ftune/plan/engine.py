@@ -1,0 +1,158 @@
+"""Which engine shares a model out among processes, and what it is told: asked for by the command line or the launch.
+
+accelerate's launcher hands its configuration on in the environment. Everything in it is honoured or refused here,
+before anything is loaded; nothing is passed over. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from ftune.errors import FtuneError
+
+if TYPE_CHECKING:
+    from ftune.recipe.schema import Recipe
+
+__all__ = ["DDP", "ENGINES", "EngineChoice", "choose_engine", "require_engine"]
+
+EngineName = Literal["ddp", "fsdp2", "deepspeed"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine and its settings.
+
+    Attributes:
+        name: ``ddp`` (each process has the whole model; also of one process alone) or ``fsdp2``.
+        reshard_after_forward: fsdp2: whether a block's weights are dropped between its forward and its backward
+            pass, and gathered twice an update.
+    """
+
+    name: EngineName = "ddp"
+    reshard_after_forward: bool = True
+
+
+DDP = EngineChoice()
+
+_PROVEN = "use --engine fsdp2, which shards weights, gradients and optimizer state as ZeRO-3 does, or ddp"
+# What accelerate's launcher sets for FSDP, and the values under which it asks for nothing that ftune would not do.
+_FSDP: dict[str, tuple[tuple[str, ...], str]] = {
+    "FSDP_VERSION": (("2",), "set fsdp_version: 2"),
+    "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "ftune shards block by block: TRANSFORMER_BASED_WRAP"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (("", "None"), "leave it out: ftune finds the model's blocks"),
+    "FSDP_MIN_NUM_PARAMS": (("", "0", "100000000", "None"), "leave it out: ftune shards block by block"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "true or false"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "set it to false: not proven yet"),
+    "FSDP_STATE_DICT_TYPE": (("FULL_STATE_DICT", "None", ""), "checkpoints are whole: FULL_STATE_DICT"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "set it to false: every process reads the base model"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the recipe decides: training.gradient_checkpointing"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "set it to false"),
+    "FSDP_IGNORED_MODULES": (("", "None"), "leave it out"),
+    # Of version 1 alone; the launcher sets them to their defaults whatever the version.
+    "FSDP_SHARDING_STRATEGY": (("", "1", "FULL_SHARD", "None"), "leave it out: fsdp_reshard_after_forward decides"),
+    "FSDP_BACKWARD_PREFETCH": (("", "BACKWARD_PRE", "None", "NO_PREFETCH"), "leave it out"),
+    "FSDP_FORWARD_PREFETCH": (("false",), "leave it out"),
+    "FSDP_USE_ORIG_PARAMS": (("true", "false"), "leave it out"),
+    "FSDP_SYNC_MODULE_STATES": (("true", "false"), "leave it out"),
+}
+"""Each variable: the values that are accepted, and what to do about others."""
+
+_USES = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (tensor, context, hybrid)",
+}
+
+
+def choose_engine(asked: str | None, environment: Mapping[str, str]) -> EngineChoice:
+    """The engine that the command line asks for, else the launch configuration, else DDP.
+
+    Args:
+        asked: ``--engine``.
+        environment: Where accelerate's launcher leaves its configuration.
+
+    Raises:
+        FtuneError: There is no such engine, the two disagree, or the launch asks for what ftune does not do.
+    """
+    launched = _launched(environment)
+    if asked is None:
+        return launched or EngineChoice()
+    if asked not in ENGINES:
+        raise FtuneError(f"--engine {asked}: there is no such engine", help=f"one of {', '.join(ENGINES)}")
+    if asked == "deepspeed":
+        raise FtuneError("ftune does not run under DeepSpeed", help=_PROVEN)
+    if launched is not None and launched.name != asked:
+        raise FtuneError(
+            f"--engine {asked}, but the launch configuration asks for {launched.name}",
+            help="leave out --engine, or launch with another configuration",
+        )
+    return launched or EngineChoice(name="ddp" if asked == "ddp" else "fsdp2")
+
+
+def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
+    """What accelerate's launch configuration asks for; None where it leaves the engine open.
+
+    Raises:
+        FtuneError: Something that would be silently passed over.
+    """
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() in ("true", "1", "yes")
+
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        raise FtuneError("the launch configuration asks for DeepSpeed, which ftune does not run under", help=_PROVEN)
+    for name, what in _USES.items():
+        if on(name):
+            raise FtuneError(
+                f"the launch configuration asks for {what}, which ftune does not run",
+                help="launch with one of configs/*.yaml",
+            )
+    wrong = []
+    if environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() not in ("no", ""):
+        given = environment["ACCELERATE_MIXED_PRECISION"]
+        wrong.append(f'mixed_precision: {given}: set it to "no"; the recipe\'s model.dtype decides')
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
+        wrong.append("dynamo_backend: leave it out; the recipe's training.compile decides")
+    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
+        wrong.append("gradient_accumulation_steps: leave it out; the recipe's decides")
+    if on("ACCELERATE_USE_FSDP"):
+        for name, (accepted, remedy) in _FSDP.items():
+            value = environment.get(name)
+            if name == "FSDP_VERSION" and value is None:
+                value = "1"
+            if value is not None and value.lower() not in [word.lower() for word in accepted]:
+                wrong.append(f"{name.lower()}: {value}: {remedy}")
+        unknown = sorted(name for name in environment if name.startswith("FSDP_") and name not in _FSDP)
+        wrong += [f"{name.lower()}: not known to ftune" for name in unknown]
+    if wrong:
+        raise FtuneError(
+            "the launch configuration asks for what ftune would not do:\n  " + "\n  ".join(wrong),
+            help="mend it, or launch with one of configs/*.yaml",
+        )
+    if not on("ACCELERATE_USE_FSDP"):
+        return None
+    return EngineChoice(
+        name="fsdp2",
+        reshard_after_forward=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
+    )
+
+
+def require_engine(recipe: Recipe, choice: EngineChoice) -> None:
+    """Hold that this recipe can run under this engine.
+
+    Args:
+        recipe: What is to run.
+        choice: The engine.
+
+    Raises:
+        FtuneError: Names the field and the way out; all of them.
+    """
+    problems = list(recipe.method.engine_problems(recipe, choice.name))
+    if problems:
+        lines = [f"{'.'.join(map(str, problem.loc))}: {problem.message}" for problem in problems]
+        raise FtuneError(
+            f"engine `{choice.name}` cannot run this recipe:\n  " + "\n  ".join(lines),
+            help="; ".join(problem.help for problem in problems if problem.help),
+        )

@@ -1,0 +1,90 @@
+"""What an engine does for the loop, and the one that copies the model onto every process (DDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from ftune.methods import Method
+    from ftune.run.objective import Objective
+
+__all__ = ["Ddp", "Engine", "Gathered"]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a checkpoint holds of model and optimizer, whole, on the CPU: the same from every engine.
+
+    Attributes:
+        trained: The parameters that require grad, by name; tied ones once.
+        optimizer: The optimizer's ``state_dict``.
+    """
+
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+class Engine:
+    """How processes share an update.
+
+    The loop divides each loss by the target tokens of the whole update and multiplies it by the number of processes:
+    an engine averages gradients over processes, and their sum is then the gradient of the mean.
+
+    Args:
+        accelerator: Knows the device and the other processes.
+    """
+
+    name: ClassVar[str]
+    lockstep: ClassVar[bool] = False
+    """Whether a forward pass is an exchange too, so that every process must make as many as the others."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share an update."""
+        return int(self.accelerator.num_processes)
+
+    def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
+        """Make the objective one that trains on all processes; it is called in place of ``objective``.
+
+        Whole until now, with the parameters and the optimizer state of a resumed run in it, it may be sharded in
+        place: then the optimizer's parameters and state are replaced by their parts.
+        """
+        raise NotImplementedError
+
+    def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """The context of a micro-batch that is not the update's last: gradients need not travel yet."""
+        return nullcontext()
+
+    def exchange(self, trained: Sequence[nn.Parameter]) -> None:
+        """Average the gradients that the last backward pass did not average by itself."""
+
+    def gather(self, model: nn.Module, optimizer: Optimizer) -> Gathered | None:
+        """Everything trained, whole; every process asks, the main one gets it. None: it is whole where it lies."""
+        return None
+
+    def make_whole(self, model: nn.Module) -> None:
+        """Put whole parameters into the main process's model, on the CPU, to be saved: it trains no more."""
+
+
+class Ddp(Engine):
+    """Every process has the whole model; gradients are averaged (DistributedDataParallel). One process: nothing."""
+
+    name = "ddp"
+
+    def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
+        """Let gradients travel with the backward pass."""
+        return self.accelerator.prepare_model(objective) if self.world_size > 1 else objective
+
+    def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """Gradients stay here."""
+        return self.accelerator.no_sync(wrapped) if self.world_size > 1 else nullcontext()
