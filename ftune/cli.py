@@ -67,7 +67,12 @@ def main() -> NoReturn:
         # typer's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)
         if show is None:
-            raise
+            import traceback
+
+            from ftune.scrub import scrub
+
+            print(scrub(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)

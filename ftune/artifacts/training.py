@@ -23,6 +23,7 @@ from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
+from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -136,6 +137,7 @@ def train(
     record: dict[str, Any] = {
         "recipe": loaded.text,
         "overrides": list(loaded.overrides),
+        "pinned": before["pinned"] if before and "pinned" in before else pins(recipe, plan.recipe),
         "resolved": plan.recipe.model_dump(mode="json"),
         "plan": summary,
         "measured": {},
