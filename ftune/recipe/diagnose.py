@@ -217,7 +217,8 @@ def fail(mistakes: Sequence[Mistake], source: Source, *, color: bool = False) ->
 
 def printable(text: str) -> str:
     """The text with control characters replaced: a recipe must not steer the terminal, nor flood it."""
-    text = scrub(text)
+    if len(text) > 1:  # source lines come scrubbed, character by character
+        text = scrub(text)
     if len(text) > 1000:
         text = f"{text[:500]}\u2026{text[-100:]}"
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
