@@ -73,7 +73,12 @@ def main() -> NoReturn:
             sys.stdout.flush()
             os._exit(1)
         if show is None:
-            raise
+            import traceback
+
+            from ftune.scrub import scrub
+
+            print(scrub(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)

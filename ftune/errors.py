@@ -15,6 +15,8 @@ A broken invariant of ftune's own is an ``AssertionError`` and keeps its traceba
 
 from __future__ import annotations
 
+from ftune.scrub import scrub
+
 __all__ = [
     "DataError",
     "FtuneError",
@@ -42,9 +44,9 @@ class FtuneError(Exception):
         self.help = help
 
     def render(self) -> str:
-        """The text shown to the user, without colour."""
+        """The text shown to the user, without colour and without secrets."""
         text = f"error: {self.message}"
-        return f"{text}\n  help: {self.help}" if self.help else text
+        return scrub(f"{text}\n  help: {self.help}" if self.help else text)
 
 
 class RecipeError(FtuneError):
@@ -62,7 +64,7 @@ class RecipeError(FtuneError):
         """Every report, and their count when there are several."""
         count = len(self.reports)
         tail = f"\n\n{count} errors" if count > 1 else ""
-        return "\n\n".join(self.reports) + tail
+        return scrub("\n\n".join(self.reports) + tail)
 
 
 class DataError(FtuneError):

@@ -7,7 +7,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A busy machine is no failure: hypothesis times each example, and fails the slow ones.
+_UNTIMED = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("fast", max_examples=100, **_UNTIMED)
+# What `--hypothesis-profile=fuzz` runs: tests that set no number of examples themselves make so many each.
+hypothesis.settings.register_profile("fuzz", max_examples=2_500, **_UNTIMED)
+# Before the option is read, which loads another over it.
+hypothesis.settings.load_profile("fast")
 
 _modules_frozen = 0
 

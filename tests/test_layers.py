@@ -12,7 +12,21 @@ import ftune
 from ftune.methods import METHODS
 
 ROOT = Path(ftune.__file__).parent
-LAYERS = ["__main__", "cli", "artifacts", "run", "plan", "data", "recipe", "methods", "ops", "human", "cache", "errors"]
+LAYERS = [
+    "__main__",
+    "cli",
+    "artifacts",
+    "run",
+    "plan",
+    "data",
+    "recipe",
+    "methods",
+    "ops",
+    "human",
+    "cache",
+    "errors",
+    "scrub",
+]
 """From the top down; a module may import from its own layer and from those to the right."""
 
 MODULES = sorted(ROOT.rglob("*.py"))

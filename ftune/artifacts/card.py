@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ftune.scrub import scrub_data
+
 __all__ = ["write_card"]
 
 
@@ -19,6 +21,7 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
         directory: The adapter's or model's directory.
         record: What ``run.json`` keeps.
     """
+    record = scrub_data(record)
     plan, measured, resolved = record["plan"], record["measured"], record["resolved"]
     method, data, training = plan["method"], plan["data"], plan["training"]
     base = plan["model"]["public_name"]

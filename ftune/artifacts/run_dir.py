@@ -26,9 +26,11 @@ from pydantic import ValidationError
 
 import ftune
 from ftune.errors import RunDirError
+from ftune.plan.pinned import repinned
 from ftune.recipe.schema import Recipe
 from ftune.run.files import remove_leftovers, write_json
 from ftune.run.lock import LOCK
+from ftune.scrub import scrub_data
 
 __all__ = ["RunDir", "package_versions"]
 
@@ -125,14 +127,16 @@ class RunDir:
             ) from error
 
     def as_begun(self, recipe: Recipe) -> Recipe:
-        """A recipe for this run, with every ``auto`` as the run settled it when it began.
+        """A recipe for this run, with every ``auto`` and every branch of the hub as the run settled them at its start.
 
-        What ``auto`` means is measured, so it may come out otherwise on another machine or another day.
+        What ``auto`` means is measured, so it may come out otherwise on another machine or another day; a branch
+        moves on.
 
         Raises:
             RunDirError: As ``recipe`` does.
         """
         began, blocks = self.recipe(), {}
+        recipe = repinned(recipe, self.read().get("pinned", {}))
         for block in ("model", "training"):
             now, then = getattr(recipe, block), getattr(began, block)
             fields = [name for name in type(now).model_fields if getattr(now, name) == "auto"]
@@ -155,8 +159,8 @@ class RunDir:
         return path
 
     def write(self, record: dict[str, Any]) -> None:
-        """Replace ``run.json``."""
-        write_json(self.record_path, record)
+        """Replace ``run.json``; secrets are left out of it."""
+        write_json(self.record_path, scrub_data(record))
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the directory ready for a run.

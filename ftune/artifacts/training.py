@@ -25,6 +25,7 @@ from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text
 from ftune.ops.kernels import EAGER, using
 from ftune.plan.engine import EngineChoice, choose_engine, require_engine
+from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -132,6 +133,7 @@ def _train(
     record: dict[str, Any] = {
         "recipe": loaded.text,
         "overrides": list(loaded.overrides),
+        "pinned": before["pinned"] if before and "pinned" in before else pins(recipe, plan.recipe),
         "resolved": resolved.model_dump(mode="json"),
         "plan": summary,
         "measured": {},

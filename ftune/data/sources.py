@@ -45,6 +45,7 @@ class Rows:
         numbers: Which rows of ``source`` these are, counted from 0.
         file_of: Index into ``origin`` for each row of ``source``; empty: all from the first.
         line_of: Line of each row of ``source``, counted from 1; empty where there are no lines.
+        commit: Of the hub, for a data set whose files say from which they are.
     """
 
     source: Sequence[Row]
@@ -54,6 +55,7 @@ class Rows:
     numbers: Sequence[int]
     file_of: Sequence[int] = ()
     line_of: Sequence[int] = ()
+    commit: str | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -380,7 +382,15 @@ def _read_hub(source: DataSource) -> Rows:
         origin=(f"{name}, split {source.split}",),
         fingerprint=str(rows._fingerprint),
         numbers=range(len(rows)),
+        commit=_commit(rows),
     )
+
+
+def _commit(rows: Any) -> str | None:
+    """The commit that ``datasets`` read: it stands in the addresses of the files, and in the cache's path."""
+    addresses = [*(rows.info.download_checksums or ()), *(entry["filename"] for entry in rows.cache_files)]
+    found = {match[1] for text in addresses if (match := re.search(r"[@/]([0-9a-f]{40})/", text))}
+    return found.pop() if len(found) == 1 else None
 
 
 @contextlib.contextmanager

@@ -271,9 +271,19 @@ def save_as_lora(factors: dict[str, tuple[Tensor, Tensor]], base: nn.Module, out
 
 
 def load_peft(base: nn.Module, directory: Path) -> nn.Module:
-    """Attach an adapter saved by ``save_peft``; nothing requires grad."""
-    from peft import PeftModel
+    """Attach an adapter saved by ``save_peft``; nothing requires grad.
 
+    Raises:
+        ModelError: There is no safetensors file: PEFT would take a pickle in its place, or ask the hub.
+    """
+    from peft import PeftModel
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    if not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ModelError(
+            f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}, and ftune reads no pickle",
+            help="train the run again, or restore the file",
+        )
     wrapped = cast("nn.Module", PeftModel.from_pretrained(cast(Any, base), str(directory)))
     return wrapped.requires_grad_(False)
 

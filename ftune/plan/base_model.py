@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,15 +14,16 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
-from ftune.plan.weights import load_cast
-from ftune.recipe.locate import Located, locate_model
+from ftune.plan.weights import load_cast, safetensors_files
+from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
 from ftune.recipe.schema import ModelSpec
+from ftune.scrub import scrub
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["choose_device", "configured", "load_base", "load_config", "load_tokenizer"]
+__all__ = ["choose_device", "configured", "explained", "load_base", "load_config", "load_tokenizer"]
 
 
 def choose_device() -> torch.device:
@@ -35,12 +37,20 @@ def choose_device() -> torch.device:
 
 def _source(spec: ModelSpec, located: Located) -> dict[str, Any]:
     """Keyword arguments of every ``from_pretrained`` that say where to read."""
+    if spec.trust_remote_code:
+        _shout(spec.id)
     source: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if located.revision:
         source["revision"] = located.revision
     if located.gguf_file:
         source["gguf_file"] = located.gguf_file
     return source
+
+
+@functools.cache
+def _shout(name: str) -> None:
+    """Say once that a model's code is run: here, so that no command does it in silence."""
+    print(f"WARNING: trust_remote_code is ON: running Python code that comes with {scrub(name)}", file=sys.stderr)
 
 
 def _gguf(located: Located) -> Path:
@@ -54,7 +64,7 @@ def _gguf(located: Located) -> Path:
 
 
 @contextlib.contextmanager
-def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
+def explained(spec: ModelSpec, what: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be read into one sentence."""
     from safetensors import SafetensorError
 
@@ -93,7 +103,7 @@ def _read_config(spec: ModelSpec) -> Any:
     def read() -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
 
-    with _explained(spec, "configuration"):
+    with explained(spec, "configuration"):
         return kept_config(_gguf(located), read) if located.gguf_file else read()
 
 
@@ -114,7 +124,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
     def read() -> Any:
         return AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
 
-    with _explained(spec, "tokenizer"):
+    with explained(spec, "tokenizer"):
         tokenizer = kept_tokenizer(_gguf(located), read) if located.gguf_file else read()
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of `{spec.id}` has no fast version, so no character offsets")
@@ -157,7 +167,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         "dtype": method.base_dtype(dtype),
         "attn_implementation": method.attention(spec.attention),
     }
-    with _explained(spec, "weights"), _quiet():
+    with explained(spec, "weights"), _quiet():
         dense = None
         if located.gguf_file:
             plain = {"config": load_config(spec), "dtype": settings["dtype"]}
@@ -171,7 +181,8 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
                 settings |= {"quantization_config": quantization, "device_map": {"": device}}
             model = None if spec.trust_remote_code else load_cast(where, source.get("revision"), settings)
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(where, **settings, **source)
+                _require_safetensors(where, spec, source.get("revision"))
+                model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **settings, **source)
         else:
             model = dense
             if quantization is not None:
@@ -186,6 +197,16 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
         model.to(device)
     return cast("nn.Module", model.train())
+
+
+def _require_safetensors(where: str, spec: ModelSpec, revision: str | None) -> None:
+    """Refuse pickled weights in ftune's own words: transformers would ask a service of the hub to convert them.
+
+    Raises:
+        ModelError: There is no safetensors file.
+    """
+    if not safetensors_files(where, revision):
+        raise ModelError(f"`{spec.id}` has no safetensors weights, and ftune reads no pickle", help=SAFETENSORS_HELP)
 
 
 def _leave_file(model: nn.Module) -> None:

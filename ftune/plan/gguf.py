@@ -41,7 +41,7 @@ def kept_config(file: Path, read: Callable[[], Any]) -> Any:
     from transformers import AutoConfig
 
     def again(entry: Path) -> Any:
-        config = AutoConfig.from_pretrained(entry)
+        config = AutoConfig.from_pretrained(entry, trust_remote_code=False)
         config.name_or_path = str(file.parent)
         return config
 
@@ -61,7 +61,7 @@ def kept_tokenizer(file: Path, read: Callable[[], Any]) -> Any:
     from transformers import AutoTokenizer
 
     def again(entry: Path) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(entry)
+        tokenizer = AutoTokenizer.from_pretrained(entry, trust_remote_code=False)
         tokenizer.name_or_path = str(file.parent)
         return tokenizer
 

@@ -21,6 +21,7 @@ from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.memory import MemoryEstimate, estimate
+from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
 from ftune.plan.shapes import read_shape
@@ -138,8 +139,10 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, e
     require_engine(recipe, engine)
     dtype = choose_dtype(recipe.model.dtype, device)
     recipe = written_out(recipe, dtype)
+    recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
+    recipe = recipe.model_copy(update={"data": pin_data(recipe.data, splits)})
     if recipe.evaluation.metrics and splits.eval is not None and splits.eval.format == "text":
         raise DataError(
             "evaluation.metrics compare answers, and held-out rows of format `text` have none",

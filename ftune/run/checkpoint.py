@@ -27,6 +27,7 @@ from ftune.methods import Method
 from ftune.run.engines import Gathered
 from ftune.run.files import as_os_error, new_directory, remove_leftovers, sync
 from ftune.run.manifest import damage, write_manifest
+from ftune.run.tensors import read_tensors
 
 __all__ = ["Checkpoints", "Restored"]
 
@@ -158,8 +159,7 @@ class Checkpoints:
             for name, parameter in mine.items():
                 parameter.copy_(trained[name])
         method.load_state(model, load_file(path / "method.safetensors"))
-        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(read_tensors(path / "optimizer.pt"))
         progress = json.loads((path / "progress.json").read_text())
         return Restored(step=progress.pop("step"), path=path, progress=progress)
 

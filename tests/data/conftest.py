@@ -7,15 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data.kit import build_tokenizer
-
-# a busy machine is no failure: hypothesis times each example, and fails the slow ones
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

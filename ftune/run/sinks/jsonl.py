@@ -9,6 +9,7 @@ from typing import Any
 
 from ftune.run.events import Event
 from ftune.run.files import write_text
+from ftune.scrub import scrub_data
 
 __all__ = ["JsonlSink", "read_events", "truncate_after"]
 
@@ -23,7 +24,7 @@ class JsonlSink:
         """Write one line."""
         # JSON knows no NaN or infinity.
         data = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.as_dict().items()}
-        self._file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(scrub_data(data), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

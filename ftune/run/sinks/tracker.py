@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftune.run.events import EvalEnd, Event, StepEnd
+from ftune.scrub import scrub_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +25,7 @@ class TrackerSink:
     def __init__(self, accelerator: Accelerator, project: str, settings: dict[str, Any]) -> None:
         self._accelerator = accelerator
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-        accelerator.init_trackers(project, config=plain)
+        accelerator.init_trackers(project, config=scrub_data(plain))
 
     def receive(self, event: Event) -> None:
         """Log one event's numbers."""

@@ -1,0 +1,76 @@
+"""Secrets taken out of text: nothing that ftune writes or prints keeps a token or a password.
+
+What is a secret: the value of an environment variable whose name says so (``HF_TOKEN``, ``WANDB_API_KEY``,
+``DB_PASSWORD``), of 8 or more characters; the user and the secret parameters of a URL; and what has the form of a
+well-known service's token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+__all__ = ["find_secret", "scrub", "scrub_data"]
+
+MASK = "*"
+SHORTEST = 8
+"""A shorter value is no secret worth the name, and would be found in innocent text."""
+
+_NAMES = re.compile(r"(?:^|_)(?:TOKENS?|KEYS?|PASS|PASSWD|PAT|CREDENTIALS?)$|SECRET|PASSWORD", re.IGNORECASE)
+_FORMS = [
+    # user:password@ of a URL, or a token alone in front of the @
+    ("the user of a URL", re.compile(r"(?<=://)[^/\s@?#\"'<>]+(?=@)")),
+    (
+        "a secret in a URL",
+        re.compile(
+            r"(?<=[?&])(?:[\w-]*(?:token|secret|password|signature|credential|api_?key)|key|sig|auth)=([^&\s#\"'<>,]+)",
+            re.IGNORECASE,
+        ),
+    ),
+    ("a token", re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,})")),
+]
+
+
+def scrub(text: str) -> str:
+    """The text with every character of a secret as ``*``: what stands at which column stays."""
+    for secret in _values():
+        text = text.replace(secret, MASK * len(secret))
+    for _, form in _FORMS:
+        text = form.sub(_masked, text)
+    return text
+
+
+def scrub_data(data: Any) -> Any:
+    """JSON-able data with every string scrubbed, keys too."""
+    if isinstance(data, str):
+        return scrub(data)
+    if isinstance(data, dict):
+        return {scrub(key) if isinstance(key, str) else key: scrub_data(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [scrub_data(value) for value in data]
+    return data
+
+
+def find_secret(text: str) -> str | None:
+    """What kind of secret a text holds, in words that do not repeat it; None where there is none."""
+    for secret, name in _values().items():
+        if secret in text:
+            return f"the value of the environment variable {name}"
+    return next((what for what, form in _FORMS if form.search(text)), None)
+
+
+def _masked(match: re.Match[str]) -> str:
+    whole, secret = match.group(), match.group(match.lastindex or 0)
+    return whole[: len(whole) - len(secret)] + MASK * len(secret)
+
+
+def _values() -> dict[str, str]:
+    """Secret values of the environment with their names, the longest first: one may hold another."""
+    found = {
+        value: name
+        for name, value in os.environ.items()
+        # SSH_KEY=/home/me/.ssh/id_rsa says where a secret is, and is none
+        if len(value) >= SHORTEST and _NAMES.search(name) and not value.startswith(("/", "~"))
+    }
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
