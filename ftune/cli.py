@@ -285,11 +285,18 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: what the run computed in.")
     ] = None,
+    by_shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-shard/--in-memory", help="One tensor at a time, or all at once; default: what memory allows."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fold what was trained into the base weights.
 
-    The plain model is written, read back from the disk, and compared with the tuned one on real text.
+    The plain model is written, read back from the disk, and compared with the tuned one on real text. A model
+    larger than memory is merged one tensor at a time, and compared layer by layer.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
@@ -299,7 +306,7 @@ def merge(
         from ftune.artifacts.merge import merge as merge_run
         from ftune.artifacts.run_dir import RunDir
 
-        report = merge_run(RunDir(run), out, dtype)
+        report = merge_run(RunDir(run), out, dtype, by_shard)
     _print_json(report) if as_json else print(merge_summary(report))
 
 

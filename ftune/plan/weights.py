@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_cast"]
+__all__ = ["STORED", "load_cast", "safetensors_files"]
 
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating dtypes, as safetensors and as torch names them."""
 
 
 def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any | None:
@@ -44,7 +45,7 @@ def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not known or type(config).extra_files or getattr(config, "quantization_config", None) is not None:
         return None
-    files = _files(where, revision)
+    files = safetensors_files(where, revision)
     weights: dict[str, Any] = {}
     for file in files:
         opened: Any = safe_open(file, framework="pt", backend="pread")
@@ -66,7 +67,7 @@ def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:
 
     other = total = 0
     for stored in slices:
-        name = _STORED.get(stored.get_dtype())
+        name = STORED.get(stored.get_dtype())
         if name is None:
             return False
         elements = math.prod(stored.get_shape())
@@ -75,7 +76,7 @@ def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:
     return other > total / 2
 
 
-def _files(where: str, revision: str | None) -> list[Path]:
+def safetensors_files(where: str, revision: str | None) -> list[Path]:
     """The safetensors files of a model, downloaded if need be; none where it has no such."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
