@@ -207,17 +207,36 @@ def plan(
         Path | None,
         typer.Option("--sizes", help="Plan for the sizes in this directory's config.json: configs/shapes/llama-2-7b."),
     ] = None,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share an update.")] = 1,
+    engine: Annotated[
+        str, typer.Option("--engine", help="How they share what they hold: ddp, fsdp2, zero2 or zero3.")
+    ] = "ddp",
+    device: Annotated[
+        str | None, typer.Option("--device", help="Plan for this device, h100-80g, or this much memory, 24GiB.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do and need, without loading weights."""
     if sizes is not None and not (sizes / "config.json").is_file():
         raise FtuneError(f"there is no {sizes}/config.json", help="configs/shapes has those of well-known models")
+    from ftune.plan.devices import find_device
+    from ftune.plan.sharding import ENGINES
+
+    if engine not in ENGINES:
+        raise FtuneError(f"--engine {engine}: no engine that can be planned for", help=", ".join(ENGINES))
+    target = find_device(device) if device else None
     loaded = _load(recipe, overrides)
     with _libraries():
         from ftune.plan.resolve import resolve
 
-        summary = resolve(loaded.recipe, sizes=sizes).summary()
+        summary = resolve(
+            loaded.recipe,
+            sizes=sizes,
+            world_size=num_processes,
+            engine=next(known for known in ENGINES if known == engine),
+            target=target,
+        ).summary()
     _print_json(summary) if as_json else _print_plan(summary)
 
 

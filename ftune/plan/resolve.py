@@ -19,10 +19,12 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.devices import Device
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
 from ftune.plan.shapes import read_shape
+from ftune.plan.sharding import Engine
 from ftune.plan.summary import summary_of
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe
@@ -58,6 +60,8 @@ class Plan:
         available: Bytes that the device has free.
         recomputed: Which blocks are recomputed in the backward pass, and why.
         sizes: Where the sizes came from, when they are not those of the recipe's model.
+        engine: How the processes share what they hold.
+        target: The device that was planned for, when it is not the one here.
     """
 
     recipe: Recipe
@@ -75,6 +79,8 @@ class Plan:
     available: int
     recomputed: Recomputed
     sizes: Path | None = None
+    engine: Engine = "ddp"
+    target: Device | None = None
 
     @property
     def global_batch(self) -> int:
@@ -116,7 +122,14 @@ def make_rows(split: Split, recipe: Recipe) -> Rows:
     return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
 
 
-def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -> Plan:
+def resolve(
+    recipe: Recipe,
+    *,
+    world_size: int = 1,
+    sizes: Path | None = None,
+    engine: Engine = "ddp",
+    target: Device | None = None,
+) -> Plan:
     """Decide everything that needs no weights.
 
     Args:
@@ -124,6 +137,8 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         world_size: Processes that share an update.
         sizes: A directory whose ``config.json`` gives the model's sizes instead of the recipe's model, to plan
             for a model that is not there; its tokens are counted with the tokenizer of the recipe's.
+        engine: How the processes share what they hold.
+        target: A CUDA device to plan for instead of the one here.
 
     Raises:
         ModelError: The configuration or the tokenizer cannot be read, or a target matches nothing.
@@ -188,12 +203,14 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
             target_tokens=regrouped or training.micro_batch_size * _most_targets(splits.train, rows),
             recomputed_blocks=recomputed_blocks,
             attention=recipe.model.attention,
-            device_type=device.type,
+            device_type="cuda" if target else device.type,
             packed=any(len(row) > 1 for row in rows),
+            engine=engine,
+            processes=world_size,
         )
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    available = available_bytes(device.type, processes=local)
+    available = target.memory if target else available_bytes(device.type, processes=local)
     recomputed = choose_blocks(
         training.gradient_checkpointing,
         shape.layers,
@@ -218,6 +235,8 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None) -
         available=available,
         recomputed=recomputed,
         sizes=sizes,
+        engine=engine,
+        target=target,
     )
 
 
