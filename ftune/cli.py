@@ -67,16 +67,14 @@ def main() -> NoReturn:
     except Exception as error:
         # typer's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)
+        from ftune.scrub import scrub
+
         if show is None and _launched():
-            _tell(traceback.format_exc().rstrip(), 1)
+            _tell(scrub(traceback.format_exc()).rstrip(), 1)
             # Not sys.exit: a thread that waits for the other processes would hold this one back.
             sys.stdout.flush()
             os._exit(1)
         if show is None:
-            import traceback
-
-            from ftune.scrub import scrub
-
             print(scrub(traceback.format_exc()), end="", file=sys.stderr)
             sys.exit(1)
         show()
@@ -240,17 +238,35 @@ def plan(
         Path | None,
         typer.Option("--sizes", help="Plan for the sizes in this directory's config.json: configs/shapes/llama-2-7b."),
     ] = None,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share an update.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="How they share what they hold: ddp (the default) or fsdp2.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Plan for this device, h100-80g, or this much memory, 24GiB.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do and need, without loading weights."""
     if sizes is not None and not (sizes / "config.json").is_file():
         raise FtuneError(f"there is no {sizes}/config.json", help="configs/shapes has those of well-known models")
+    from ftune.plan.devices import find_device
+    from ftune.plan.engine import choose_engine
+
+    choice = choose_engine(engine, {})
+    target = find_device(device) if device else None
     loaded = _load(recipe, overrides)
     with _libraries():
         from ftune.plan.resolve import resolve
 
-        summary = resolve(loaded.recipe, sizes=sizes).summary()
+        summary = resolve(
+            loaded.recipe,
+            sizes=sizes,
+            world_size=num_processes,
+            engine=choice,
+            target=target,
+        ).summary()
     _print_json(summary) if as_json else _print_plan(summary)
 
 
@@ -357,11 +373,18 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: what the run computed in.")
     ] = None,
+    by_shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-shard/--in-memory", help="One tensor at a time, or all at once; default: what memory allows."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fold what was trained into the base weights.
 
-    The plain model is written, read back from the disk, and compared with the tuned one on real text.
+    The plain model is written, read back from the disk, and compared with the tuned one on real text. A model
+    larger than memory is merged one tensor at a time, and compared layer by layer.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
@@ -373,7 +396,7 @@ def merge(
         from ftune.run.lock import RunLock
 
         with RunLock(run, shared=True):
-            report = merge_run(RunDir(run), out, dtype)
+            report = merge_run(RunDir(run), out, dtype, by_shard)
     _print_json(report) if as_json else print(merge_summary(report))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ftune.artifacts.by_shard import merge_by_shard
 from ftune.artifacts.divergence import (
     Divergence,
     divergence,
@@ -22,7 +23,11 @@ from ftune.artifacts.divergence import (
 )
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, RunFailed
+from ftune.plan.available import available_bytes
+from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
+from ftune.plan.shapes import read_shape
+from ftune.recipe.schema import Recipe
 from ftune.run.files import new_directory, require_writable
 
 if TYPE_CHECKING:
@@ -34,13 +39,22 @@ MAX_KL_ROUNDED = 0.02
 """Largest mean divergence, in nats a token, that rounding the weights to 16 bits explains (measured: 2e-3)."""
 
 
-def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dict[str, Any]:
+BYTES_A_PARAMETER = 6
+"""What a merge in memory takes at its peak for each parameter: the model in fp32, and half of it on the way."""
+RUNTIME_BYTES = 2**30
+"""What the libraries take, and the logits that are compared."""
+
+
+def merge(
+    run: RunDir, out: Path | None = None, dtype: str | None = None, by_shard: bool | None = None
+) -> dict[str, Any]:
     """Merge a finished run into a plain transformers model.
 
     Args:
         run: A finished run.
         out: Where to write; default ``RUN/merged``. An older merge there is replaced.
         dtype: ``float32`` or ``bfloat16``; default: what the run computed in.
+        by_shard: Never hold the whole model; None: only where it would not fit comfortably.
 
     Returns:
         The report: where, in which dtype, and the divergence from the adapter model and from the base.
@@ -59,6 +73,8 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
     target = out or run.root / "merged"
     run.artifact(recipe)
     require_writable(target, "merge.json", "merged model")
+    if by_shard if by_shard is not None else not _fits(recipe):
+        return merge_by_shard(run, recipe, target, dtype)
     plan = resolve(recipe)
     texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))
@@ -90,6 +106,14 @@ def merge(run: RunDir, out: Path | None = None, dtype: str | None = None) -> dic
 
         (aside / "merge.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _fits(recipe: Recipe) -> bool:
+    """Whether the model can be merged in memory, with room to spare."""
+    spec = recipe.model
+    shape = read_shape(configured(spec, recipe.method), trust_remote_code=spec.trust_remote_code)
+    needed = BYTES_A_PARAMETER * shape.parameters + RUNTIME_BYTES
+    return needed <= available_bytes(choose_device().type)
 
 
 def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:

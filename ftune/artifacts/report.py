@@ -83,6 +83,8 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
 
 def merge_summary(report: dict[str, Any]) -> str:
     """Where the merged model is and how close it is to what was trained."""
+    if report.get("by_shard"):
+        return _by_shard_summary(report)
     found, effect = report["merged_vs_adapter"], report["base_vs_adapter"]
     return (
         f"merged: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])})\n"
@@ -90,6 +92,21 @@ def merge_summary(report: dict[str, Any]) -> str:
         + _divergence_table((("merged, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared"
     )
+
+
+def _by_shard_summary(report: dict[str, Any]) -> str:
+    """What was compared where the model was never whole, and what was not."""
+    files = f"{report['shards']} file{'s' * (report['shards'] != 1)}"
+    lines = [f"merged shard by shard: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])} in {files})"]
+    if report["layers_compared"]:
+        rows = [("written", report["written_vs_adapter"]), ("base model", report["base_vs_adapter"])]
+        body = [
+            [name, f"{found['overall']:.2g}", f"{found['largest']:.2g}" if "largest" in found else ""]
+            for name, found in rows
+        ]
+        lines += ["", table(["error of layers' outputs", "all layers", "worst layer"], body, right=(1, 2)), ""]
+    lines += [f"verified: {what}" for what in report["verified"] if not what.startswith("0 ")]
+    return "\n".join(lines + [f"not verified: {what}" for what in report["not_verified"]])
 
 
 def convert_summary(report: dict[str, Any]) -> str:

@@ -380,10 +380,20 @@ def is_4bit(module: nn.Module) -> bool:
     )
 
 
+def dequantized(weight: Any) -> Tensor:
+    """What a quantized ``Params4bit`` multiplies with, in fp32."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    # The exact product of codes and scales; by itself bitsandbytes rounds it to the dtype before quantization.
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return cast("Tensor", dequantize_4bit(weight.data, state))
+
+
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every 4-bit linear layer by a plain one that holds exactly what it multiplied with, in fp32."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
     for name, module in list(model.named_modules()):
         if not is_4bit(module):
@@ -392,10 +402,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         plain = torch.nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device=layer.weight.device
         )
-        # The exact product of codes and scales; by itself bitsandbytes rounds it to the dtype before quantization.
-        state = copy.copy(layer.weight.quant_state)
-        state.dtype = torch.float32
-        plain.weight.data = dequantize_4bit(layer.weight.data, state)
+        plain.weight.data = dequantized(layer.weight)
         if layer.bias is not None:
             plain.bias.data = layer.bias.data.float()
         parent, _, leaf = name.rpartition(".")

@@ -334,6 +334,21 @@ class Method(BaseModel):
         """
         raise NotImplementedError(self.not_mergeable_because)
 
+    def merge_layer(self, model: nn.Module, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As ``merge``, for one module: its own parameters with the trained part folded in, in fp32.
+
+        Args:
+            model: From ``load`` over a base without weights (``_layer_by_layer.hollow``); not changed.
+            name: The module's name in the base model.
+            weights: Its parameters by name (``weight``, ``bias``), in fp32, dequantized; not changed.
+
+        Returns:
+            The same names. What is not adapted comes back as it is.
+        """
+        from ftune.methods._layer_by_layer import merge_layer
+
+        return merge_layer(model, name, weights)
+
     def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """The trained update as the factors of plain LoRA, in fp32.
 

@@ -124,19 +124,19 @@ class Vera(Method):
         """Add ``diag(b) B diag(d) A`` to the weights it was trained against, dequantized where they are 4-bit."""
         return _shared.merge_factors(model, self.to_lora(model, None))
 
+    def merge_layer(self, model: nn.Module, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As ``merge``; PEFT's own product has other rounding."""
+        layer = dict(_layers(model)).get(name)
+        if layer is None:
+            return weights
+        a, b = _factors(layer, _in_fp32(model), None)
+        update = b @ a
+        return weights | {"weight": weights["weight"] + (update.T if layer.fan_in_fan_out else update)}
+
     def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """``diag(d) A`` and ``diag(b) B``: exact at VeRA's rank or the matrix's own, the best of its rank below."""
-        from ftune.ops.low_rank import factorize
-
-        a_RN, b_MR = (projection.detach().float() for projection in _projections(model))
-        factors = {}
-        for name, layer in _layers(model):
-            d_R, b_M = (vectors["default"].detach().float() for vectors in (layer.vera_lambda_d, layer.vera_lambda_b))
-            a, b = d_R[:, None] * a_RN[:, : layer.in_features], b_M[:, None] * b_MR[: layer.out_features]
-            # No update has a higher rank than its matrix, however high that of the projections is.
-            highest = min(layer.in_features, layer.out_features, rank or len(d_R))
-            factors[name] = (a, b) if highest >= len(d_R) else factorize(b @ a, highest)
-        return factors
+        projections = _in_fp32(model)
+        return {name: _factors(layer, projections, rank) for name, layer in _layers(model)}
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How many matrices are adapted, how large b became, how far d is from its start, and what is 4-bit."""
@@ -209,6 +209,23 @@ def _projections(model: nn.Module) -> tuple[Tensor, Tensor]:
     """A and B as the model multiplies with them."""
     tuner = cast(Any, model).base_model
     return tuner.vera_A["default"], tuner.vera_B["default"]
+
+
+def _in_fp32(model: nn.Module) -> tuple[Tensor, Tensor]:
+    a_RN, b_MR = _projections(model)
+    return a_RN.detach().float(), b_MR.detach().float()
+
+
+def _factors(layer: Any, projections: tuple[Tensor, Tensor], rank: int | None) -> tuple[Tensor, Tensor]:
+    """``diag(d) A`` and ``diag(b) B`` of one layer, at most of this rank."""
+    from ftune.ops.low_rank import factorize
+
+    a_RN, b_MR = projections
+    d_R, b_M = (vectors["default"].detach().float() for vectors in (layer.vera_lambda_d, layer.vera_lambda_b))
+    a, b = d_R[:, None] * a_RN[:, : layer.in_features], b_M[:, None] * b_MR[: layer.out_features]
+    # No update has a higher rank than its matrix, however high that of the projections is.
+    highest = min(layer.in_features, layer.out_features, rank or len(d_R))
+    return (a, b) if highest >= len(d_R) else factorize(b @ a, highest)
 
 
 def _drawn(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["choose_device", "configured", "explained", "load_base", "load_config", "load_tokenizer"]
+__all__ = ["choose_device", "configured", "explained", "gguf_path", "load_base", "load_config", "load_tokenizer"]
 
 
 def choose_device() -> torch.device:
@@ -53,7 +53,7 @@ def _shout(name: str) -> None:
     print(f"WARNING: trust_remote_code is ON: running Python code that comes with {scrub(name)}", file=sys.stderr)
 
 
-def _gguf(located: Located) -> Path:
+def gguf_path(located: Located) -> Path:
     """The GGUF file, from the hub's cache where it is not a local one."""
     from transformers.utils import cached_file
 
@@ -104,7 +104,7 @@ def _read_config(spec: ModelSpec) -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
 
     with explained(spec, "configuration"):
-        return kept_config(_gguf(located), read) if located.gguf_file else read()
+        return kept_config(gguf_path(located), read) if located.gguf_file else read()
 
 
 def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
@@ -125,7 +125,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
 
     with explained(spec, "tokenizer"):
-        tokenizer = kept_tokenizer(_gguf(located), read) if located.gguf_file else read()
+        tokenizer = kept_tokenizer(gguf_path(located), read) if located.gguf_file else read()
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of `{spec.id}` has no fast version, so no character offsets")
     if tokenizer.pad_token_id is None:
@@ -171,7 +171,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         dense = None
         if located.gguf_file:
             plain = {"config": load_config(spec), "dtype": settings["dtype"]}
-            kept = kept_weights(_gguf(located), settings["dtype"], lambda: _dequantized(where, plain | source))
+            kept = kept_weights(gguf_path(located), settings["dtype"], lambda: _dequantized(where, plain | source))
             if kept is None:
                 dense = _dequantized(where, settings | source)
             else:

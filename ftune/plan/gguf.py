@@ -25,7 +25,7 @@ from ftune.cache import cache_dir, publish, touch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["kept_config", "kept_tokenizer", "kept_weights"]
+__all__ = ["found_weights", "kept_config", "kept_tokenizer", "kept_weights"]
 
 _FORMAT = 1  # raise it when what is kept is made in another way
 _MANIFEST = "entry.json"
@@ -97,6 +97,12 @@ def kept_weights(file: Path, dtype: torch.dtype, dequantized: Callable[[], Any])
             return None
     touch(entry)
     return entry
+
+
+def found_weights(file: Path, dtype: torch.dtype) -> Path | None:
+    """The directory that ``kept_weights`` made of a GGUF file before, or None."""
+    entry = _entry(file, str(dtype).removeprefix("torch."))
+    return entry if entry is not None and _whole(entry) else None
 
 
 def _save_weights(model: Any, directory: Path) -> None:

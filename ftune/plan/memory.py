@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftune.methods import Method, ModelShape, _shared
+from ftune.plan.sharding import per_rank, shares_state
 
-__all__ = ["ITEMS", "MemoryEstimate", "estimate"]
+__all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
 
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
@@ -98,8 +99,10 @@ def estimate(
     attention: str,
     device_type: str,
     packed: bool,
+    engine: str = "ddp",
+    processes: int = 1,
 ) -> MemoryEstimate:
-    """Estimate the peak memory of training, on one device.
+    """Estimate the peak memory of training, on one device: that of one rank, where there are several.
 
     Args:
         method: The method, with its settings.
@@ -113,13 +116,15 @@ def estimate(
         attention: ``sdpa``, ``eager`` or ``flash_attention_2``.
         device_type: ``cpu`` or ``cuda``.
         packed: Whether rows hold several documents, which takes a mask to keep apart.
+        engine: How processes share what they hold (``ftune.plan.sharding``).
+        processes: How many there are.
     """
     arguments = dict(locals())
     length += method.virtual_positions
     tokens = rows * length
     layers = shape.layers
     whole = method.artifact == "model"
-    stored = _stored_bytes(method, dtype_bytes)
+    stored = stored_bytes(method, dtype_bytes)
     masked = _masked(shape, length, attention, device_type, packed)
 
     kept = (
@@ -143,12 +148,13 @@ def estimate(
     head = shape.extra["head_elements"] if trained else 0
     head_in_loss = head * (4 + 2 * (dtype_bytes if dtype_bytes < 4 else 0))
 
+    updated_by = processes if shares_state(method, engine) else 1
     # (activations, logits, buffers) at each moment that may be the peak
     moments = [
         (held, loss, masks * left + head_in_loss),
         (held, 0, masks * left + (8 * head)),
         (held, 0, masks * left + 4 * head + step),
-        (0, 0, method.update_bytes(shape, optimizer) if device_type == "cuda" else 0),
+        (0, 0, method.update_bytes(shape, optimizer) // updated_by if device_type == "cuda" else 0),
     ]
     if recomputed_blocks:
         moments.append((inputs + kept // layers, 0, masks + step))
@@ -165,6 +171,7 @@ def estimate(
         "buffers": buffers,
         "runtime": RUNTIME_BYTES[device_type],
     }
+    items = per_rank(items, method, shape, engine=engine, processes=processes, stored_bytes=stored)
     return MemoryEstimate(**items, total=sum(items.values()), arguments=arguments)
 
 
@@ -188,7 +195,7 @@ def _masked(shape: ModelShape, length: int, attention: str, device_type: str, pa
     return _slides(shape, length) or (packed and not by_document)
 
 
-def _stored_bytes(method: Method, dtype_bytes: int) -> int:
+def stored_bytes(method: Method, dtype_bytes: int) -> int:
     """Bytes of a base weight that is not quantized, as the method keeps it."""
     import torch
 

@@ -19,6 +19,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
@@ -61,6 +62,7 @@ class Plan:
         recomputed: Which blocks are recomputed in the backward pass, and why.
         sizes: Where the sizes came from, when they are not those of the recipe's model.
         engine: How the processes share an update.
+        target: The device that was planned for, when it is not the one here.
     """
 
     recipe: Recipe
@@ -79,6 +81,7 @@ class Plan:
     recomputed: Recomputed
     sizes: Path | None = None
     engine: EngineChoice = DDP
+    target: Device | None = None
 
     @property
     def global_batch(self) -> int:
@@ -120,7 +123,14 @@ def make_rows(split: Split, recipe: Recipe) -> Rows:
     return tuple(tuple(row) for row in pack(lengths, recipe.data.max_length))
 
 
-def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, engine: EngineChoice = DDP) -> Plan:
+def resolve(
+    recipe: Recipe,
+    *,
+    world_size: int = 1,
+    sizes: Path | None = None,
+    engine: EngineChoice = DDP,
+    target: Device | None = None,
+) -> Plan:
     """Decide everything that needs no weights.
 
     Args:
@@ -129,6 +139,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, e
         sizes: A directory whose ``config.json`` gives the model's sizes instead of the recipe's model, to plan
             for a model that is not there; its tokens are counted with the tokenizer of the recipe's.
         engine: How the processes share an update.
+        target: A CUDA device to plan for instead of the one here.
 
     Raises:
         ModelError: The configuration or the tokenizer cannot be read, or a target matches nothing.
@@ -197,12 +208,14 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, e
             target_tokens=regrouped or training.micro_batch_size * _most_targets(splits.train, rows),
             recomputed_blocks=recomputed_blocks,
             attention=recipe.model.attention,
-            device_type=device.type,
+            device_type="cuda" if target else device.type,
             packed=any(len(row) > 1 for row in rows),
+            engine=engine.name,
+            processes=world_size,
         )
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    available = available_bytes(device.type, processes=local)
+    available = target.memory if target else available_bytes(device.type, processes=local)
     recomputed = choose_blocks(
         training.gradient_checkpointing,
         shape.layers,
@@ -228,6 +241,7 @@ def resolve(recipe: Recipe, *, world_size: int = 1, sizes: Path | None = None, e
         recomputed=recomputed,
         sizes=sizes,
         engine=engine,
+        target=target,
     )
 
 

@@ -16,7 +16,7 @@ from ftune.errors import ModelError
 from ftune.methods._shared import list_linears
 from ftune.methods.base import Linear, ModelShape
 
-__all__ = ["read_shape", "shape_of"]
+__all__ = ["build_on_meta", "read_shape", "shape_of"]
 
 
 def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
@@ -30,6 +30,19 @@ def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
         ModelError: transformers has no causal language model for this configuration, or only the model's own
             code has, and it is not trusted.
     """
+    return shape_of(build_on_meta(config, trust_remote_code=trust_remote_code))
+
+
+def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Build the causal language model that a configuration describes, without weights.
+
+    Args:
+        config: A ``transformers.PretrainedConfig``; it is not changed.
+        trust_remote_code: As of ``read_shape``.
+
+    Raises:
+        ModelError: As ``read_shape``.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -37,7 +50,7 @@ def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
             # warnings about initial values are void where there are no values
             warnings.simplefilter("ignore")
             # False is said as well: left unsaid, transformers asks the user at the terminal
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         help = "use a decoder that transformers' AutoModelForCausalLM knows"
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -45,7 +58,6 @@ def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
         raise ModelError(
             f"cannot build a causal language model of type `{config.model_type}`: {error}", help=help
         ) from error
-    return shape_of(model)
 
 
 def shape_of(model: Any) -> ModelShape:

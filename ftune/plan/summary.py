@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftune.plan.advice import what_to_change
+from ftune.plan.memory import stored_bytes
+from ftune.plan.sharding import communication
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +77,32 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "recomputed_because": plan.recomputed.why,
         },
         "memory": plan.memory.as_dict(),
-        "device": {"type": context.device.type, "name": device_name(context.device), "available": plan.available},
+        **({"ranks": _ranks(plan)} if plan.world_size > 1 else {}),
+        "device": {
+            "type": "cuda" if plan.target else context.device.type,
+            "name": plan.target.name if plan.target else device_name(context.device),
+            "available": plan.available,
+        },
         "budget": plan.budget,
         "fits": fits,
         "advice": [] if fits else what_to_change(plan.memory, plan.budget, recipe),
         "warnings": _warnings(plan),
     }
+
+
+def _ranks(plan: Plan) -> dict[str, Any]:
+    """How many processes share the run, how, and the bytes that each sends in an update."""
+    dtype_bytes = plan.context.dtype.itemsize
+    sent = communication(
+        plan.recipe.method,
+        plan.shape,
+        engine=plan.engine.name,
+        processes=plan.world_size,
+        accumulation=plan.recipe.training.gradient_accumulation_steps,
+        stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
+        compute_bytes=dtype_bytes,
+    )
+    return {"processes": plan.world_size, "engine": plan.engine.name, "sent_bytes_an_update": sent}
 
 
 def device_name(device: torch.device) -> str:

@@ -63,6 +63,7 @@ def _sections(plan: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         ("steps", _steps(plan.get("training") or {})),
         ("optimizer", _optimizer(plan.get("training") or {})),
         ("recomputed", _recomputed(plan.get("training") or {})),
+        ("ranks", _ranks(plan.get("ranks") or {})),
         ("device", _device(plan)),
     ):
         texts = [phrase for phrase in phrases if phrase]
@@ -181,6 +182,18 @@ def _device(plan: dict[str, Any]) -> Iterator[str]:
     yield "" if available is None else f"{bytes_text(available)} available"
     budget = plan.get("budget")
     yield "" if budget in (None, available) else f"held to {bytes_text(budget)}"
+
+
+def _ranks(ranks: dict[str, Any]) -> Iterator[str]:
+    if not ranks:
+        return
+    yield f"{ranks['processes']} of {ranks['engine']}"
+    sent = ranks["sent_bytes_an_update"]
+    yield f"each sends {bytes_text(sent['total'])} an update"
+    if sum(size > 0 for size in sent.values()) > 2:
+        for name in ("all_gather", "reduce_scatter", "all_reduce"):
+            yield f"{name.replace('_', '-')} {bytes_text(sent[name])}" if sent[name] else ""
+    yield "memory is that of one rank"
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:

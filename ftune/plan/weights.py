@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_cast", "safetensors_files"]
+__all__ = ["STORED", "load_cast", "safetensors_files"]
 
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating dtypes, as safetensors and as torch names them."""
 
 
 def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any | None:
@@ -66,7 +67,7 @@ def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:
 
     other = total = 0
     for stored in slices:
-        name = _STORED.get(stored.get_dtype())
+        name = STORED.get(stored.get_dtype())
         if name is None:
             return False
         elements = math.prod(stored.get_shape())

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
+from ftune.artifacts.run_dir import RunDir
 from ftune.methods import METHODS, Method, OptimizerSpec
 from ftune.methods._shared import is_4bit
 from ftune.plan.base_model import load_base
@@ -120,6 +122,32 @@ def test_merged_gives_the_adapter_s_logits(name: str, base_dir: Path, tmp_path: 
     bound = 1e-4 if any(map(is_4bit, model.modules())) else 2e-5
     assert (tiny.logits(merged) - expected).abs().max() <= bound
     assert set(merged.state_dict()) == set(tiny.model().state_dict()), "not a plain model"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_merged_layer_by_layer_it_is_the_merged_model_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
+    from ftune.artifacts import by_shard
+    from ftune.artifacts.divergence import in_fp32
+
+    recipe = tiny.recipe(tmp_path, name, model={"dtype": dtype}).recipe
+    method, context = recipe.method, tiny.context(dtype=getattr(torch, dtype))
+    base = lambda: load_base(recipe.model, method, context.dtype, context.device)  # noqa: E731
+    model = method.adapt(base(), context)
+    tiny.disturb(model, 0.5)
+    run = RunDir(tmp_path / "run")
+    artifact = run.root / method.artifact
+    artifact.mkdir(parents=True)
+    method.save(model, artifact, context)
+    whole = method.merge(in_fp32(method.load(in_fp32(base()), artifact, context)), context).state_dict()
+
+    report = by_shard.merge_by_shard(run, recipe, tmp_path / "out", "float32", shard_bytes=100_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert report["shards"] == len(files) > 1
+    parts = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert set(parts) == set(whole)
+    assert [key for key in whole if not torch.equal(parts[key], whole[key])] == []
+    assert [key for key in whole if not torch.equal(parts[key], load_file(tmp_path / "base/model.safetensors")[key])]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -1,0 +1,107 @@
+"""What one of several processes holds, and what it sends: the rules of each engine.
+
+Under every engine each rank has its own micro-batch, so activations are the same on all.
+
+- ``ddp`` keeps everything on every rank, and adds the gradients of what trains once an update.
+- ``fsdp2`` shares out weights block by block (PyTorch FSDP, arXiv:2304.11277, sec. 3); embedding and head are gathered
+  from the forward pass to the end of the backward one. What an adapter method trains stays on every rank, as in DDP.
+
+Bytes sent a rank, for a payload of S bytes over N ranks in a ring (Patarasuk and Yuan 2009): an all-gather and a
+reduce-scatter (N-1)/N S each, an all-reduce both. Figures are arithmetic: they were not measured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftune.methods import Method, ModelShape
+
+__all__ = ["communication", "per_rank", "shares_state"]
+
+GATHERED_BLOCKS = 2
+"""Blocks whose weights are whole at once: the one that computes, and the next, gathered meanwhile."""
+
+
+def per_rank(
+    items: dict[str, int], method: Method, shape: ModelShape, *, engine: str, processes: int, stored_bytes: int
+) -> dict[str, int]:
+    """The items of a memory estimate as one rank holds them; the same for ``ddp`` and for one process.
+
+    Args:
+        items: Bytes of one process that holds everything.
+        method: The method, with its settings.
+        shape: The base model.
+        engine: ``ddp`` or ``fsdp2``.
+        processes: Ranks.
+        stored_bytes: Of a base weight that is not quantized.
+    """
+    if processes == 1 or engine == "ddp":
+        return items
+    shared = dict(items)
+
+    def share(*names: str) -> None:
+        for name in names:
+            shared[name] = -(-items[name] // processes)
+
+    whole = method.artifact == "model"
+    blocks = items["weights"] - outside_blocks(shape) * stored_bytes
+    gathered = GATHERED_BLOCKS * blocks // shape.layers
+    shared["weights"] = -(-blocks // processes) + items["weights"] - blocks
+    if whole:
+        share("gradients", "optimizer")
+    shared["buffers"] = items["buffers"] + gathered
+    return shared
+
+
+def shares_state(method: Method, engine: str) -> bool:
+    """Whether each rank keeps the optimizer state of its share alone, and updates that."""
+    return engine == "fsdp2" and method.artifact == "model"
+
+
+def communication(
+    method: Method,
+    shape: ModelShape,
+    *,
+    engine: str,
+    processes: int,
+    accumulation: int,
+    stored_bytes: int,
+    compute_bytes: int,
+) -> dict[str, int]:
+    """Bytes that one rank sends in an update, by operation.
+
+    - ``all_reduce``: of fp32 gradients of what is held whole and trains; once, behind the last micro-batch.
+    - ``all_gather``: weights before they compute, forward and backward, in every micro-batch; frozen
+      ones as they are stored, trained ones cast for computing.
+    - ``reduce_scatter``: of fp32 gradients that are shared out.
+
+    Args:
+        method: The method, with its settings.
+        shape: The base model.
+        engine: ``ddp`` or ``fsdp2``.
+        processes: Ranks.
+        accumulation: Micro-batches in an update.
+        stored_bytes: Of a base weight that is not quantized.
+        compute_bytes: Of an element in the dtype the model computes in.
+    """
+    sent = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
+    if processes > 1:
+        gradients = 4 * method.trainable_parameters(shape)
+        adapter = 0 if method.artifact == "model" else gradients
+        base = method.base_bytes(shape, stored_bytes) if adapter else shape.parameters * compute_bytes
+        if engine == "ddp":
+            sent["all_reduce"] = 2 * gradients
+        else:
+            # Embedding and head are gathered once, for forward and backward pass.
+            outside = outside_blocks(shape) * (stored_bytes if adapter else compute_bytes)
+            sent["all_gather"] = accumulation * (2 * (base - outside) + outside)
+            sent["all_reduce"] = 2 * adapter
+            sent["reduce_scatter"] = gradients - adapter
+    sent = {name: size * (processes - 1) // processes for name, size in sent.items()}
+    return sent | {"total": sum(sent.values())}
+
+
+def outside_blocks(shape: ModelShape) -> int:
+    """Elements of embedding, head and last norm."""
+    return shape.embedding + shape.head + shape.hidden

@@ -1,0 +1,155 @@
+"""A model's weights where they are stored, read one tensor at a time; and the model they belong to, without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftune.errors import ModelError
+from ftune.methods import Method
+from ftune.methods._layer_by_layer import hollow
+from ftune.plan.base_model import configured, gguf_path
+from ftune.plan.gguf import found_weights
+from ftune.plan.shapes import build_on_meta
+from ftune.plan.weights import STORED, safetensors_files
+from ftune.recipe.locate import locate_model
+from ftune.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["IN_MEMORY", "StoredWeights", "find_weights", "hollow_base"]
+
+IN_MEMORY = "merge it in memory (--in-memory), on a machine that holds it"
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The tensors of a checkpoint, by the names of a model's parameters.
+
+    Attributes:
+        files: Its safetensors files, in order.
+        places: Name of the parameter → the file it is in, and its name there; in the order they are stored.
+        shapes: Name of the parameter → its shape.
+        tied: Parameters that are another one under a second name, and the name that is kept.
+    """
+
+    files: tuple[Path, ...]
+    places: dict[str, tuple[Path, str]]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored; read, not mapped: it leaves memory when it is let go of."""
+        from safetensors import safe_open
+
+        file, stored = self.places[name]
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            tensor: Tensor = opened.get_tensor(stored)
+        return tensor
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        import math
+
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def hollow_base(spec: ModelSpec, method: Method) -> nn.Module:
+    """The base model as the method configures it, in evaluation mode, with weights that take no memory."""
+    config = configured(spec, method)
+    config.use_cache = False
+    model: Any = hollow(build_on_meta(config, trust_remote_code=spec.trust_remote_code))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def base_files(spec: ModelSpec, dtype: torch.dtype) -> list[Path]:
+    """The safetensors files of a base model, downloaded if need be.
+
+    Args:
+        spec: The recipe's model block.
+        dtype: What the base weights are kept in: a GGUF file is dequantized to it.
+
+    Raises:
+        ModelError: There are none, or only a GGUF file that was not dequantized yet.
+    """
+    located = locate_model(spec)
+    if not located.gguf_file:
+        files = safetensors_files(located.path_or_id, located.revision)
+        if not files:
+            raise ModelError(f"`{spec.id}` has no weights in safetensors, so none can be read alone", help=IN_MEMORY)
+        return files
+    entry = found_weights(gguf_path(located), dtype)
+    if entry is None:
+        raise ModelError(
+            f"`{spec.id}` is a GGUF file, which is dequantized whole: it cannot be merged shard by shard here",
+            help="give the model as safetensors, or merge it in memory once (--in-memory): what is made of the file is "
+            "kept in the cache ($FTUNE_CACHE), and read from there",
+        )
+    return safetensors_files(str(entry), None)
+
+
+def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeights:
+    """Match the tensors of a checkpoint with the parameters of a model, one to one.
+
+    Args:
+        files: The safetensors files.
+        model: The model, hollow.
+        what: What the checkpoint is, for messages.
+
+    Raises:
+        ModelError: A name, shape or dtype is not the model's: transformers converts this checkpoint as it loads it.
+    """
+    from safetensors import safe_open
+
+    wanted, tied = _parameters(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    places: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            for stored in opened.offset_keys():
+                name = stored if stored in wanted or stored in tied else prefix + stored
+                about = opened.get_slice(stored)
+                if name in tied:
+                    # Whether it is a copy of the other is checked where both are at hand.
+                    places.setdefault(name, (file, stored))
+                    continue
+                if name not in wanted:
+                    if stored.endswith("rotary_emb.inv_freq"):
+                        continue  # computed from the configuration; older checkpoints hold it all the same
+                    raise _converted(what, f"it holds `{stored}`, which is no parameter of the model")
+                if tuple(about.get_shape()) != wanted[name]:
+                    found = " x ".join(map(str, about.get_shape()))
+                    raise _converted(what, f"`{stored}` is {found} there, {' x '.join(map(str, wanted[name]))} here")
+                if about.get_dtype() not in STORED:
+                    raise ModelError(f"{what} stores `{stored}` as {about.get_dtype()}: quantized", help=IN_MEMORY)
+                places[name], shapes[name] = (file, stored), wanted[name]
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise _converted(what, f"it has no `{missing[0]}`")
+    return StoredWeights(tuple(files), places, shapes, tied)
+
+
+def _parameters(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes of what a model stores, by name; and second names of tied ones, with the first."""
+    first: dict[int, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            shapes[name] = tuple(tensor.shape)
+    return shapes, tied
+
+
+def _converted(what: str, how: str) -> ModelError:
+    return ModelError(
+        f"{what} cannot be read tensor by tensor: {how}; transformers converts its weights as it loads them",
+        help=IN_MEMORY,
+    )

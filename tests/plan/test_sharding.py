@@ -1,0 +1,145 @@
+"""What a rank holds and sends, against figures worked out by hand on the published sizes of Llama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import AutoConfig
+
+from ftune.errors import FtuneError
+from ftune.methods import Method, ModelShape
+from ftune.methods.full import Full
+from ftune.methods.lora import Lora
+from ftune.plan.devices import DEVICES, find_device
+from ftune.plan.engine import EngineChoice
+from ftune.plan.memory import MemoryEstimate, estimate
+from ftune.plan.resolve import resolve
+from ftune.plan.shapes import read_shape
+from ftune.plan.sharding import communication, per_rank
+from ftune.plan.table import render_plan
+
+SHAPES = Path(__file__).parents[2] / "configs/shapes"
+GIB = 2**30
+
+
+def shape_of(name: str) -> ModelShape:
+    return read_shape(AutoConfig.from_pretrained(SHAPES / name))
+
+
+def planned(method: Method, shape: ModelShape, engine: str, processes: int) -> MemoryEstimate:
+    return estimate(
+        method,
+        shape,
+        optimizer="adamw",
+        dtype_bytes=2,
+        rows=1,
+        length=2048,
+        target_tokens=2048,
+        recomputed_blocks=shape.layers,
+        attention="sdpa",
+        device_type="cuda",
+        packed=False,
+        engine=engine,
+        processes=processes,
+    )
+
+
+# Llama-2-7B: 6,738,415,616 parameters; embedding and head 32000 x 4096 each, the last norm 4096: 262,148,096.
+# One block: 4 x 4096^2 + 3 x 4096 x 11008 + 2 x 4096 = 202,383,360; 32 of them.
+BLOCK, OUTSIDE = 202_383_360, 262_148_096
+LORA_16 = 39_976_960  # 32 x 16 x (4 x 8192 + 3 x 15104)
+
+
+def test_the_figures_by_hand_add_up_to_the_model() -> None:
+    shape = shape_of("llama-2-7b")
+    assert 32 * BLOCK + OUTSIDE == shape.parameters
+    assert Lora(rank=16).trainable_parameters(shape) == LORA_16 == 32 * 16 * (4 * 8192 + 3 * 15104)
+
+
+def test_ddp_and_one_process_hold_what_they_did() -> None:
+    shape = shape_of("llama-2-7b")
+    alone = planned(Lora(rank=16), shape, "ddp", 1)
+    assert planned(Lora(rank=16), shape, "ddp", 8).as_dict() == alone.as_dict()
+    for engine in ("ddp", "fsdp2"):
+        assert planned(Lora(rank=16), shape, engine, 1).as_dict() == alone.as_dict()
+
+
+def test_lora_under_fsdp2_shares_out_the_blocks_and_keeps_its_adapters() -> None:
+    shape = shape_of("llama-2-7b")
+    alone, one = (planned(Lora(rank=16), shape, "fsdp2", n) for n in (1, 8))
+    assert one.weights == 2 * (32 * BLOCK // 8 + OUTSIDE)
+    assert one.buffers - alone.buffers == 2 * 2 * BLOCK  # two blocks of bf16, gathered
+    kept = ("adapters", "gradients", "optimizer", "activations", "logits")
+    assert [getattr(one, name) for name in kept] == [getattr(alone, name) for name in kept]
+    assert one.optimizer == 8 * LORA_16
+
+
+def test_full_fine_tuning_of_65b_fits_a_node_only_where_all_is_shared() -> None:
+    shape = shape_of("llama-65b")
+    assert shape.parameters == 65_285_660_672  # arXiv:2302.13971, table 2: 65.2B
+    held = {engine: planned(Full(), shape, engine, 64) for engine in ("ddp", "fsdp2")}
+    assert held["ddp"].weights == 4 * 65_285_660_672
+    assert held["fsdp2"].optimizer == 8 * 65_285_660_672 // 64
+    budget = find_device("h100-80g").memory
+    assert [engine for engine in held if held[engine].total <= budget] == ["fsdp2"]
+
+
+def sent(method: Method, shape: ModelShape, engine: str, **changes: int) -> dict[str, int]:
+    settings: dict[str, Any] = {"processes": 8, "accumulation": 4, "stored_bytes": 2, "compute_bytes": 2} | changes
+    return communication(method, shape, engine=engine, **settings)
+
+
+def test_what_lora_sends_on_7b() -> None:
+    shape, lora = shape_of("llama-2-7b"), Lora(rank=16)
+    gradients = 4 * LORA_16
+    assert sent(lora, shape, "ddp")["all_reduce"] == 2 * gradients * 7 // 8
+    fsdp = sent(lora, shape, "fsdp2")
+    assert fsdp["all_gather"] == 4 * 2 * (2 * 32 * BLOCK + OUTSIDE) * 7 // 8
+    assert fsdp["all_reduce"] == 2 * gradients * 7 // 8
+    assert fsdp["reduce_scatter"] == 0
+    assert fsdp["total"] == sum(size for name, size in fsdp.items() if name != "total")
+    assert sent(lora, shape, "fsdp2", processes=1)["total"] == 0
+
+
+def test_full_fine_tuning_sends_three_times_the_model_but_for_one_gathering_of_what_is_outside_the_blocks() -> None:
+    # ZeRO, arXiv:1910.02054, sec. 7.2.2: 3 Psi elements a step, where gradients are sent in the weights' dtype.
+    shape = shape_of("llama-2-7b")
+    found = sent(Full(), shape, "fsdp2", accumulation=1, stored_bytes=4, compute_bytes=4)
+    assert found["total"] == pytest.approx(4 * (3 * shape.parameters - OUTSIDE) * 7 / 8, abs=3)
+
+
+def test_a_share_is_rounded_up() -> None:
+    items = {"weights": 101, "adapters": 11, "gradients": 11, "optimizer": 23, "buffers": 0}
+    shape = read_shape(tiny.config())
+    found = per_rank(items, Full(), shape, engine="fsdp2", processes=4, stored_bytes=4)
+    assert (found["gradients"], found["optimizer"]) == (3, 6)
+
+
+def test_devices_by_name_and_by_amount() -> None:
+    assert find_device("H100-80G").memory == DEVICES["h100-80g"] * 2**20
+    assert find_device("24GiB").memory == 24 * GIB
+    assert find_device("1.5 gb").memory == 1_500_000_000
+    for wrong in ("h1000", "24", "0GiB", ""):
+        with pytest.raises(FtuneError, match="no device that is known") as refused:
+            find_device(wrong)
+        assert "h100-80g" in str(refused.value.help)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_says_who_holds_and_sends_what(width: int, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, training={"max_steps": 2, "gradient_accumulation_steps": 1}).recipe
+    target = find_device("h100-80g")
+    plan = resolve(recipe, world_size=8, sizes=SHAPES / "llama-2-7b", engine=EngineChoice("fsdp2"), target=target)
+    summary = plan.summary()
+    assert summary["device"] == {"type": "cuda", "name": "h100-80g", "available": target.memory}
+    assert summary["fits"]
+    assert summary["ranks"]["engine"] == "fsdp2"
+    text = render_plan(summary, width)
+    ours = [line for line in text.splitlines() if str(tmp_path) not in line and str(SHAPES) not in line]
+    assert max(map(len, ours)) <= width
+    assert "8 of fsdp2" in text
+    assert "all-gather" in text
+    assert "ranks" not in resolve(recipe).summary()
