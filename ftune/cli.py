@@ -232,22 +232,39 @@ def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    engine: Annotated[str | None, typer.Option("--engine", help="ray: on the workers of a Ray cluster.")] = None,
+    num_workers: Annotated[
+        int | None, typer.Option("--num-workers", min=1, help="Processes in all, with --engine ray.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its output_dir."""
     if resume and overwrite:
         raise FtuneError("--resume and --overwrite exclude each other")
+    if engine not in (None, "ray"):
+        raise FtuneError(f"--engine {engine}: not an engine", help="ray")
+    if (engine == "ray") != (num_workers is not None):
+        raise FtuneError("--engine ray and --num-workers go together", help="--engine ray --num-workers 2")
+    if num_workers is not None:
+        from ftune.artifacts.ray_engine import require_ray
+
+        require_ray()
     loaded = _load(recipe, overrides)
     with _libraries():
-        from ftune.artifacts.training import train as run_recipe
+        if num_workers is not None:
+            from ftune.artifacts.ray_engine import train_on_ray
 
-        record = run_recipe(
-            loaded,
-            resume=resume,
-            overwrite=overwrite,
-            show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
-        )
+            record = train_on_ray(loaded, num_workers=num_workers, resume=resume, overwrite=overwrite)
+        else:
+            from ftune.artifacts.training import train as run_recipe
+
+            record = run_recipe(
+                loaded,
+                resume=resume,
+                overwrite=overwrite,
+                show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
+            )
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
