@@ -290,8 +290,13 @@ def train(
     engine: Annotated[
         str | None,
         typer.Option(
-            "--engine", help="How several processes share the model: ddp or fsdp2. Default: as launched, else ddp."
+            "--engine",
+            help="How several processes share the model: ddp or fsdp2; or ray: on the workers of a Ray cluster. "
+            "Default: as launched, else ddp.",
         ),
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option("--num-workers", min=1, help="Processes in all, with --engine ray.")
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -304,6 +309,14 @@ def train(
         raise FtuneError("--resume and --overwrite exclude each other")
     if accept_changed_data and not resume:
         raise FtuneError("--accept-changed-data goes with --resume: a new run takes the data as it is")
+    if (engine == "ray") != (num_workers is not None):
+        raise FtuneError("--engine ray and --num-workers go together", help="--engine ray --num-workers 2")
+    if num_workers is not None:
+        if num_processes is not None or accept_changed_data:
+            raise FtuneError("--num-processes and --accept-changed-data do not go with --engine ray")
+        from ftune.artifacts.ray_engine import require_ray
+
+        require_ray()
     if num_processes is not None:
         require_launchable(num_processes)
     if num_processes is not None and num_processes > 1:
@@ -326,16 +339,21 @@ def train(
         raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
     loaded = _load(recipe, overrides)
     with _libraries():
-        from ftune.artifacts.training import train as run_recipe
+        if num_workers is not None:
+            from ftune.artifacts.ray_engine import train_on_ray
 
-        record = run_recipe(
-            loaded,
-            resume=resume,
-            overwrite=overwrite,
-            accept_changed_data=accept_changed_data,
-            engine=engine,
-            show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
-        )
+            record = train_on_ray(loaded, num_workers=num_workers, resume=resume, overwrite=overwrite)
+        else:
+            from ftune.artifacts.training import train as run_recipe
+
+            record = run_recipe(
+                loaded,
+                resume=resume,
+                overwrite=overwrite,
+                accept_changed_data=accept_changed_data,
+                engine=engine,
+                show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
+            )
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
