@@ -69,6 +69,7 @@ def test_weights_that_are_not_the_trained_ones_leave_nothing_behind(
         merge(run)
     assert failed.value.exit_code == 1
     assert sorted(path.name for path in run.root.iterdir()) == [
+        ".lock",
         "adapter",
         "checkpoints",
         "metrics.jsonl",
