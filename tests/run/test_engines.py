@@ -79,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = recipe(where, name, 2, f"{name}-resumed")
         path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": {"every_steps": 2}}))
         paths.append(path)
-    done = launch(str(where / "each.py"), str(where), *map(str, paths))
+    done = launch(2, str(where / "each.py"), str(where), *map(str, paths))
     assert done.returncode == 0, done.stderr
     return where
 
