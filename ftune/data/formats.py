@@ -17,12 +17,11 @@ text                text                                            plain text, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftune.data.sources import Row, Rows
+from ftune.data.sources import DECODER, Row, Rows
 from ftune.errors import DataError
 from ftune.recipe.schema import SourceFormat
 
@@ -349,9 +348,11 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = DECODER.decode(tools)
         except ValueError as error:
             raise _Misfit(f"`tools`: found a string that is not JSON ({error}); expected a list of schemas") from None
+        except RecursionError:
+            raise _Misfit("`tools`: found a string of JSON nested too deeply; expected a list of schemas") from None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -384,5 +385,8 @@ def _kind(value: Any) -> str:
 
 def _short(value: Any) -> str:
     """A value as Python writes it, cut to fit a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 40 else f"{text[:37]}..."
