@@ -272,7 +272,7 @@ def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
         yield from _read_jsonl(file, content)
         return
     # a key may hold half of a surrogate pair, which no terminal can print
-    keys = ", ".join(list(whole)[:5]).encode(errors="backslashreplace").decode()
+    keys = ", ".join(key[:40] for key in list(whole)[:5]).encode(errors="backslashreplace").decode()
     raise DataError(
         f"{file}: expected a JSON list of objects, found one object with the keys {keys}",
         help="save the list alone: [{...}, {...}]",
@@ -294,7 +294,7 @@ def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
         header = next(reader, [])
         if len(set(header)) != len(header):
             twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(f"{file}:1: the header names the column {twice!r} twice")
+            raise DataError(f"{file}:1: the header names the column {twice[:40]!r} twice")
         line = reader.line_num + 1
         for values in reader:
             if values and len(values) != len(header):

@@ -139,3 +139,9 @@ def test_a_value_too_deep_to_write_out_is_located() -> None:
     source = Rows([{"messages": [{"role": deep, "content": "a"}]}], ("messages",), ("d",), "", range(1))
     with pytest.raises(DataError, match=r"d: row 1: `messages`\[0\].role: found a list nested too deeply"):
         convert(source, "messages", chat_template=True)
+
+
+def test_a_message_about_many_or_long_names_stays_short() -> None:
+    with pytest.raises(DataError, match="`a{37}\\.\\.\\.`, `0`, .* and 971 more") as caught:
+        detect_format(["a" * 200_000, *map(str, range(1_000))], {})
+    assert len(caught.value.message) < 2_000
