@@ -15,7 +15,7 @@ A broken invariant of ftune's own is an ``AssertionError`` and keeps its traceba
 
 from __future__ import annotations
 
-from ftune.scrub import scrub
+from ftune.scrub import harmless, scrub
 
 __all__ = [
     "DataError",
@@ -44,9 +44,9 @@ class FtuneError(Exception):
         self.help = help
 
     def render(self) -> str:
-        """The text shown to the user, without colour and without secrets."""
+        """The text shown to the user, without colour, without secrets, and without what a terminal obeys."""
         text = f"error: {self.message}"
-        return scrub(f"{text}\n  help: {self.help}" if self.help else text)
+        return harmless(scrub(f"{text}\n  help: {self.help}" if self.help else text))
 
 
 class RecipeError(FtuneError):

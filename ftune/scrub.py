@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from typing import Any
 
-__all__ = ["find_secret", "scrub", "scrub_data"]
+__all__ = ["find_secret", "harmless", "scrub", "scrub_data"]
 
 MASK = "*"
 SHORTEST = 8
@@ -74,3 +75,13 @@ def _values() -> dict[str, str]:
         if len(value) >= SHORTEST and _NAMES.search(name) and not value.startswith(("/", "~"))
     }
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def harmless(text: str) -> str:
+    """The text with what a terminal obeys or cannot print written out, line breaks and tabs excepted."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else c.encode("unicode_escape").decode()
+        for c in text
+    )

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,10 +225,7 @@ def _train(
         raise
     except OSError as error:
         record["error"] = str(error)
-        raise RunFailed(
-            f"writing the run failed: {error}",
-            help="free the disk, then continue with --resume: checkpoints that were complete are untouched",
-        ) from error
+        raise _unwritten(error) from error
     except BaseException as error:
         record["error"] = str(error)
         raise
@@ -237,14 +235,28 @@ def _train(
             record |= {"status": status, "ended": _now()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
             # Where the disk is full, what went wrong first is what to say; run.json stays as it was, whole.
-            quiet = (OSError,) if status == "failed" else ()
-            for sink in sinks:
-                with contextlib.suppress(*quiet), contextlib.closing(sink):
-                    sink.receive(RunEnd(last, status))
-            with contextlib.suppress(*quiet):
-                run.write(record)
+            unwritten: OSError | None = None
+            for close in [*(partial(_end, sink, RunEnd(last, status)) for sink in sinks), partial(run.write, record)]:
+                try:
+                    close()
+                except OSError as error:
+                    unwritten = unwritten or error
+            if unwritten and status != "failed":
+                raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
     return record
+
+
+def _end(sink: Sink, event: RunEnd) -> None:
+    with contextlib.closing(sink):
+        sink.receive(event)
+
+
+def _unwritten(error: OSError) -> RunFailed:
+    return RunFailed(
+        f"writing the run failed: {error}",
+        help="free the disk, then continue with --resume: checkpoints that were complete are untouched",
+    )
 
 
 def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:

@@ -17,12 +17,11 @@ text                text                                            plain text, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftune.data.sources import Row, Rows
+from ftune.data.sources import DECODER, Row, Rows
 from ftune.errors import DataError
 from ftune.recipe.schema import SourceFormat
 
@@ -63,6 +62,7 @@ EXPECTED = {
     "text": "`text`: a string",
 }
 SHOWN = 5
+SHOWN_NAMES = 30
 
 # the prompt of Stanford Alpaca, which base models without a chat template are commonly tuned with
 ALPACA_SYSTEM = (
@@ -138,7 +138,7 @@ def detect_format(columns: Sequence[str], first_row: Row) -> Format:
         return "alpaca"
     if "text" in columns:
         return "text"
-    found = ", ".join(f"`{name}`" for name in columns) or "none"
+    found = _names(columns, "`")
     expected = "".join(f"\n  {name}: {columns}" for name, columns in EXPECTED.items())
     raise DataError(
         f"no format fits the columns {found}; expected the columns of one of{expected}",
@@ -158,7 +158,7 @@ def resolve_format(rows: Rows, asked: SourceFormat) -> Format:
             return detect_format(rows.columns, first)
         missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
         if missing:
-            found = ", ".join(f"`{name}`" for name in rows.columns) or "none"
+            found = _names(rows.columns, "`")
             raise DataError(
                 f"format `{asked}` needs the column `{missing[0]}`; found {found}",
                 help=f"expected {EXPECTED[asked]}; or set `format: auto`",
@@ -309,7 +309,7 @@ def _turns(row: Row, column: str, keys: tuple[str, str]) -> list[tuple[str, Mapp
         # an assistant turn that only calls tools may come without content
         missing = [key for key in keys if key not in turn and not (key == "content" and turn.get("tool_calls"))]
         if missing:
-            found = ", ".join(map(str, turn)) or "none"
+            found = _names(list(turn))
             raise _Misfit(f"{place}: found the keys {found}; expected {wanted}")
         placed.append((place, {keys[1]: None, **turn}))
     return placed
@@ -332,7 +332,7 @@ def _content(value: Any, place: str, *, absent: bool) -> str:
 
 def _require_assistant(messages: list[Message], column: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
+        roles = _names([message["role"] for message in messages])
         raise _Misfit(f"`{column}`: no assistant turn to train on; found the roles {roles}")
 
 
@@ -349,9 +349,11 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = DECODER.decode(tools)
         except ValueError as error:
             raise _Misfit(f"`tools`: found a string that is not JSON ({error}); expected a list of schemas") from None
+        except RecursionError:
+            raise _Misfit("`tools`: found a string of JSON nested too deeply; expected a list of schemas") from None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -382,7 +384,17 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
 
 
+def _names(of: Sequence[Any], quote: str = "") -> str:
+    """Names of columns or keys, cut to fit a message."""
+    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, of[:SHOWN_NAMES])]
+    more = f" and {len(of) - SHOWN_NAMES} more" if len(of) > SHOWN_NAMES else ""
+    return ", ".join(f"{quote}{name}{quote}" for name in shown) + more or "none"
+
+
 def _short(value: Any) -> str:
     """A value as Python writes it, cut to fit a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 40 else f"{text[:37]}..."

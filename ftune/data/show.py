@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftune.data.tokenize import IGNORE, Example, Split
+from ftune.scrub import harmless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def _text(example: Example, tokenizer: PreTrainedTokenizerBase, color: bool) -> 
     for trained, run in groupby(range(len(example)), key=lambda i: bool(trained_L[i])):
         ids = [int(example.input_ids[i]) for i in run]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = _harmless(text)
+        text = harmless(text)
         if len(text) > LONGEST_RUN:
             half = LONGEST_RUN // 2
             text = f"{text[:half]} … {len(text) - LONGEST_RUN} characters … {text[-half:]}"
@@ -56,11 +56,3 @@ def _text(example: Example, tokenizer: PreTrainedTokenizerBase, color: bool) -> 
         else:
             marked.append(f"{OPEN}{text}{CLOSE}" if trained else text)
     return "".join(marked)
-
-
-def _harmless(text: str) -> str:
-    """The text with control and format characters written out, line breaks and tabs excepted."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
-        for c in text
-    )

@@ -25,7 +25,7 @@ from ftune.errors import DataError
 from ftune.recipe.locate import locate_data
 from ftune.recipe.schema import DataSource
 
-__all__ = ["Row", "Rows", "load_rows"]
+__all__ = ["DECODER", "Row", "Rows", "load_rows"]
 
 Row = Mapping[str, Any]
 # one parsed row and the line on which it starts; 0 in files without lines
@@ -178,6 +178,28 @@ def _long_integer(file: Path, line: int) -> DataError:
     )
 
 
+class _Unlike(ValueError):
+    """JSON as Python reads it that other readers refuse or read in another way."""
+
+
+def _no_number(name: str) -> Any:
+    raise _Unlike(f"{name} is no JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two equal keys Python would take the last, and lose the other without a word."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise _Unlike(f"an object has the key {name[:40]!r} twice")
+    return made
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_object)
+_MENDS = "write null or a string for a number that is none, and every key once"
+
+
 def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
     """One JSON object a line; blank lines are passed over."""
     # not str.splitlines: it also breaks at U+2028 and others, which may stand inside a JSON string
@@ -185,7 +207,7 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
         if not text.strip():
             continue
         try:
-            row = _is_row(file, line, json.loads(text), text)
+            row = _is_row(file, line, DECODER.decode(text), text)
         except json.JSONDecodeError as error:
             reason = _reason(error)
             if text.startswith("\ufeff"):
@@ -194,6 +216,8 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
                 f"{file}:{line}:{error.colno}: not valid JSON: {reason}",
                 help="a .jsonl file has one JSON object a line",
             ) from error
+        except _Unlike as error:
+            raise DataError(f"{file}:{line}: {error}", help=_MENDS) from error
         except ValueError as error:
             raise _long_integer(file, line) from error
         except RecursionError as error:
@@ -213,14 +237,13 @@ def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
     if text[start] != "[":
         raise DataError(f"{file}:{text.count(chr(10), 0, start) + 1}: expected a JSON list of objects")
     # item by item and not json.loads: each row then has its line
-    decoder = json.JSONDecoder()
     line, counted, position = 1, 0, _skip(text, start + 1)
     if text[position : position + 1] == "]":
         return
     try:
         while True:
             line, counted = line + text.count("\n", counted, position), position
-            value, end = decoder.raw_decode(text, position)
+            value, end = DECODER.raw_decode(text, position)
             yield _is_row(file, line, value, text[position:end]), line
             position = _skip(text, end)
             if text[position : position + 1] == "]":
@@ -233,6 +256,8 @@ def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
             raise json.JSONDecodeError("text behind the end of the list", text, end)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {_reason(error)}") from error
+    except _Unlike as error:
+        raise DataError(f"{file}:{line}: {error}", help=_MENDS) from error
     except ValueError as error:
         raise _long_integer(file, line) from error
     except RecursionError as error:
@@ -247,7 +272,7 @@ def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
         yield from _read_jsonl(file, content)
         return
     # a key may hold half of a surrogate pair, which no terminal can print
-    keys = ", ".join(list(whole)[:5]).encode(errors="backslashreplace").decode()
+    keys = ", ".join(key[:40] for key in list(whole)[:5]).encode(errors="backslashreplace").decode()
     raise DataError(
         f"{file}: expected a JSON list of objects, found one object with the keys {keys}",
         help="save the list alone: [{...}, {...}]",
@@ -269,7 +294,7 @@ def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
         header = next(reader, [])
         if len(set(header)) != len(header):
             twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(f"{file}:1: the header names the column {twice!r} twice")
+            raise DataError(f"{file}:1: the header names the column {twice[:40]!r} twice")
         line = reader.line_num + 1
         for values in reader:
             if values and len(values) != len(header):
@@ -308,7 +333,19 @@ def _read_parquet(file: Path, content: bytes) -> Iterator[Placed]:
     finally:
         if shown:
             enable_progress_bar()
-    for row in rows:
+    numbered = enumerate(rows, 1)
+    number = 0
+    while True:
+        try:
+            number, row = next(numbered)
+        except StopIteration:
+            return
+        except Exception as error:  # what decodes a cell (an image, say) may raise anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            raise DataError(
+                f"{file}: row {number + 1}: cannot be decoded: {why}",
+                help="leave out the columns that are not text",
+            ) from error
         yield row, 0
 
 

@@ -117,3 +117,31 @@ def test_five_bad_rows_are_shown_and_all_are_counted(rows: Callable[..., Rows]) 
     assert lines[0] == "8 of 9 rows do not fit the format `text`"
     assert [line.split(":")[1] for line in lines[1:6]] == ["1", "2", "3", "4", "5"]
     assert lines[6:] == ["  and 3 more"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "JSON nested too deeply"),
+        ('[{"a": NaN}]', "NaN is no JSON"),
+        ('[{"a": 1, "a": 2}]', "the key 'a' twice"),
+    ],
+)
+def test_a_tools_string_that_is_no_plain_json_is_located(rows: Callable[..., Rows], tools: str, said: str) -> None:
+    with pytest.raises(DataError, match=rf"data.jsonl:1: `tools`: found .*{said}"):
+        one(rows({"messages": chat("a", "b"), "tools": tools}))
+
+
+def test_a_value_too_deep_to_write_out_is_located() -> None:
+    deep: Any = []
+    for _ in range(200_000):
+        deep = [deep]
+    source = Rows([{"messages": [{"role": deep, "content": "a"}]}], ("messages",), ("d",), "", range(1))
+    with pytest.raises(DataError, match=r"d: row 1: `messages`\[0\].role: found a list nested too deeply"):
+        convert(source, "messages", chat_template=True)
+
+
+def test_a_message_about_many_or_long_names_stays_short() -> None:
+    with pytest.raises(DataError, match="`a{37}\\.\\.\\.`, `0`, .* and 971 more") as caught:
+        detect_format(["a" * 200_000, *map(str, range(1_000))], {})
+    assert len(caught.value.message) < 2_000

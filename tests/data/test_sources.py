@@ -238,3 +238,38 @@ def test_a_malformed_hub_data_set_is_one_clear_error(
     assert caught.value.message.startswith("data set 'org/set': ")
     assert "\n" not in caught.value.message
     assert "by path" in (caught.value.help or "")
+
+
+@pytest.mark.parametrize("name", ["n.jsonl", "n.json"])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"text": "b", "n": NaN}', "NaN is no JSON"),
+        ('{"text": "b", "n": [-Infinity]}', "-Infinity is no JSON"),
+        ('{"text": "b", "text": "c"}', "an object has the key 'text' twice"),
+        ('{"text": "b", "x": [{"a": 1, "b": 2, "a": 1}]}', "an object has the key 'a' twice"),
+    ],
+)
+def test_what_other_readers_refuse_or_read_otherwise_is_located(write: Write, name: str, row: str, said: str) -> None:
+    rows = ['{"text": "a"}', row]
+    text = "\n".join(rows) if name == "n.jsonl" else "[" + ",\n".join(rows) + "]"
+    with pytest.raises(DataError, match=f"{name}:2: {said}"):
+        read(write(text, name))
+
+
+def test_a_parquet_cell_that_cannot_be_decoded_is_located(write: Write) -> None:
+    from datasets import Dataset, Features, Image, Value
+
+    path = write("", "i.parquet")
+    features = Features({"text": Value("string"), "picture": Image()})
+    cells = [None, {"bytes": b"no picture", "path": None}]
+    Dataset.from_dict({"text": ["a", "b"], "picture": cells}, features=features).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"i.parquet: row \d: cannot be decoded"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb", "a\u202eb", "a\ud800b"])
+def test_no_message_holds_what_a_terminal_obeys(text: str) -> None:
+    shown = DataError(f"one\n{text}").render()
+    assert shown.startswith("error: one\na\\")
+    assert not set(shown) & {"\x1b", "\u202e", "\ud800"}

@@ -112,6 +112,25 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path: Path, monkeypat
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_a_disk_that_is_full_for_the_last_record_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, write = tiny.recipe(tmp_path), training.RunDir.write
+
+    def fills(self: training.RunDir, record: dict[str, Any]) -> None:
+        if record["status"] == "finished":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.RunDir, "write", fills)
+        with pytest.raises(RunFailed, match="writing the run failed: .*No space left"):
+            train(loaded)
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "running"
+    assert train(loaded, resume=True)["status"] == "finished"
+    assert len(losses(tmp_path / "run")) == 4
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a limit on a file's size is POSIX's")
 def test_a_write_that_is_cut_short_in_a_library_is_an_os_error(tmp_path: Path) -> None:
     import resource
