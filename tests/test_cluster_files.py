@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-SBATCH = Path(__file__).resolve().parents[1] / "configs/cluster/slurm.sbatch"
+CLUSTER = Path(__file__).resolve().parents[1] / "configs/cluster"
+SBATCH = CLUSTER / "slurm.sbatch"
+KUBERNETES = CLUSTER / "kubernetes.yaml"
 
 # Two nodes in one shell: srun runs its command once a node, each with a process-id file of its own.
 SLURM = """
@@ -74,3 +77,9 @@ def test_slurm_passes_a_failure_on_and_does_not_requeue(tmp_path: Path) -> None:
     job, log = _start(tmp_path, fail="yes")
     assert job.wait(10) == 3
     assert "requeue 7" not in _lines(log)
+
+
+def test_kubernetes_file_is_a_trainjob() -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    content = yaml.safe_load(KUBERNETES.read_text())
+    assert models.TrainerV1alpha1TrainJob.from_dict(content).to_dict() == content  # an unknown key is dropped
