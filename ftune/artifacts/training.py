@@ -37,6 +37,7 @@ from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
+from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
 from ftune.run.processes import join_processes
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
@@ -227,8 +228,10 @@ def _train(
         record["error"] = str(error)
         raise _unwritten(error) from error
     except BaseException as error:
-        record["error"] = str(error)
-        raise
+        step = (tally.last.step if tally.last else 0) if sinks else None
+        explained = out_of_memory(plan, step) if is_out_of_memory(error) else error
+        record["error"] = str(explained)
+        raise explained from error.__cause__ if explained is error else error
     finally:
         if sinks and main and run.exists():  # a run that never began leaves the record of another as it is
             last = tally.last.step if tally.last else 0

@@ -9,7 +9,19 @@ from ftune.methods import METHODS, Method
 from ftune.methods.quantization import Quantization
 from ftune.plan.memory import MemoryEstimate, estimate
 
-__all__ = ["what_to_change"]
+__all__ = ["savings", "what_to_change"]
+
+
+def savings(estimate_: MemoryEstimate, recipe: Any) -> list[tuple[str, dict[str, Any], int]]:
+    """Changes to the recipe that save at least 2 % of the total, the largest first.
+
+    Returns:
+        What to write, the arguments of ``estimate`` that it changes, and the bytes it saves.
+    """
+    arguments = dict(estimate_.arguments)
+    changes = _changes(arguments, recipe)
+    saved = [(text, change, estimate_.total - _again(arguments, change).total) for text, change in changes]
+    return sorted((item for item in saved if item[2] * 50 >= estimate_.total), key=lambda item: -item[2])
 
 
 def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> list[str]:
@@ -27,9 +39,7 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
     if estimate_.total <= available:
         return []
     arguments = dict(estimate_.arguments)
-    changes = _changes(arguments, recipe)
-    saved = [(text, change, estimate_.total - _again(arguments, change).total) for text, change in changes]
-    useful = sorted((item for item in saved if item[2] * 50 >= estimate_.total), key=lambda item: -item[2])
+    useful = savings(estimate_, recipe)
     lines = []
     for text, _, saving in useful:
         left = estimate_.total - saving

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from run.test_loop import assert_equal, losses, stop_after, weights
 
 from ftune.artifacts import training
@@ -167,3 +168,34 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tmp_path: Path, monkey
     train(loaded, resume=True)
     runs = [[(e["step"], e["loss"]) for e in tiny.events(tmp_path / run, "eval")] for run in ("whole", "run")]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError(),
+])  # fmt: skip
+def test_out_of_memory_says_what_would_fit(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    loaded = tiny.recipe(tmp_path, training={"gradient_checkpointing": False, "micro_batch_size": 2})
+    monkeypatch.setattr(Objective, "forward", full)
+    with pytest.raises(RunFailed, match="memory ran out in update 1: the plan needs") as failed:
+        train(loaded)
+    assert failed.value.exit_code == 1
+    assert failed.value.__cause__ is error
+    assert "change one of these" in (failed.value.help or "")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["status"] == "failed"
+    assert record["error"].startswith("memory ran out")
+
+
+def test_another_failure_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    loaded = tiny.recipe(tmp_path)
+    monkeypatch.setattr(Objective, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(loaded)

@@ -1,0 +1,39 @@
+"""Say what would fit when memory ran out, from the plan."""
+
+from __future__ import annotations
+
+from ftune.errors import RunFailed
+from ftune.human import bytes_text
+from ftune.plan.advice import savings
+from ftune.plan.resolve import Plan
+
+__all__ = ["is_out_of_memory", "out_of_memory"]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not allocate: torch's allocator on the CPU raises a plain ``RuntimeError``."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
+    """The error to raise in place of the allocator's.
+
+    Args:
+        plan: What was predicted, and what to change.
+        step: Updates made so far; None while the model is loaded.
+    """
+    where = "before the first update" if step is None else f"in update {step + 1}"
+    changes = [f"{text} (saves {bytes_text(saved)})" for text, _, saved in savings(plan.memory, plan.recipe)]
+    together, most = plan.recipe.training.micro_batch_tokens, max(plan.row_lengths)
+    if together and together // 2 >= most:
+        changes.insert(0, f"training.micro_batch_tokens: {together // 2}, which changes no result")
+    return RunFailed(
+        f"memory ran out {where}: the plan needs {bytes_text(plan.memory.total)}, and "
+        f"{bytes_text(plan.available)} were available at the start",
+        help="change one of these and train anew, or continue with --resume where more is free:\n    "
+        + "\n    ".join(changes or ["take a smaller model or a larger device"]),
+    )
