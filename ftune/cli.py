@@ -284,6 +284,9 @@ def train(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data changed.")
     ] = False,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Where memory runs out, halve the micro-batches: the same result.")
+    ] = False,
     num_processes: Annotated[
         int | None, typer.Option("--num-processes", min=1, help="Share every update among N processes, here.")
     ] = None,
@@ -312,8 +315,8 @@ def train(
     if (engine == "ray") != (num_workers is not None):
         raise FtuneError("--engine ray and --num-workers go together", help="--engine ray --num-workers 2")
     if num_workers is not None:
-        if num_processes is not None or accept_changed_data:
-            raise FtuneError("--num-processes and --accept-changed-data do not go with --engine ray")
+        if num_processes is not None or accept_changed_data or auto_batch:
+            raise FtuneError("--num-processes, --accept-changed-data and --auto-batch do not go with --engine ray")
         from ftune.artifacts.ray_engine import require_ray
 
         require_ray()
@@ -330,6 +333,7 @@ def train(
                 ("--resume", resume),
                 ("--overwrite", overwrite),
                 ("--accept-changed-data", accept_changed_data),
+                ("--auto-batch", auto_batch),
                 ("--json", as_json),
             )
             if on
@@ -352,6 +356,7 @@ def train(
                 overwrite=overwrite,
                 accept_changed_data=accept_changed_data,
                 engine=engine,
+                auto_batch=auto_batch,
                 show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
             )
     if os.environ.get("RANK", "0") != "0":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftune.run.events import EvalEnd, Event, StepEnd
+from ftune.run.events import EvalEnd, Event, Halved, StepEnd
 from ftune.run.sinks.jsonl import read_events
 
 __all__ = ["Tally"]
@@ -20,6 +20,7 @@ class Tally:
     tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    halvings: int = 0
     first_loss: float | None = None
     last: StepEnd | None = None
     evals: list[EvalEnd] = field(default_factory=list)
@@ -32,6 +33,8 @@ class Tally:
             self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
             self.first_loss = event.loss if self.first_loss is None else self.first_loss
             self.last = event
+        elif isinstance(event, Halved):
+            self.halvings = event.halvings
         elif isinstance(event, EvalEnd):
             self.evals.append(event)
 
@@ -54,6 +57,7 @@ class Tally:
             "loss": self.last.loss,
             "first_loss": self.first_loss,
             "held_out_loss": self.evals[-1].loss if self.evals else None,
+            "halvings": self.halvings,
             "tokens": self.tokens,
             "training_seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds,

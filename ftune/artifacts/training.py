@@ -62,6 +62,7 @@ def train(
     show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
     progress: bool = True,
     engine: str | None = None,
+    auto_batch: bool = False,
 ) -> dict[str, Any]:
     """Train a recipe; returns the record that ``run.json`` keeps.
 
@@ -72,6 +73,7 @@ def train(
         accept_changed_data: Go on although the data is not what the run began with; ``run.json`` keeps that.
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
+        auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
         engine: How processes share an update: ``ddp`` or ``fsdp2``; None: as the launch configuration says.
 
     Raises:
@@ -83,18 +85,30 @@ def train(
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
+    if auto_batch and loaded.recipe.method.updates_in_backward:
+        raise FtuneError(
+            "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
+            help="method.per_layer: false, or leave out --auto-batch",
+        )
     accelerator = join_processes(trackers, run.root / "tracking")
     if choice.name != "ddp" and accelerator.num_processes == 1:
         raise FtuneError(
             f"--engine {choice.name} in one process: there is nothing to share out",
             help="--num-processes 2 starts two",
         )
+    if auto_batch and accelerator.num_processes > 1:
+        raise FtuneError(
+            f"--auto-batch in {accelerator.num_processes} processes: the others would wait for the one out of memory",
+            help="leave it out, and lower training.micro_batch_size or micro_batch_tokens",
+        )
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
             run.sweep()
-        return _train(loaded, run, accelerator, choice, resume, overwrite, accept_changed_data, show_plan, progress)
+        return _train(
+            loaded, run, accelerator, choice, resume, overwrite, accept_changed_data, auto_batch, show_plan, progress
+        )
 
 
 def _train(
@@ -105,6 +119,7 @@ def _train(
     resume: bool,
     overwrite: bool,
     accept_changed_data: bool,
+    auto_batch: bool,
     show_plan: Callable[[dict[str, Any]], None],
     progress: bool,
 ) -> dict[str, Any]:
@@ -194,7 +209,7 @@ def _train(
             if found is not None:
                 emit(Resumed(start, found.name))
             shared = make_engine(choice, accelerator)
-            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept)
+            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, auto_batch)
             with using(kernels):
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)

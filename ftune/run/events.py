@@ -44,6 +44,21 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class Halved(Event):
+    """Memory ran out after ``step`` updates, and micro-batches are smaller from then on.
+
+    Attributes:
+        halvings: How often, since the run began.
+        before: Micro-batches in this update, until now.
+        now: Micro-batches in this update.
+    """
+
+    halvings: int
+    before: int
+    now: int
+
+
+@dataclass(frozen=True)
 class StepEnd(Event):
     """One optimizer update.
 
@@ -121,6 +136,7 @@ class RunEnd(Event):
 _NAMES: dict[type[Event], str] = {
     RunStart: "start",
     Resumed: "resume",
+    Halved: "halved",
     StepEnd: "step",
     Forecast: "forecast",
     EvalEnd: "eval",

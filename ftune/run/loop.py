@@ -26,14 +26,16 @@ from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
-from ftune.run.events import EvalEnd, Event, Saved, StepEnd, Vitals
-from ftune.run.memory import PeakMeter
+from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals
+from ftune.run.memory import PeakMeter, return_free_memory
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
+from ftune.run.out_of_memory import is_out_of_memory
 from ftune.run.signals import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor, nn
 
     from ftune.data.batches import Batch
     from ftune.data.tokenize import Example
@@ -54,7 +56,9 @@ class Loop:
         checkpoints: Where to save.
         emit: Called with every event, on the main process only.
         stop: Whether a signal asked to stop.
-        progress: Facts kept with every checkpoint: which parameters have not moved yet (``resting``).
+        progress: Facts kept with every checkpoint: which parameters have not moved yet (``resting``), how often
+            micro-batches were halved (``halvings``).
+        auto_batch: Whether to halve micro-batches where memory runs out.
     """
 
     plan: Plan
@@ -66,6 +70,7 @@ class Loop:
     emit: Callable[[Event], None]
     stop: StopRequest
     progress: dict[str, Any]
+    auto_batch: bool = False
 
     def run(self, start: int = 0) -> None:
         """Make updates ``start`` to the last, evaluating and saving when due.
@@ -88,7 +93,7 @@ class Loop:
             PeakMeter(self.accelerator.device),
         )
         order_of, order = -1, [[0]]
-        lengths, capacity = plan.row_lengths, plan.micro_batch_tokens
+        lengths = plan.row_lengths
         # Without padding there is nothing to gain from like lengths, and such updates are worse ones. Kept with the
         # checkpoints: a resumed run must see the rows in the order in which it began.
         by_length = self.progress.setdefault("by_length", not (recipe.packing or self.objective.flat))
@@ -109,38 +114,13 @@ class Loop:
                 )
             rows = order[index]
             tokens, targets = self._count(rows)
-            mine = split(
-                rows,
-                training.micro_batch_size,
-                training.gradient_accumulation_steps,
-                self.accelerator.process_index,
-                plan.world_size,
-            )
             scale = lr_scale(
                 step, plan.total_steps, plan.warmup_steps, recipe.schedule.name, recipe.schedule.min_lr_ratio
             )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
 
-            if self.objective.flat:
-                mine = self._laid_flat(rows, lengths, capacity)
-            elif plan.world_size == 1:  # other processes would wait for the exchange of gradients
-                mine = [micro for micro in mine if micro]
-            total = torch.zeros((), device=self.accelerator.device)
-            for micro_step, micro in enumerate(mine):
-                self._reseed(step, micro_step)
-                last = micro_step == len(mine) - 1
-                # The gradients travel once an update, with the last micro-batch.
-                with nullcontext() if last else self.engine.accumulating(wrapped):
-                    loss = wrapped(self._batch(micro))
-                    total += loss.detach()
-                    # Gradients are averaged over processes: the factor makes the average a sum.
-                    loss = loss * (plan.world_size / targets)
-                    penalty = method.penalty(model) if last else None
-                    loss = loss if penalty is None else loss + penalty
-                    # Not accelerator.backward: that divides by a number from the environment.
-                    loss.backward()
-
+            total = self._gradients(step, rows, targets, wrapped)
             self.engine.exchange(trained)
             norm = method.gradient_norm(trained, self.optimizer)
             loss_sum = float(self.accelerator.reduce(total, "sum"))
@@ -235,6 +215,55 @@ class Loop:
             )
             self.emit(Saved(step, path.name, time.perf_counter() - began))
         self.accelerator.wait_for_everyone()
+
+    def _gradients(self, step: int, rows: list[int], targets: int, wrapped: nn.Module) -> Tensor:
+        """Make the gradients of an update; returns the sum of its losses on this process.
+
+        Where memory runs out and ``auto_batch`` allows it, from then on in micro-batches of half the size.
+        """
+        while True:
+            mine = self._micro_batches(rows)
+            try:
+                return self._backward(step, mine, targets, wrapped)
+            except Exception as error:
+                if not (self.auto_batch and is_out_of_memory(error) and max(map(len, mine)) > 1):
+                    raise
+            # Behind the handler: the error's traceback holds the activations.
+            self.optimizer.zero_grad(set_to_none=True)
+            return_free_memory()
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            while (smaller := self._micro_batches(rows)) == mine:
+                self.progress["halvings"] = self.progress.get("halvings", 0) + 1
+            self.emit(Halved(step, self.progress["halvings"], len(mine), len(smaller)))
+
+    def _backward(self, step: int, mine: list[list[int]], targets: int, wrapped: nn.Module) -> Tensor:
+        method, model = self.plan.recipe.method, self.objective.model
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_step, micro in enumerate(mine):
+            self._reseed(step, micro_step)
+            last = micro_step == len(mine) - 1
+            # The gradients travel once an update, with the last micro-batch.
+            with nullcontext() if last else self.engine.accumulating(wrapped):
+                loss = wrapped(self._batch(micro))
+                total += loss.detach()
+                # Gradients are averaged over processes: the factor makes the average a sum.
+                loss = loss * (self.plan.world_size / targets)
+                penalty = method.penalty(model) if last else None
+                loss = loss if penalty is None else loss + penalty
+                # Not accelerator.backward: that divides by a number from the environment.
+                loss.backward()
+        return total
+
+    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """This process's rows of an update, in portions that are computed at once."""
+        plan, halvings = self.plan, self.progress.get("halvings", 0)
+        if self.objective.flat:
+            return self._laid_flat(rows, plan.row_lengths, plan.micro_batch_tokens >> halvings)
+        size, world = max(1, plan.recipe.training.micro_batch_size >> halvings), plan.world_size
+        mine = split(rows, size, math.ceil(plan.global_batch / (size * world)), self.accelerator.process_index, world)
+        # Without rows, other processes would still wait for the exchange of gradients.
+        return mine if world > 1 else [micro for micro in mine if micro]
 
     def _laid_flat(self, rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
         """This process's rows of an update, laid behind each other in micro-batches."""

@@ -26,11 +26,15 @@ def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
         plan: What was predicted, and what to change.
         step: Updates made so far; None while the model is loaded.
     """
-    where = "before the first update" if step is None else f"in update {step + 1}"
+    where = "before the first update" if step is None else f"after {step} of {plan.total_steps} updates"
     changes = [f"{text} (saves {bytes_text(saved)})" for text, _, saved in savings(plan.memory, plan.recipe)]
     together, most = plan.recipe.training.micro_batch_tokens, max(plan.row_lengths)
     if together and together // 2 >= most:
         changes.insert(0, f"training.micro_batch_tokens: {together // 2}, which changes no result")
+    if plan.eval_rows and plan.recipe.evaluation.batch_size > 1:
+        changes.append("evaluation.batch_size: 1, if it was while evaluating")
+    if plan.world_size == 1 and not plan.recipe.method.updates_in_backward:
+        changes.append("--auto-batch, if it was off: smaller micro-batches where memory runs out, the same result")
     return RunFailed(
         f"memory ran out {where}: the plan needs {bytes_text(plan.memory.total)}, and "
         f"{bytes_text(plan.available)} were available at the start",

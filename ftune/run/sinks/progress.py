@@ -8,7 +8,7 @@ import time
 from typing import TextIO
 
 from ftune.human import bytes_text, time_text
-from ftune.run.events import EvalEnd, Event, Forecast, Resumed, RunStart, Saved, StepEnd
+from ftune.run.events import EvalEnd, Event, Forecast, Halved, Resumed, RunStart, Saved, StepEnd
 
 __all__ = ["ProgressSink"]
 
@@ -50,6 +50,11 @@ class ProgressSink:
             self._line(f"step {event.step}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
         elif isinstance(event, Saved):
             self._line(f"step {event.step}: saved {event.path}")
+        elif isinstance(event, Halved):
+            self._line(
+                f"memory ran out in update {event.step + 1}: now in {event.now} micro-batches instead of "
+                f"{event.before}, with the same result"
+            )
         elif isinstance(event, Resumed):
             self._line(f"resumed after step {event.step} from {event.checkpoint}")
 
