@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,12 @@ class Plan:
         """Bytes that the run may take: what the recipe says, or what the device has free."""
         return _budget(self.recipe, self.available)
 
-    @property
+    @cached_property
     def row_lengths(self) -> list[int]:
         """Tokens in each training row."""
         return row_lengths(self.splits.train, self.rows)
 
-    @property
+    @cached_property
     def micro_batch_tokens(self) -> int:
         """Tokens in a forward pass where rows are laid behind each other; no less than the longest row has."""
         training, longest = self.recipe.training, max(self.row_lengths)

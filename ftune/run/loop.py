@@ -268,9 +268,10 @@ class Loop:
     def _laid_flat(self, rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
         """This process's rows of an update, laid behind each other in micro-batches."""
         world, rank = self.plan.world_size, self.accelerator.process_index
+        if not self.engine.lockstep:
+            return regroup(deal(rows, lengths, rank, world), lengths, capacity)
         each = [regroup(deal(rows, lengths, other, world), lengths, capacity) for other in range(world)]
-        most = max(map(len, each)) if self.engine.lockstep else len(each[rank])
-        return each[rank] + [[] for _ in range(most - len(each[rank]))]
+        return each[rank] + [[] for _ in range(max(map(len, each)) - len(each[rank]))]
 
     def _count(self, rows: list[int]) -> tuple[int, int]:
         """Real tokens and target tokens of an update; every process knows all rows, so none has to ask."""
