@@ -1,8 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers and times as people read them."""
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "time_text"]
+import datetime
+
+__all__ = ["bytes_text", "now_text", "time_text"]
 
 
 def bytes_text(count: float) -> str:
@@ -22,3 +24,8 @@ def time_text(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def now_text() -> str:
+    """The time in UTC, to the second: ``2026-01-31T12:00:00+00:00``."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

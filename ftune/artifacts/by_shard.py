@@ -211,7 +211,7 @@ class _Merger:
     def _changes(self, module: str) -> bool:
         from peft.utils import ModulesToSaveWrapper
 
-        if is_adapted(self._tuned, module) or any(name in self._quantized for name in (f"{module}.weight",)):
+        if is_adapted(self._tuned, module) or f"{module}.weight" in self._quantized:
             return True
         inner: Any = self._tuned
         return isinstance(inner.get_base_model().get_submodule(module), ModulesToSaveWrapper)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
-from ftune.human import bytes_text
+from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
 from ftune.plan.engine import EngineChoice, choose_engine, require_engine
 from ftune.plan.pinned import pins
@@ -160,7 +159,7 @@ def _train(
         "device": summary["device"] | {"processes": accelerator.num_processes, "engine": choice.name},
         "seed": recipe.training.seed,
         "status": "running",
-        "started": _now(),
+        "started": now_text(),
     }
     sinks: list[Sink] = []
     clock = time.perf_counter()
@@ -250,7 +249,7 @@ def _train(
     finally:
         if sinks and main and run.exists():  # a run that never began leaves the record of another as it is
             last = tally.last.step if tally.last else 0
-            record |= {"status": status, "ended": _now()}
+            record |= {"status": status, "ended": now_text()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
             # Where the disk is full, what went wrong first is what to say; run.json stays as it was, whole.
             unwritten: OSError | None = None
@@ -329,7 +328,3 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
             f"checkpoints need {bytes_text(needed)}, and {bytes_text(free)} are free at {run.root}",
             help="lower checkpoint.keep, or choose another output_dir",
         )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -9,7 +9,6 @@ warning says so where that can be seen. Who only reads a run (eval, merge, conve
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import json
 import os
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from ftune.errors import RunDirError
+from ftune.human import now_text
 
 __all__ = ["LOCK", "RunLock"]
 
@@ -59,7 +59,7 @@ class RunLock:
                 help="wait for it or stop it; the lock goes with the process, nothing has to be deleted",
             )
         if not self._shared:
-            me = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+            me = {"pid": os.getpid(), "host": platform.node(), "since": now_text()}
             with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
                 os.ftruncate(self._file, 0)
                 os.pwrite(self._file, (json.dumps(me) + "\n").encode(), 0)
@@ -96,7 +96,3 @@ def _holder(path: Path) -> str:
         return f"pid {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "one that reads it (eval, merge or convert), or has just begun"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -13,6 +13,7 @@ from ftune.errors import RecipeError
 from ftune.recipe import check, parse_recipe
 from ftune.recipe.diagnose import from_problems, render
 from ftune.recipe.load import is_plain_string
+from recipe import mutations
 
 SHORT = "model: org/tiny\nmethod: lora\ndata: data/train.jsonl\noutput_dir: runs/x\n"
 
@@ -39,42 +40,7 @@ tracking: [progress, jsonl]
 output_dir: "runs/x"
 """
 
-PIECES = [
-    "\t",
-    "  ",
-    "\n",
-    ":",
-    ": ",
-    "- ",
-    "[",
-    "]",
-    "{",
-    "}",
-    ",",
-    "&a ",
-    "*a",
-    "<<: *training",
-    "!!str ",
-    "#",
-    "'",
-    '"',
-    "|\n",
-    "? ",
-    "---\n",
-    "null",
-    "true",
-    "1",
-    "-1",
-    ".inf",
-    "1e999",
-    "\u4f59",
-    "\x00",
-    "\ufeff",
-    "\u2028",
-    "@",
-    "%",
-    "\\",
-]
+PIECES = [*mutations.PIECES, "<<: *training"]
 KEYS = [
     "training",
     "training.max_steps",
