@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["chunk_size", "chunked_cross_entropy", "least_chunk", "linear_cross_entropy"]
 
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations. Every chunk
 reads the whole weight, for which a GPU needs many more rows."""
 
@@ -94,14 +94,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        buffers = _Buffers(hidden_ND, len(weight_VD), chunk)
         for hidden_CD, targets_C, at in _chunks(hidden_ND, targets_N, chunk):
-            logits_CV, slope_CV = _logits(hidden_CD, cast_VD, bias_V, scale, softcap)
-            logsumexp_C = torch.logsumexp(logits_CV, dim=-1)
-            total += (logsumexp_C - logits_CV.gather(1, targets_C[:, None]).squeeze(1)).sum()
+            logits_CV, slope_CV, low_CV = _logits(hidden_CD, cast_VD, bias_V, scale, softcap, buffers)
+            log_CV = _log_softmax(logits_CV)
+            total -= log_CV.gather(1, targets_C[:, None]).sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             # softmax minus one-hot, in place; then back through the cap and the scale
-            grad_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()
+            grad_CV = log_CV.exp_()
             grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
             if slope_CV is not None:
                 grad_CV.mul_(slope_CV)
@@ -109,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CV.mul_(scale)
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
-            low_CV = grad_CV.to(hidden_ND.dtype)
+            low_CV = grad_CV if hidden_ND.dtype == torch.float32 else low_CV.copy_(grad_CV)
             if grad_hidden is not None:
                 torch.mm(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
             if grad_weight is not None:
@@ -130,20 +131,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class _Buffers:
+    """Where every chunk's logits are made: fresh memory of this size costs more than what is computed in it.
+
+    The C library hands such blocks back to the system, and each is zeroed, page by page, when it is next touched.
+    """
+
+    def __init__(self, hidden_ND: Tensor, vocab: int, chunk: int) -> None:
+        rows = min(chunk, len(hidden_ND))
+        self.low_CV = hidden_ND.new_empty(rows, vocab)
+        self.high_CV = (
+            self.low_CV if hidden_ND.dtype == torch.float32 else self.low_CV.new_empty(rows, vocab, dtype=torch.float32)
+        )
+
+
 def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """The chunk's logits in fp32, and the slope of the cap where there is one."""
-    product_CV = hidden_CD @ weight_VD.T
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    buffers: _Buffers,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The chunk's logits in fp32, the slope of the cap where there is one, and room in the dtype of the product."""
+    low_CV, logits_CV = (buffer[: len(hidden_CD)] for buffer in (buffers.low_CV, buffers.high_CV))
+    torch.mm(hidden_CD, weight_VD.T, out=low_CV)
     if bias_V is not None:
-        product_CV += bias_V.to(product_CV.dtype)
-    logits_CV = product_CV.float()
+        low_CV += bias_V.to(low_CV.dtype)
+    if buffers.high_CV is buffers.low_CV:
+        low_CV = logits_CV
+    else:
+        logits_CV.copy_(low_CV)
     if scale != 1.0:
-        logits_CV = logits_CV * scale
+        logits_CV *= scale
     if softcap is None:
-        return logits_CV, None
-    tanh_CV = torch.tanh(logits_CV / softcap)
-    return tanh_CV * softcap, 1 - tanh_CV * tanh_CV
+        return logits_CV, None, low_CV
+    tanh_CV = logits_CV.div_(softcap).tanh_()
+    slope_CV = 1 - tanh_CV * tanh_CV
+    return tanh_CV.mul_(softcap), slope_CV, low_CV
+
+
+def _log_softmax(logits_CV: Tensor) -> Tensor:
+    """In the place of the logits on the CPU, whose kernel reads an element last where it writes it."""
+    if logits_CV.is_cuda:
+        return torch.log_softmax(logits_CV, dim=-1)
+    torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=logits_CV)
+    return logits_CV
 
 
 def chunked_cross_entropy(

@@ -96,7 +96,7 @@ def test_the_largest_tensor_is_a_chunk_of_logits_whatever_the_vocabulary() -> No
         targets = torch.randint(vocab, (4096,))
         with Largest() as seen:
             linear_cross_entropy(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
-        assert seen.bytes <= chunk_size(vocab) * vocab * 4 <= 16 * 2**20
+        assert seen.bytes <= chunk_size(vocab) * vocab * 4 <= 32 * 2**20
 
 
 def test_an_evaluation_computes_no_gradient_of_a_trained_head() -> None:
