@@ -348,6 +348,9 @@ def train(
 
             record = train_on_ray(loaded, num_workers=num_workers, resume=resume, overwrite=overwrite)
         else:
+            from ftune.run.imports import import_libraries
+
+            import_libraries(peft=loaded.recipe.method.saved_as == "peft")
             from ftune.artifacts.training import train as run_recipe
 
             record = run_recipe(
