@@ -109,17 +109,17 @@ class Fsdp2(Engine):
     def make_whole(self, model: nn.Module) -> None:
         """Gather one parameter after another, if it trains; frozen ones are not saved."""
         self._root.reshard()
-        made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
+        # A tied one stays tied, and every process asks for it once: None where nothing is kept.
+        made: dict[nn.Parameter, nn.Parameter | None] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not (parameter.requires_grad and is_sharded(parameter)):
                     continue
                 if parameter not in made:
                     found = whole(parameter.detach())
-                    if self.accelerator.is_main_process:
-                        made[parameter] = nn.Parameter(found.cpu())
-                if parameter in made:
-                    setattr(module, name, made[parameter])
+                    made[parameter] = nn.Parameter(found.cpu()) if self.accelerator.is_main_process else None
+                if (kept := made[parameter]) is not None:
+                    setattr(module, name, kept)
 
 
 def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whole_state: bool) -> None:
