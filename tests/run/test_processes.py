@@ -28,27 +28,31 @@ import json, os, sys
 from pathlib import Path
 import torch
 from ftune.artifacts.training import train
+from ftune.ops.sharded import whole
 from ftune.recipe import load_checked
 
 gradients, clip = [], torch.nn.utils.clip_grads_with_norm_
 
 def keep(parameters, *rest):
     # Before it is clipped, which the loop does by this function.
-    gradients.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters if p.grad is not None]))
+    gradients.append(torch.cat([whole(p.grad).flatten().clone() for p in parameters if p.grad is not None]))
     clip(parameters, *rest)
 
 torch.nn.utils.clip_grads_with_norm_ = keep
 for path in sys.argv[1:]:
-    recipe, _, resume = path.partition(":")
+    recipe, _, how = path.partition(":")
     loaded = load_checked(Path(recipe))[0]
     gradients.clear()
-    record = train(loaded, progress=False, resume=bool(resume))
+    record = train(loaded, progress=False, resume=how == "resume", engine="fsdp2" if how == "fsdp2" else None)
     found = [gradients[0], {"vitals": record["vitals"]}]
     torch.save(found, Path(loaded.recipe.output_dir) / f"rank-{os.environ.get('RANK', 0)}.pt")
 """
 
 FOUR = ("lora", "adalora", "galore", "full")
 """Methods that run on four processes too: one of each kind, for each process costs its imports."""
+
+SHARED = ("lora", "full")
+"""Methods that run on four processes under FSDP2: the third update has three rows, so a process has none."""
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +102,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = [str(recipe(where, name, 4 // processes, f"{name}-{processes}")) for name in names]
         if processes == 2:
             made.append(f"{resumed}:resume")
+        if processes == 4:
+            made += [f"{recipe(where, name, 1, f'{name}-4-fsdp2')}:fsdp2" for name in SHARED]
         done = launch(processes, str(script), *made)
         assert done.returncode == 0, done.stderr
         (where / f"stderr-{processes}").write_text(done.stderr)
@@ -140,6 +146,18 @@ def test_processes_equal_accumulation(name: str, processes: int, runs: Path) -> 
     held_out = [tiny.events(run, "eval")[-1] for run in results]
     assert held_out[1]["loss"] == pytest.approx(held_out[0]["loss"], rel=1e-5)
     assert held_out[1]["target_tokens"] == held_out[0]["target_tokens"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_four_processes_under_fsdp2_equal_one(name: str, runs: Path) -> None:
+    one, four = (tiny.events(runs / run, "step") for run in (f"{name}-1", f"{name}-4-fsdp2"))
+    for a, b in zip(one, four, strict=True):
+        assert a["target_tokens"] == b["target_tokens"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
+    expected = gradient(runs / f"{name}-1")
+    for rank in range(4):
+        assert (gradient(runs / f"{name}-4-fsdp2", rank) - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize(("name", "processes"), [("adalora", 2), ("adalora", 4), ("galore", 4)])
