@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,33 @@ def test_resumed_under_fsdp2_equals_uninterrupted(name: str, runs: Path) -> None
         assert all(torch.equal(a[key], b[key]) for key in a | b)
     a, b = (torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (through, resumed))
     assert all(torch.equal(a[index][key], b[index][key]) for index in a for key in a[index])
+
+
+HOLES = """
+import torch
+from pathlib import Path
+from ftune.run.memory import map_large_blocks
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 >> 10
+
+if __import__("sys").argv[1] == "mapped":
+    map_large_blocks()
+torch.ones(2**23)
+kept = []
+for _ in range(2):  # once freed, glibc takes blocks of that size from its heap
+    before = resident()
+    large = [(torch.ones(2**21), kept.append(torch.ones(2**12))) for _ in range(16)]
+    large.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_was_gathered_and_dropped_leaves_no_holes() -> None:
+    left = [
+        int(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("as it is", "mapped")
+    ]
+    assert left[0] > 100, "MiB: else there is nothing to mend"
+    assert left[1] < 16

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ftune.ops.sharded import is_sharded, part_like, whole
 from ftune.plan.recompute import blocks_of
 from ftune.run.engines.base import Engine, Gathered, average
+from ftune.run.memory import map_large_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +54,8 @@ class Fsdp2(Engine):
         from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device.type
+        if device == "cpu":
+            map_large_blocks()
         before = dict(objective.named_parameters())
         kept = {p for p in before.values() if p.requires_grad and method.artifact == "adapter"}
         settings: dict[str, Any] = {
