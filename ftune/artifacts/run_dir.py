@@ -188,7 +188,8 @@ class RunDir:
 
     def sweep(self) -> None:
         """Delete what a killed process left half written; only by who holds the lock."""
-        remove_leftovers(self.root)
+        for directory in (self.root, self.checkpoints):
+            remove_leftovers(directory)
 
     def clear(self) -> None:
         """Delete the run that is here: what ftune made, and nothing else.

@@ -89,16 +89,17 @@ def train(
             "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
             help="method.per_layer: false, or leave out --auto-batch",
         )
+    if auto_batch and choice.name != "ddp":
+        raise FtuneError(
+            f"--auto-batch under {choice.name}: its forward and backward passes exchange weights, and the other "
+            "processes would wait in theirs for the one out of memory",
+            help="--engine ddp, or leave it out and lower training.micro_batch_size or micro_batch_tokens",
+        )
     accelerator = join_processes(trackers, run.root / "tracking")
     if choice.name != "ddp" and accelerator.num_processes == 1:
         raise FtuneError(
             f"--engine {choice.name} in one process: there is nothing to share out",
             help="--num-processes 2 starts two",
-        )
-    if auto_batch and accelerator.num_processes > 1:
-        raise FtuneError(
-            f"--auto-batch in {accelerator.num_processes} processes: the others would wait for the one out of memory",
-            help="leave it out, and lower training.micro_batch_size or micro_batch_tokens",
         )
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
@@ -207,7 +208,7 @@ def _train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            shared = make_engine(choice, accelerator)
+            shared = make_engine(choice, accelerator, auto_batch=auto_batch)
             loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, auto_batch)
             with using(kernels):
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ftune.errors import RunFailed
 from ftune.methods import Method
 from ftune.run.engines import Gathered
-from ftune.run.files import as_os_error, new_directory, remove_leftovers, sync
+from ftune.run.files import as_os_error, new_directory, sync
 from ftune.run.manifest import damage, write_manifest
 from ftune.run.tensors import read_tensors
 
@@ -57,7 +57,6 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
-        remove_leftovers(directory)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are here, oldest first; those set aside are not among them."""

@@ -49,8 +49,8 @@ class Halved(Event):
 
     Attributes:
         halvings: How often, since the run began.
-        before: Micro-batches in this update, until now.
-        now: Micro-batches in this update.
+        before: Micro-batches in this update, of the process where it ran out, until now.
+        now: The same from now on.
     """
 
     halvings: int

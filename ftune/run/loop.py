@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ftune.data.batches import collate, deal, epoch_order, regroup, split
+from ftune.data.batches import collate, epoch_order
 from ftune.errors import Interrupted, RunFailed
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
@@ -31,6 +31,7 @@ from ftune.run.memory import PeakMeter, return_free_memory
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
 from ftune.run.out_of_memory import is_out_of_memory
+from ftune.run.portions import Portions
 from ftune.run.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class Loop:
     stop: StopRequest
     progress: dict[str, Any]
     auto_batch: bool = False
+
+    @property
+    def portions(self) -> Portions:
+        """How the rows of an update are split among processes and micro-batches."""
+        return Portions(self.plan, self.objective.flat, self.engine.lockstep)
 
     def run(self, start: int = 0) -> None:
         """Make updates ``start`` to the last, evaluating and saving when due.
@@ -219,23 +225,44 @@ class Loop:
     def _gradients(self, step: int, rows: list[int], targets: int, wrapped: nn.Module) -> Tensor:
         """Make the gradients of an update; returns the sum of its losses on this process.
 
-        Where memory runs out and ``auto_batch`` allows it, from then on in micro-batches of half the size.
+        Where memory runs out and ``auto_batch`` allows it, every process makes the update anew, and those to come, in
+        smaller micro-batches.
         """
+        rank = self.accelerator.process_index
         while True:
-            mine = self._micro_batches(rows)
+            halvings = self.progress.get("halvings", 0)
+            mine, total, failure = self.portions.of(rows, rank, halvings), None, None
             try:
-                return self._backward(step, mine, targets, wrapped)
+                total = self._backward(step, mine, targets, wrapped)
             except Exception as error:
-                if not (self.auto_batch and is_out_of_memory(error) and max(map(len, mine)) > 1):
+                if not (self.auto_batch and is_out_of_memory(error)):
                     raise
-            # Behind the handler: the error's traceback holds the activations.
-            self.optimizer.zero_grad(set_to_none=True)
-            return_free_memory()
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
-            while (smaller := self._micro_batches(rows)) == mine:
-                self.progress["halvings"] = self.progress.get("halvings", 0) + 1
-            self.emit(Halved(step, self.progress["halvings"], len(mine), len(smaller)))
+                failure = error.with_traceback(None)  # which holds the activations
+            if failure is not None:
+                self._drop_gradients()  # before asking the others, which takes memory too
+            short = self._ranks_where(failure is not None) if self.auto_batch else []
+            if total is not None and not short:
+                return total
+            if any(self.portions.smallest(rows, each, halvings) for each in short):
+                raise failure or MemoryError(f"process {short[0]} ran out of memory")
+            if failure is None:
+                self._drop_gradients()
+            self.progress["halvings"] = self.portions.halved(rows, short, halvings)
+            before, now = (len(self.portions.of(rows, short[0], n)) for n in (halvings, self.progress["halvings"]))
+            self.emit(Halved(step, self.progress["halvings"], before, now))
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        return_free_memory()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _ranks_where(self, here: bool) -> list[int]:
+        """The processes that say so; all of them must ask."""
+        if self.plan.world_size == 1:
+            return [0] if here else []
+        flags = self.accelerator.gather(torch.tensor([int(here)], device=self.accelerator.device))
+        return [int(rank) for rank in flags.nonzero().flatten()]
 
     def _backward(self, step: int, mine: list[list[int]], targets: int, wrapped: nn.Module) -> Tensor:
         method, model = self.plan.recipe.method, self.objective.model
@@ -254,24 +281,6 @@ class Loop:
                 # Not accelerator.backward: that divides by a number from the environment.
                 loss.backward()
         return total
-
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
-        """This process's rows of an update, in portions that are computed at once."""
-        plan, halvings = self.plan, self.progress.get("halvings", 0)
-        if self.objective.flat:
-            return self._laid_flat(rows, plan.row_lengths, plan.micro_batch_tokens >> halvings)
-        size, world = max(1, plan.recipe.training.micro_batch_size >> halvings), plan.world_size
-        mine = split(rows, size, math.ceil(plan.global_batch / (size * world)), self.accelerator.process_index, world)
-        # Without rows, other processes would still wait for the exchange of gradients.
-        return mine if world > 1 else [micro for micro in mine if micro]
-
-    def _laid_flat(self, rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
-        """This process's rows of an update, laid behind each other in micro-batches."""
-        world, rank = self.plan.world_size, self.accelerator.process_index
-        if not self.engine.lockstep:
-            return regroup(deal(rows, lengths, rank, world), lengths, capacity)
-        each = [regroup(deal(rows, lengths, other, world), lengths, capacity) for other in range(world)]
-        return each[rank] + [[] for _ in range(max(map(len, each)) - len(each[rank]))]
 
     def _count(self, rows: list[int]) -> tuple[int, int]:
         """Real tokens and target tokens of an update; every process knows all rows, so none has to ask."""

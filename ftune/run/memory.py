@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMeter", "return_free_memory"]
+__all__ = ["PeakMeter", "map_large_blocks", "return_free_memory"]
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_free_memory() -> None:
@@ -24,6 +26,17 @@ def return_free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_blocks() -> None:
+    """Let glibc map every block from 1 MiB on into a place of its own, which is gone once the block is freed.
+
+    Left to itself the library raises that size to 32 MiB as such blocks are freed. What is gathered and dropped in
+    every layer then leaves holes in the heap: with 269M parameters shared among two processes, a fifth of the peak.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 class PeakMeter:

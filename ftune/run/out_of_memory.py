@@ -33,7 +33,7 @@ def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
         changes.insert(0, f"training.micro_batch_tokens: {together // 2}, which changes no result")
     if plan.eval_rows and plan.recipe.evaluation.batch_size > 1:
         changes.append("evaluation.batch_size: 1, if it was while evaluating")
-    if plan.world_size == 1 and not plan.recipe.method.updates_in_backward:
+    if plan.engine.name == "ddp" and not plan.recipe.method.updates_in_backward:
         changes.append("--auto-batch, if it was off: smaller micro-batches where memory runs out, the same result")
     return RunFailed(
         f"memory ran out {where}: the plan needs {bytes_text(plan.memory.total)}, and "

@@ -89,3 +89,9 @@ def test_updates_in_the_backward_pass_cannot_be_made_anew(tmp_path: Path) -> Non
     with pytest.raises(FtuneError, match="an update cannot be made anew"):
         train(loaded, auto_batch=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_under_fsdp2_the_others_would_wait(tmp_path: Path) -> None:
+    with pytest.raises(FtuneError, match="--auto-batch under fsdp2"):
+        train(recipe(tmp_path, flat=True), auto_batch=True, engine="fsdp2")
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from run.test_loop import losses, stop_after
 
+from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.run import checkpoint, files
@@ -72,6 +73,16 @@ def test_every_damage_is_named_and_set_aside(kind: str, found: Checkpoints) -> N
     assert "step-3.damaged" in notes[0]
     assert found.steps() == [1, 2]
     assert [aside.name for aside in found.set_aside()] == ["step-3.damaged"]
+
+
+def test_a_reader_deletes_nothing(found: Checkpoints) -> None:
+    # Every process reads; two that deleted the same leftovers would fail each other.
+    half = found.directory / ".tmp-step-4-x"
+    half.mkdir()
+    assert Checkpoints(found.directory, 2).newest() == (found.path(3), [])
+    assert half.is_dir()
+    RunDir(found.directory.parent).sweep()  # by who holds the lock
+    assert not half.exists()
 
 
 def test_a_whole_checkpoint_is_left_alone(found: Checkpoints) -> None:

@@ -28,27 +28,57 @@ import json, os, sys
 from pathlib import Path
 import torch
 from ftune.artifacts.training import train
+from ftune.errors import RunFailed
+from ftune.ops.sharded import whole
 from ftune.recipe import load_checked
+from ftune.run.objective import Objective
 
 gradients, clip = [], torch.nn.utils.clip_grads_with_norm_
 
 def keep(parameters, *rest):
     # Before it is clipped, which the loop does by this function.
-    gradients.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters if p.grad is not None]))
+    gradients.append(torch.cat([whole(p.grad).flatten().clone() for p in parameters if p.grad is not None]))
     clip(parameters, *rest)
+
+forward = Objective.forward
+
+def bounded(self, batch):
+    # Only on the last process, and not in its first micro-batch: gradients are there already.
+    bounded.count += self.training
+    if self.training and bounded.count > 1 and len(batch.rows) > bounded.most:
+        raise torch.OutOfMemoryError("out of memory")
+    return forward(self, batch)
 
 torch.nn.utils.clip_grads_with_norm_ = keep
 for path in sys.argv[1:]:
-    recipe, _, resume = path.partition(":")
+    recipe, _, how = path.partition(":")
     loaded = load_checked(Path(recipe))[0]
     gradients.clear()
-    record = train(loaded, progress=False, resume=bool(resume))
+    if how.startswith("short"):
+        bounded.count, bounded.most = 0, int(how[5:])
+        Objective.forward = bounded if os.environ["RANK"] == "1" else forward
+    engine = "fsdp2" if how == "fsdp2" else None
+    try:
+        record = train(loaded, progress=False, resume=how == "resume", engine=engine, auto_batch="short" in how)
+    except RunFailed as error:
+        if how != "short0":
+            raise
+        (Path(loaded.recipe.output_dir) / f"error-{os.environ['RANK']}").write_text(str(error))
+        continue
+    finally:
+        Objective.forward = forward
     found = [gradients[0], {"vitals": record["vitals"]}]
     torch.save(found, Path(loaded.recipe.output_dir) / f"rank-{os.environ.get('RANK', 0)}.pt")
 """
 
 FOUR = ("lora", "adalora", "galore", "full")
 """Methods that run on four processes too: one of each kind, for each process costs its imports."""
+
+SHARED = ("lora", "full")
+"""Methods that run on four processes under FSDP2: the third update has three rows, so a process has none."""
+
+SHORT = (("lora", "short1"), ("full", "short1"), ("lora", "short0"))
+"""Runs with --auto-batch whose second process has memory for so many rows at once."""
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +128,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = [str(recipe(where, name, 4 // processes, f"{name}-{processes}")) for name in names]
         if processes == 2:
             made.append(f"{resumed}:resume")
+            made += [f"{recipe(where, name, 2, f'{name}-{run}')}:{run}" for name, run in SHORT]
+        if processes == 4:
+            made += [f"{recipe(where, name, 1, f'{name}-4-fsdp2')}:fsdp2" for name in SHARED]
         done = launch(processes, str(script), *made)
         assert done.returncode == 0, done.stderr
         (where / f"stderr-{processes}").write_text(done.stderr)
@@ -142,6 +175,18 @@ def test_processes_equal_accumulation(name: str, processes: int, runs: Path) -> 
     assert held_out[1]["target_tokens"] == held_out[0]["target_tokens"]
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_four_processes_under_fsdp2_equal_one(name: str, runs: Path) -> None:
+    one, four = (tiny.events(runs / run, "step") for run in (f"{name}-1", f"{name}-4-fsdp2"))
+    for a, b in zip(one, four, strict=True):
+        assert a["target_tokens"] == b["target_tokens"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
+    expected = gradient(runs / f"{name}-1")
+    for rank in range(4):
+        assert (gradient(runs / f"{name}-4-fsdp2", rank) - expected).norm() <= 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize(("name", "processes"), [("adalora", 2), ("adalora", 4), ("galore", 4)])
 def test_every_process_has_the_same_vitals(name: str, processes: int, runs: Path) -> None:
     # Of AdaLoRA the ranks, of GaLore the subspaces.
@@ -160,3 +205,22 @@ def test_resumed_on_two_processes_equals_one_uninterrupted(runs: Path) -> None:
         assert b["target_tokens"] == a["target_tokens"]
     line = "note: 2 processes now, 1 before: gradient_accumulation_steps 2 instead of 4 keeps the global batch of 8"
     assert (runs / "stderr-2").read_text().count(line) == 1
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_where_memory_runs_out_in_one_process_all_make_smaller_micro_batches(name: str, runs: Path) -> None:
+    (halved,) = tiny.events(runs / f"{name}-short1", "halved")
+    assert halved["step"] == 0
+    assert halved["now"] > halved["before"]
+    one, short = (tiny.events(runs / run, "step") for run in (f"{name}-1", f"{name}-short1"))
+    for a, b in zip(one, short, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
+    expected = gradient(runs / f"{name}-1")
+    for rank in range(2):
+        assert (gradient(runs / f"{name}-short1", rank) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_where_one_row_is_too_much_for_one_process_all_say_so(runs: Path) -> None:
+    for rank in range(2):
+        assert "memory ran out after 0 of 4 updates" in (runs / f"lora-short0/error-{rank}").read_text()

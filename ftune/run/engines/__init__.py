@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["Ddp", "Engine", "Gathered", "make_engine"]
 
 
-def make_engine(choice: EngineChoice, accelerator: Accelerator) -> Engine:
-    """The engine that was chosen (``ftune.plan.engine``); one process alone needs none, and gets ``Ddp``."""
+def make_engine(choice: EngineChoice, accelerator: Accelerator, *, auto_batch: bool = False) -> Engine:
+    """The engine that was chosen (``ftune.plan.engine``); one process alone needs none, and gets ``Ddp``.
+
+    auto_batch: Whether an update may be made anew, so that no process may wait for another while it is made.
+    """
     if choice.name == "fsdp2":
         from ftune.run.engines.fsdp2 import Fsdp2
 
+        assert not auto_batch
         return Fsdp2(choice, accelerator)
-    return Ddp(accelerator)
+    return Ddp(accelerator, at_end=auto_batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ftune.methods import Method
     from ftune.run.objective import Objective
 
-__all__ = ["Ddp", "Engine", "Gathered"]
+__all__ = ["Ddp", "Engine", "Gathered", "average"]
+
+BUCKET = 2**23
+"""Elements that travel together: one message for each small tensor would cost more than what it carries."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,58 @@ class Engine:
 
 
 class Ddp(Engine):
-    """Every process has the whole model; gradients are averaged (DistributedDataParallel). One process: nothing."""
+    """Every process has the whole model; gradients are averaged (DistributedDataParallel). One process: nothing.
+
+    Args:
+        accelerator: Knows the device and the other processes.
+        at_end: Whether gradients travel when all of an update are made, instead of with its last backward pass. Until
+            then no process waits for another, so that one which runs out of memory can say so.
+    """
 
     name = "ddp"
 
+    def __init__(self, accelerator: Accelerator, *, at_end: bool = False) -> None:
+        super().__init__(accelerator)
+        self.at_end = at_end
+
     def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
         """Let gradients travel with the backward pass."""
-        return self.accelerator.prepare_model(objective) if self.world_size > 1 else objective
+        return self.accelerator.prepare_model(objective) if self._with_backward else objective
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay here."""
-        return self.accelerator.no_sync(wrapped) if self.world_size > 1 else nullcontext()
+        return self.accelerator.no_sync(wrapped) if self._with_backward else nullcontext()
+
+    def exchange(self, trained: Sequence[nn.Parameter]) -> None:
+        """Average all gradients, where they did not travel yet."""
+        if self.at_end and self.world_size > 1:
+            average([p.grad for p in trained if p.grad is not None], self.world_size)
+
+    @property
+    def _with_backward(self) -> bool:
+        return self.world_size > 1 and not self.at_end
+
+
+def average(tensors: list[Tensor], world: int) -> None:
+    """Average tensors over processes, in place, many in one message."""
+    import torch
+    from torch import distributed
+
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        distributed.all_reduce(flat)
+        flat /= world
+        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, in order, until they have ``BUCKET`` elements."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) >= BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -10,16 +10,17 @@ Source: torch.distributed.fsdp.fully_shard; ZeRO-3 (Rajbhandari et al., arXiv:19
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftune.ops.sharded import is_sharded, part_like, whole
 from ftune.plan.recompute import blocks_of
-from ftune.run.engines.base import Engine, Gathered
+from ftune.run.engines.base import Engine, Gathered, average
+from ftune.run.memory import map_large_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from ftune.run.objective import Objective
 
 __all__ = ["Fsdp2"]
-
-BUCKET = 2**23
-"""Elements of gradients that travel together: one message for each small one would cost more than what it carries."""
 
 
 class Fsdp2(Engine):
@@ -56,6 +54,8 @@ class Fsdp2(Engine):
         from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device.type
+        if device == "cpu":
+            map_large_blocks()
         before = dict(objective.named_parameters())
         kept = {p for p in before.values() if p.requires_grad and method.artifact == "adapter"}
         settings: dict[str, Any] = {
@@ -73,12 +73,7 @@ class Fsdp2(Engine):
 
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
         """Average the gradients of what every process keeps whole; those of parts travelled in the backward pass."""
-        for bucket in _buckets([p.grad for p in trained if p.grad is not None and not is_sharded(p)]):
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            distributed.all_reduce(flat)
-            flat /= self.world_size
-            for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(part.view_as(grad))
+        average([p.grad for p in trained if p.grad is not None and not is_sharded(p)], self.world_size)
 
     @torch.no_grad()
     def gather(self, model: nn.Module, optimizer: Optimizer) -> Gathered | None:
@@ -109,17 +104,17 @@ class Fsdp2(Engine):
     def make_whole(self, model: nn.Module) -> None:
         """Gather one parameter after another, if it trains; frozen ones are not saved."""
         self._root.reshard()
-        made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
+        # A tied one stays tied, and every process asks for it once: None where nothing is kept.
+        made: dict[nn.Parameter, nn.Parameter | None] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not (parameter.requires_grad and is_sharded(parameter)):
                     continue
                 if parameter not in made:
                     found = whole(parameter.detach())
-                    if self.accelerator.is_main_process:
-                        made[parameter] = nn.Parameter(found.cpu())
-                if parameter in made:
-                    setattr(module, name, made[parameter])
+                    made[parameter] = nn.Parameter(found.cpu()) if self.accelerator.is_main_process else None
+                if (kept := made[parameter]) is not None:
+                    setattr(module, name, kept)
 
 
 def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whole_state: bool) -> None:
@@ -137,15 +132,3 @@ def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whol
 
 def _shaped(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype, in order, until they have ``BUCKET`` elements."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) >= BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
