@@ -24,7 +24,7 @@ from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
-from ftune.plan.engine import EngineChoice, choose_engine, require_engine
+from ftune.plan.engine import EngineChoice, choose_engine, require_engine, require_installed
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
@@ -73,7 +73,7 @@ def train(
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
         auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
-        engine: How processes share an update: ``ddp`` or ``fsdp2``; None: as the launch configuration says.
+        engine: How processes share an update (``ftune.plan.engine``); None: as the launch configuration says.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
@@ -81,15 +81,17 @@ def train(
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
     choice = choose_engine(engine, os.environ)
     require_engine(loaded.recipe, choice)
+    require_installed(choice)
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    for launched in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(launched, None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
     if auto_batch and loaded.recipe.method.updates_in_backward:
         raise FtuneError(
             "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
             help="method.per_layer: false, or leave out --auto-batch",
         )
-    accelerator = join_processes(trackers, run.root / "tracking")
+    accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
     if choice.name != "ddp" and accelerator.num_processes == 1:
         raise FtuneError(
             f"--engine {choice.name} in one process: there is nothing to share out",
@@ -213,7 +215,8 @@ def _train(
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)
                 loop.run(start)
-            record["vitals"] = recipe.method.vitals(model, optimizer)
+            with shared.whole_adapters(model, recipe.method):
+                record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
             _require_at_work(recipe, record["vitals"])

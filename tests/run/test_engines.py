@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 RESUMED = ["lora", "adalora", "galore", "full"]
 """Adapters and whole models, a method with state of its own, an optimizer with state of its own."""
 
+OFFLOADED = ["lora", "full"]
+
 # All methods in one launch. What each process holds after sharding is written beside the run; some runs are stopped
 # after their second update and resumed.
 EACH = """
@@ -41,7 +43,9 @@ def measuring(self, objective, optimizer, method):
     for parameter in objective.parameters():
         shares[parameter.requires_grad][0] += local(parameter).numel()
         shares[parameter.requires_grad][1] += parameter.numel()
-    held[method.name] = {"trained": shares[True], "frozen": shares[False]}
+    policy = objective._get_fsdp_state()._fsdp_param_group.offload_policy
+    which = method.name + "-offload" * self.choice.offload
+    held[which] = {"trained": shares[True], "frozen": shares[False], "policy": type(policy).__name__}
     return wrapped
 
 def stopping(self, step):
@@ -54,7 +58,7 @@ rank, where = os.environ["RANK"], Path(sys.argv[1])
 for path in sys.argv[2:]:
     loaded = load_checked(Path(path))[0]
     if "resumed" not in path:
-        train(loaded, progress=False, engine="fsdp2")
+        train(loaded, progress=False, engine="fsdp2-offload" if "offload" in path else "fsdp2")
         continue
     Loop._after = stopping
     try:
@@ -69,12 +73,13 @@ for path in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of every method in one process (``NAME-1``) and in two under FSDP2 (``NAME-2``, ``NAME-resumed``)."""
+    """The runs of every method in one process (``NAME-1``) and in two (``NAME-2``, and ``-resumed``, ``-offload``)."""
     where = tmp_path_factory.mktemp("engines")
     for name in METHODS:
         train(load_checked(recipe(where, name, 4, f"{name}-1"))[0], progress=False)
     (where / "each.py").write_text(EACH)
     paths = [recipe(where, name, 2, f"{name}-2") for name in METHODS]
+    paths += [recipe(where, name, 2, f"{name}-offload") for name in OFFLOADED]
     for name in RESUMED:
         path = recipe(where, name, 2, f"{name}-resumed")
         path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": {"every_steps": 2}}))
@@ -99,6 +104,16 @@ def test_fsdp2_equals_one_process(name: str, runs: Path) -> None:
     assert ones.keys() == twos.keys()
     for key in ones:
         assert (ones[key] - twos[key]).abs().mean() <= 1e-5 * ones[key].abs().mean(), key
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_parts_on_the_host_change_nothing(name: str, runs: Path) -> None:
+    assert json.loads((runs / f"{name}-offload/run.json").read_text())["device"]["engine"] == "fsdp2-offload"
+    for rank in range(2):
+        held = json.loads((runs / f"held-{rank}.json").read_text())
+        assert [held[which]["policy"] for which in (name, f"{name}-offload")] == ["OffloadPolicy", "CPUOffloadPolicy"]
+    a, b = (load_file(runs / f"{name}-{which}/checkpoints/step-4/trained.safetensors") for which in ("2", "offload"))
+    assert all(torch.equal(a[key], b[key]) for key in a | b)
 
 
 @pytest.mark.parametrize("name", METHODS)

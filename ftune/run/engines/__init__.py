@@ -16,8 +16,12 @@ __all__ = ["Ddp", "Engine", "Gathered", "make_engine"]
 
 def make_engine(choice: EngineChoice, accelerator: Accelerator) -> Engine:
     """The engine that was chosen (``ftune.plan.engine``); one process alone needs none, and gets ``Ddp``."""
-    if choice.name == "fsdp2":
+    if choice.name.startswith("fsdp2"):
         from ftune.run.engines.fsdp2 import Fsdp2
 
         return Fsdp2(choice, accelerator)
+    if choice.zero_stage:
+        from ftune.run.engines.deepspeed import DeepSpeed
+
+        return DeepSpeed(choice, accelerator)
     return Ddp(accelerator)
