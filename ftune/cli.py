@@ -146,6 +146,8 @@ def _libraries() -> Iterator[None]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers imports DeepSpeed where it is installed, whose notice of a machine without GPUs goes to stdout.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -240,7 +242,12 @@ def plan(
     ] = None,
     num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share an update.")] = 1,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="How they share what they hold: ddp (the default) or fsdp2.")
+        str | None,
+        typer.Option(
+            "--engine",
+            help="How they share what they hold: ddp (the default), fsdp2, fsdp2-offload, deepspeed-zero2 or "
+            "deepspeed-zero3.",
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="Plan for this device, h100-80g, or this much memory, 24GiB.")
@@ -294,8 +301,8 @@ def train(
         str | None,
         typer.Option(
             "--engine",
-            help="How several processes share the model: ddp or fsdp2; or ray: on the workers of a Ray cluster. "
-            "Default: as launched, else ddp.",
+            help="How several processes share the model: ddp, fsdp2, fsdp2-offload, deepspeed-zero2 or "
+            "deepspeed-zero3; or ray: on the workers of a Ray cluster. Default: as launched, else ddp.",
         ),
     ] = None,
     num_workers: Annotated[

@@ -24,7 +24,7 @@ from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
-from ftune.plan.engine import EngineChoice, choose_engine, require_engine
+from ftune.plan.engine import EngineChoice, choose_engine, require_engine, require_installed
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
@@ -73,7 +73,7 @@ def train(
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
         auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
-        engine: How processes share an update: ``ddp`` or ``fsdp2``; None: as the launch configuration says.
+        engine: How processes share an update (``ftune.plan.engine``); None: as the launch configuration says.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
@@ -81,8 +81,10 @@ def train(
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
     choice = choose_engine(engine, os.environ)
     require_engine(loaded.recipe, choice)
+    require_installed(choice)
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    for launched in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(launched, None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
     if auto_batch and loaded.recipe.method.updates_in_backward:
         raise FtuneError(
@@ -95,7 +97,7 @@ def train(
             "processes would wait in theirs for the one out of memory",
             help="--engine ddp, or leave it out and lower training.micro_batch_size or micro_batch_tokens",
         )
-    accelerator = join_processes(trackers, run.root / "tracking")
+    accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
     if choice.name != "ddp" and accelerator.num_processes == 1:
         raise FtuneError(
             f"--engine {choice.name} in one process: there is nothing to share out",
@@ -214,7 +216,8 @@ def _train(
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)
                 loop.run(start)
-            record["vitals"] = recipe.method.vitals(model, optimizer)
+            with shared.whole_adapters(model, recipe.method):
+                record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
             emit(Vitals(plan.total_steps, record["vitals"]))
             _require_at_work(recipe, record["vitals"])

@@ -444,7 +444,7 @@ def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         magnitudes = getattr(module, "lora_magnitude_vector", None)
         if magnitudes:
             layer = cast(Any, module)
-            weight = whole(dequantize_module_weight(layer.get_base_layer()).detach()).float()
+            weight = whole(dequantize_module_weight(layer.get_base_layer())).detach().float()
             yield (
                 magnitudes["default"].weight,
                 torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1),

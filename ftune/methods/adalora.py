@@ -104,6 +104,16 @@ class AdaLora(Method):
                 "their sum must stay below 1",
             )
 
+    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+        """Yield DeepSpeed: importance is read off gradients after the update."""
+        yield from super().engine_problems(recipe, engine)
+        if engine.startswith("deepspeed"):
+            yield Problem(
+                ("method", "name"),
+                "importance scores read the gradients of an update after it, and DeepSpeed has dropped them by then",
+                "use --engine fsdp2, or ddp",
+            )
+
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield runs too short for the three phases, and matrices too small for the rank."""
         total = context.total_steps

@@ -179,12 +179,24 @@ class Method(BaseModel):
 
     def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
         """Yield what cannot work in this recipe when ``engine`` shares the model out among processes."""
-        if engine == "fsdp2" and self.artifact == "model" and recipe.optimizer.needs_bitsandbytes:
+        if engine == "fsdp2-offload" and self.base_quantization:
+            yield Problem(
+                ("method", "quantization"),
+                "4-bit weights are copied to the host and back by bitsandbytes' own rules, which was not tried",
+                "use --engine fsdp2, or leave out `quantization`",
+            )
+        if engine.startswith("fsdp2") and self.artifact == "model" and recipe.optimizer.needs_bitsandbytes:
             yield Problem(
                 ("optimizer", "name"),
                 f"`{recipe.optimizer.name}` keeps its moments in blocks, which do not end where the parts of a "
                 "weight do",
                 "use `adamw`: under fsdp2 each process keeps a part of its moments",
+            )
+        if engine.startswith("deepspeed") and recipe.optimizer.needs_bitsandbytes:
+            yield Problem(
+                ("optimizer", "name"),
+                f"`{recipe.optimizer.name}` is bitsandbytes' own, and DeepSpeed shares out the moments of plain AdamW",
+                "use `adamw`: each process keeps a part of its moments",
             )
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:

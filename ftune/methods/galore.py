@@ -102,12 +102,24 @@ class GaLore(Method):
             yield Problem(("method", "weights"), *_BFLOAT16_IN_FLOAT32)
 
     def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
-        """Yield updates in the backward pass, which see a part of a weight; 8-bit states are GaLore's own."""
-        if engine == "fsdp2" and self.per_layer:
+        """Yield engines that part what GaLore needs in one piece; 8-bit states are its own, and may be parted."""
+        if engine == "fsdp2-offload":
+            yield Problem(
+                ("method", "name"),
+                "its moments and bases are whole on the device, and the weights that they update would be on the host",
+                "use --engine fsdp2",
+            )
+        elif engine == "fsdp2" and self.per_layer:
             yield Problem(
                 ("method", "per_layer"),
                 "`per_layer` updates before the processes have exchanged their gradients",
                 "use `per_layer: false`: under fsdp2 each process keeps a part of the gradients anyway",
+            )
+        if engine.startswith("deepspeed"):
+            yield Problem(
+                ("method", "name"),
+                "a subspace is one of a matrix's gradient, and DeepSpeed hands its optimizer flat parts of many",
+                "use --engine fsdp2, or ddp",
             )
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:

@@ -339,4 +339,4 @@ def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
             for name, before in cast(Any, module).original_module.named_parameters():
                 if id(now[name]) not in seen:
                     seen.add(id(now[name]))
-                    yield whole(before.detach()).float(), now[name].detach().float()
+                    yield whole(before).detach().float(), now[name].detach().float()

@@ -6,18 +6,19 @@ before anything is loaded; nothing is passed over. No torch.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from ftune.errors import FtuneError
 
 if TYPE_CHECKING:
     from ftune.recipe.schema import Recipe
 
-__all__ = ["DDP", "ENGINES", "EngineChoice", "choose_engine", "require_engine"]
+__all__ = ["DDP", "ENGINES", "EngineChoice", "choose_engine", "require_engine", "require_installed"]
 
-EngineName = Literal["ddp", "fsdp2", "deepspeed"]
+EngineName = Literal["ddp", "fsdp2", "fsdp2-offload", "deepspeed-zero2", "deepspeed-zero3"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
@@ -26,7 +27,8 @@ class EngineChoice:
     """An engine and its settings.
 
     Attributes:
-        name: ``ddp`` (each process has the whole model; also of one process alone) or ``fsdp2``.
+        name: ``ddp`` (each process has the whole model; also of one process alone), ``fsdp2``, the same with each
+            process's part in the host's memory, or DeepSpeed's ZeRO-2 or ZeRO-3.
         reshard_after_forward: fsdp2: whether a block's weights are dropped between its forward and its backward
             pass, and gathered twice an update.
     """
@@ -34,10 +36,19 @@ class EngineChoice:
     name: EngineName = "ddp"
     reshard_after_forward: bool = True
 
+    @property
+    def offload(self) -> bool:
+        """Whether the parts of each process lie in the host's memory."""
+        return self.name == "fsdp2-offload"
+
+    @property
+    def zero_stage(self) -> int | None:
+        """2 or 3 under DeepSpeed."""
+        return int(self.name[-1]) if self.name.startswith("deepspeed") else None
+
 
 DDP = EngineChoice()
 
-_PROVEN = "use --engine fsdp2, which shards weights, gradients and optimizer state as ZeRO-3 does, or ddp"
 # What accelerate's launcher sets for FSDP, and the values under which it asks for nothing that ftune would not do.
 _FSDP: dict[str, tuple[tuple[str, ...], str]] = {
     "FSDP_VERSION": (("2",), "set fsdp_version: 2"),
@@ -45,7 +56,7 @@ _FSDP: dict[str, tuple[tuple[str, ...], str]] = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": (("", "None"), "leave it out: ftune finds the model's blocks"),
     "FSDP_MIN_NUM_PARAMS": (("", "0", "100000000", "None"), "leave it out: ftune shards block by block"),
     "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "true or false"),
-    "FSDP_OFFLOAD_PARAMS": (("false",), "set it to false: not proven yet"),
+    "FSDP_OFFLOAD_PARAMS": (("true", "false"), "true or false"),
     "FSDP_STATE_DICT_TYPE": (("FULL_STATE_DICT", "None", ""), "checkpoints are whole: FULL_STATE_DICT"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "set it to false: every process reads the base model"),
     "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the recipe decides: training.gradient_checkpointing"),
@@ -59,6 +70,18 @@ _FSDP: dict[str, tuple[tuple[str, ...], str]] = {
     "FSDP_SYNC_MODULE_STATES": (("true", "false"), "leave it out"),
 }
 """Each variable: the values that are accepted, and what to do about others."""
+
+# The same for DeepSpeed.
+_DEEPSPEED: dict[str, tuple[tuple[str, ...], str]] = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": (("2", "3"), "2 or 3; ZeRO-1 saves nothing that 2 does not"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (("none",), "leave it out: configs/fsdp2-offload.yaml offloads"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (("none",), "leave it out: configs/fsdp2-offload.yaml offloads"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": (("false",), "set it to false: every process reads the base model"),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (("true", "false"), "leave it out: what is saved is whole"),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": (("none", ""), "leave it out: ftune writes DeepSpeed's configuration"),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": (("none", ""), "leave it out"),
+    "ACCELERATE_GRADIENT_CLIPPING": (("none", ""), "leave it out: the recipe's training.max_grad_norm decides"),
+}
 
 _USES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -79,16 +102,16 @@ def choose_engine(asked: str | None, environment: Mapping[str, str]) -> EngineCh
     launched = _launched(environment)
     if asked is None:
         return launched or EngineChoice()
+    if asked == "deepspeed":
+        asked = launched.name if launched is not None and launched.zero_stage else "deepspeed-zero2"
     if asked not in ENGINES:
         raise FtuneError(f"--engine {asked}: there is no such engine", help=f"one of {', '.join(ENGINES)}")
-    if asked == "deepspeed":
-        raise FtuneError("ftune does not run under DeepSpeed", help=_PROVEN)
     if launched is not None and launched.name != asked:
         raise FtuneError(
             f"--engine {asked}, but the launch configuration asks for {launched.name}",
             help="leave out --engine, or launch with another configuration",
         )
-    return launched or EngineChoice(name="ddp" if asked == "ddp" else "fsdp2")
+    return launched or EngineChoice(name=cast(EngineName, asked))
 
 
 def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
@@ -101,8 +124,6 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() in ("true", "1", "yes")
 
-    if on("ACCELERATE_USE_DEEPSPEED"):
-        raise FtuneError("the launch configuration asks for DeepSpeed, which ftune does not run under", help=_PROVEN)
     for name, what in _USES.items():
         if on(name):
             raise FtuneError(
@@ -118,25 +139,53 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
         wrong.append("gradient_accumulation_steps: leave it out; the recipe's decides")
     if on("ACCELERATE_USE_FSDP"):
-        for name, (accepted, remedy) in _FSDP.items():
-            value = environment.get(name)
-            if name == "FSDP_VERSION" and value is None:
-                value = "1"
-            if value is not None and value.lower() not in [word.lower() for word in accepted]:
-                wrong.append(f"{name.lower()}: {value}: {remedy}")
-        unknown = sorted(name for name in environment if name.startswith("FSDP_") and name not in _FSDP)
-        wrong += [f"{name.lower()}: not known to ftune" for name in unknown]
+        wrong += _not_done({"FSDP_VERSION": "1", **environment}, _FSDP, "FSDP_")
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        wrong += _not_done(environment, _DEEPSPEED, "ACCELERATE_DEEPSPEED_")
     if wrong:
         raise FtuneError(
             "the launch configuration asks for what ftune would not do:\n  " + "\n  ".join(wrong),
             help="mend it, or launch with one of configs/*.yaml",
         )
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return EngineChoice(name="deepspeed-zero3" if stage == "3" else "deepspeed-zero2")
     if not on("ACCELERATE_USE_FSDP"):
         return None
     return EngineChoice(
-        name="fsdp2",
+        name="fsdp2-offload" if on("FSDP_OFFLOAD_PARAMS") else "fsdp2",
         reshard_after_forward=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
     )
+
+
+def require_installed(choice: EngineChoice) -> None:
+    """Hold that the engine's library is there.
+
+    Raises:
+        FtuneError: It is not.
+    """
+    if choice.zero_stage and importlib.util.find_spec("deepspeed") is None:
+        raise FtuneError(
+            f"engine `{choice.name}` needs DeepSpeed, which is not installed",
+            help="pip install 'ftune[deepspeed]', or use --engine fsdp2, which needs nothing more",
+        )
+
+
+def _not_done(
+    environment: Mapping[str, str], known: Mapping[str, tuple[tuple[str, ...], str]], prefix: str
+) -> list[str]:
+    """Variables whose values ftune would not honour, by accelerate's name of the field; unknown ones too."""
+    wrong = []
+    for name, (accepted, remedy) in known.items():
+        value = environment.get(name)
+        if value is not None and value.lower() not in [word.lower() for word in accepted]:
+            wrong.append(f"{_field(name)}: {value}: {remedy}")
+    unknown = sorted(name for name in environment if name.startswith(prefix) and name not in known)
+    return wrong + [f"{_field(name)}: not known to ftune" for name in unknown]
+
+
+def _field(variable: str) -> str:
+    return variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
 
 
 def require_engine(recipe: Recipe, choice: EngineChoice) -> None:

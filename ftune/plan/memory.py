@@ -150,11 +150,14 @@ def estimate(
 
     updated_by = processes if shares_state(method, engine) else 1
     # (activations, logits, buffers) at each moment that may be the peak
+    update = method.update_bytes(shape, optimizer) // updated_by
+    if device_type != "cuda" or (engine == "fsdp2-offload" and processes > 1 and whole):
+        update = 0
     moments = [
         (held, loss, masks * left + head_in_loss),
         (held, 0, masks * left + (8 * head)),
         (held, 0, masks * left + 4 * head + step),
-        (0, 0, method.update_bytes(shape, optimizer) // updated_by if device_type == "cuda" else 0),
+        (0, 0, update),
     ]
     if recomputed_blocks:
         moments.append((inputs + kept // layers, 0, masks + step))
@@ -171,7 +174,9 @@ def estimate(
         "buffers": buffers,
         "runtime": RUNTIME_BYTES[device_type],
     }
-    items = per_rank(items, method, shape, engine=engine, processes=processes, stored_bytes=stored)
+    items = per_rank(
+        items, method, shape, engine=engine, processes=processes, stored_bytes=stored, device_type=device_type
+    )
     return MemoryEstimate(**items, total=sum(items.values()), arguments=arguments)
 
 

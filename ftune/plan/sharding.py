@@ -3,6 +3,9 @@
 Under every engine each rank has its own micro-batch, so activations are the same on all.
 
 - ``ddp`` keeps everything on every rank, and adds the gradients of what trains once an update.
+- ``deepspeed-zero2`` shares out the gradients of what trains, and AdamW's moments with an fp32 copy of it (ZeRO,
+  arXiv:1910.02054, sec. 5); ``deepspeed-zero3`` every weight too. Gradients are reduced in every micro-batch.
+- ``fsdp2-offload`` is ``fsdp2`` with those parts in the host's memory.
 - ``fsdp2`` shares out weights block by block (PyTorch FSDP, arXiv:2304.11277, sec. 3); embedding and head are gathered
   from the forward pass to the end of the backward one. What an adapter method trains stays on every rank, as in DDP.
 
@@ -17,14 +20,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ftune.methods import Method, ModelShape
 
-__all__ = ["communication", "per_rank", "shares_state"]
+__all__ = ["communication", "on_host", "per_rank", "shares_state"]
+
+BUCKET = 2**25
+"""Elements that DeepSpeed reduces or gathers at once; it keeps a buffer of fp32 gradients of that size."""
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 gathers a weight for good: DeepSpeed's default."""
 
 GATHERED_BLOCKS = 2
 """Blocks whose weights are whole at once: the one that computes, and the next, gathered meanwhile."""
 
 
 def per_rank(
-    items: dict[str, int], method: Method, shape: ModelShape, *, engine: str, processes: int, stored_bytes: int
+    items: dict[str, int],
+    method: Method,
+    shape: ModelShape,
+    *,
+    engine: str,
+    processes: int,
+    stored_bytes: int,
+    device_type: str = "cuda",
 ) -> dict[str, int]:
     """The items of a memory estimate as one rank holds them; the same for ``ddp`` and for one process.
 
@@ -32,9 +47,10 @@ def per_rank(
         items: Bytes of one process that holds everything.
         method: The method, with its settings.
         shape: The base model.
-        engine: ``ddp`` or ``fsdp2``.
+        engine: Its name.
         processes: Ranks.
         stored_bytes: Of a base weight that is not quantized.
+        device_type: On a CPU what is offloaded lies in the same memory.
     """
     if processes == 1 or engine == "ddp":
         return items
@@ -45,18 +61,57 @@ def per_rank(
             shared[name] = -(-items[name] // processes)
 
     whole = method.artifact == "model"
+    trained = method.trainable_parameters(shape)
+    if engine.startswith("deepspeed"):
+        # Beside AdamW's moments an fp32 copy of what trains, though that is fp32 as well.
+        shared["optimizer"] += 4 * trained
+        shared["gradients"] = -(-items["gradients"] // processes)
+        shared["optimizer"] = -(-shared["optimizer"] // processes)
+        shared["buffers"] += 4 * min(BUCKET, trained)
+        if engine == "deepspeed-zero3":
+            share("weights", "adapters")
+            # What computes (a block, or embedding or head), and what is gathered ahead of it.
+            outside = max(shape.embedding, shape.head) * stored_bytes
+            block = (items["weights"] - outside_blocks(shape) * stored_bytes) // shape.layers
+            shared["buffers"] += max(block, outside) + min(BUCKET * stored_bytes, items["weights"])
+        return shared
     blocks = items["weights"] - outside_blocks(shape) * stored_bytes
     gathered = GATHERED_BLOCKS * blocks // shape.layers
     shared["weights"] = -(-blocks // processes) + items["weights"] - blocks
     if whole:
         share("gradients", "optimizer")
     shared["buffers"] = items["buffers"] + gathered
+    if engine == "fsdp2-offload" and device_type != "cpu":
+        shared["weights"] = items["weights"] - blocks
+        if whole:
+            shared["gradients"] = shared["optimizer"] = 0
     return shared
+
+
+def on_host(
+    method: Method, shape: ModelShape, *, engine: str, processes: int, stored_bytes: int, optimizer: str
+) -> int:
+    """Bytes of the host's memory in which one rank keeps its parts; 0 where nothing is offloaded.
+
+    Args:
+        method: The method, with its settings.
+        shape: The base model.
+        engine: Its name.
+        processes: Ranks.
+        stored_bytes: Of a base weight that is not quantized.
+        optimizer: Its name in the recipe.
+    """
+    if engine != "fsdp2-offload" or processes == 1:
+        return 0
+    parts = method.base_bytes(shape, stored_bytes)
+    if method.artifact == "model":
+        parts += method.gradient_bytes(shape) + method.optimizer_bytes(shape, optimizer)
+    return -(-parts // processes)
 
 
 def shares_state(method: Method, engine: str) -> bool:
     """Whether each rank keeps the optimizer state of its share alone, and updates that."""
-    return engine == "fsdp2" and method.artifact == "model"
+    return engine.startswith("deepspeed") or (engine.startswith("fsdp2") and method.artifact == "model")
 
 
 def communication(
@@ -71,6 +126,9 @@ def communication(
 ) -> dict[str, int]:
     """Bytes that one rank sends in an update, by operation.
 
+    DeepSpeed's ZeRO-2 reduces in every micro-batch, by all-reduces, and gathers what was updated; ZeRO-3 gathers what
+    trains too, in fp32. Of the others:
+
     - ``all_reduce``: of fp32 gradients of what is held whole and trains; once, behind the last micro-batch.
     - ``all_gather``: weights before they compute, forward and backward, in every micro-batch; frozen
       ones as they are stored, trained ones cast for computing.
@@ -79,7 +137,7 @@ def communication(
     Args:
         method: The method, with its settings.
         shape: The base model.
-        engine: ``ddp`` or ``fsdp2``.
+        engine: Its name.
         processes: Ranks.
         accumulation: Micro-batches in an update.
         stored_bytes: Of a base weight that is not quantized.
@@ -92,6 +150,12 @@ def communication(
         base = method.base_bytes(shape, stored_bytes) if adapter else shape.parameters * compute_bytes
         if engine == "ddp":
             sent["all_reduce"] = 2 * gradients
+        elif engine == "deepspeed-zero2":
+            sent["all_reduce"] = 2 * gradients * accumulation
+            sent["all_gather"] = gradients
+        elif engine == "deepspeed-zero3":
+            sent["all_gather"] = 2 * accumulation * (gradients + (base if adapter else 0))
+            sent["reduce_scatter"] = accumulation * gradients
         else:
             # Embedding and head are gathered once, for forward and backward pass.
             outside = outside_blocks(shape) * (stored_bytes if adapter else compute_bytes)

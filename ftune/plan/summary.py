@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.plan.advice import what_to_change
 from ftune.plan.memory import stored_bytes
-from ftune.plan.sharding import communication
+from ftune.plan.sharding import communication, on_host
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,20 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
         compute_bytes=dtype_bytes,
     )
-    return {"processes": plan.world_size, "engine": plan.engine.name, "sent_bytes_an_update": sent}
+    host = on_host(
+        plan.recipe.method,
+        plan.shape,
+        engine=plan.engine.name,
+        processes=plan.world_size,
+        stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
+        optimizer=plan.recipe.optimizer.name,
+    )
+    return {
+        "processes": plan.world_size,
+        "engine": plan.engine.name,
+        "sent_bytes_an_update": sent,
+        **({"host_bytes": host} if host else {}),
+    }
 
 
 def device_name(device: torch.device) -> str:

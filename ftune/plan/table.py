@@ -193,7 +193,8 @@ def _ranks(ranks: dict[str, Any]) -> Iterator[str]:
     if sum(size > 0 for size in sent.values()) > 2:
         for name in ("all_gather", "reduce_scatter", "all_reduce"):
             yield f"{name.replace('_', '-')} {bytes_text(sent[name])}" if sent[name] else ""
-    yield "memory is that of one rank"
+    host = ranks.get("host_bytes")
+    yield "memory is that of one rank" + (f", and {bytes_text(host)} of the host's for its parts" if host else "")
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:

@@ -92,7 +92,7 @@ class Loop:
         watch, meter = (
             MoveWatch(
                 model,
-                keeps_gradients=not method.updates_in_backward,
+                keeps_gradients=self.engine.keeps_gradients and not method.updates_in_backward,
                 at_rest=method.at_rest(model),
                 only=self.progress.get("resting"),
             ),
@@ -128,12 +128,10 @@ class Loop:
 
             total = self._gradients(step, rows, targets, wrapped)
             self.engine.exchange(trained)
-            norm = method.gradient_norm(trained, self.optimizer)
+            norm = self.engine.gradient_norm(method, trained, self.optimizer)
             loss_sum = float(self.accelerator.reduce(total, "sum"))
             self._require_sane(step, start, norm, loss_sum / targets, rows)
-            if training.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(trained, training.max_grad_norm, torch.tensor(norm))
-            self.optimizer.step()
+            self.engine.update(trained, self.optimizer, training.max_grad_norm, norm)
             # Must run before zero_grad: importance scores read .grad.
             extra = method.after_step(model, step + 1)
             watch.after_update(
@@ -209,7 +207,10 @@ class Loop:
         perplexity = math.exp(min(loss, 700.0))
         self.emit(EvalEnd(step, loss, perplexity, count, time.perf_counter() - began))
         if step < self.plan.total_steps:  # those of the end are judged, by the caller
-            self.emit(Vitals(step, self.plan.recipe.method.vitals(self.objective.model, self.optimizer)))
+            method, model = self.plan.recipe.method, self.objective.model
+            with self.engine.whole_adapters(model, method):
+                vitals = method.vitals(model, self.optimizer)
+            self.emit(Vitals(step, vitals))
 
     def save(self, step: int) -> None:
         """Save a checkpoint on the main process; the others hand in their parts, and wait."""

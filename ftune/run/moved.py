@@ -90,9 +90,10 @@ class MoveWatch:
                 help="raise optimizer.learning_rate, or check that the method suits this model",
             )
 
+    @torch.no_grad()
     def _should_show(self, parameter: Tensor, learning_rate: float) -> bool:
         """Whether an update of this size changes the last bit of the parameter's smallest element."""
-        bit = float(whole(parameter.detach()).abs().min()) * torch.finfo(parameter.dtype).eps
+        bit = float(whole(parameter).abs().min()) * torch.finfo(parameter.dtype).eps
         if parameter.dtype == torch.float32:
             return learning_rate >= bit
         # Rounded at random, an element moves with the probability of the update over the bit.
@@ -104,11 +105,12 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more parameters"
 
 
+@torch.no_grad()
 def _checksum(parameter: Tensor) -> int:
     """A sum of the parameter's bits, each element's times an odd number of its own, modulo 2^64."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     # Not of a part: a process may have rows of an embedding that no token uses.
-    bits = whole(parameter.detach()).contiguous().view(integers[parameter.element_size()]).flatten()
+    bits = whole(parameter).contiguous().view(integers[parameter.element_size()]).flatten()
     total = 0
     # In pieces: as 64-bit integers a whole embedding would take twice its memory.
     for piece in torch.split(bits, 2**20):

@@ -1,7 +1,7 @@
 """Join the processes that share a run, and hold that they are those that were launched.
 
 accelerate falls back in silence: without its CPU flag, processes of torchrun stay alone on a machine without GPUs;
-a configuration for FSDP or DeepSpeed becomes plain DistributedDataParallel on a CPU. A run that trains otherwise than
+its own plugin for FSDP or DeepSpeed becomes plain DistributedDataParallel on a CPU. A run that trains otherwise than
 was asked for, or N runs that write the same files, is worse than none.
 """
 
@@ -31,12 +31,13 @@ _ENGINES = {
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def join_processes(trackers: Sequence[str], tracking: Path) -> Accelerator:
+def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = False) -> Accelerator:
     """Make the Accelerator of this run; with several processes, the process group too.
 
     Args:
         trackers: accelerate's trackers.
         tracking: Where they write.
+        offload: Whether parts of a sharded model lie in the host's memory, and are sent from there too.
 
     Raises:
         FtuneError: The launch configuration asks for an engine that ftune does not run.
@@ -48,13 +49,15 @@ def join_processes(trackers: Sequence[str], tracking: Path) -> Accelerator:
     from accelerate.utils import InitProcessGroupKwargs
 
     world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    # NCCL knows GPUs only.
+    both = {"backend": "cuda:nccl,cpu:gloo"} if offload and cuda else {}
     accelerator = Accelerator(
         # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
         cpu=not cuda,
         mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=str(tracking) if trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT, **both)],
     )
     if world > 1:
         atexit.register(_leave_processes)

@@ -18,7 +18,7 @@ from ftune.plan.engine import EngineChoice
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
-from ftune.plan.sharding import communication, per_rank
+from ftune.plan.sharding import communication, on_host, per_rank
 from ftune.plan.table import render_plan
 
 SHAPES = Path(__file__).parents[2] / "configs/shapes"
@@ -75,6 +75,52 @@ def test_lora_under_fsdp2_shares_out_the_blocks_and_keeps_its_adapters() -> None
     kept = ("adapters", "gradients", "optimizer", "activations", "logits")
     assert [getattr(one, name) for name in kept] == [getattr(alone, name) for name in kept]
     assert one.optimizer == 8 * LORA_16
+
+
+def test_offloaded_parts_are_on_the_host_and_not_on_the_device() -> None:
+    shape, engine = shape_of("llama-2-7b"), "fsdp2-offload"
+    sharded, one = (planned(Lora(rank=16), shape, name, 8) for name in ("fsdp2", engine))
+    assert one.weights == 2 * OUTSIDE  # gathered from forward to backward pass
+    assert sharded.total - one.total == 2 * 32 * BLOCK // 8
+    settings: dict[str, Any] = {"engine": engine, "processes": 8, "stored_bytes": 2, "optimizer": "adamw"}
+    assert on_host(Lora(rank=16), shape, **settings) == 2 * (32 * BLOCK + OUTSIDE) // 8
+    assert on_host(Lora(rank=16), shape, **settings | {"engine": "fsdp2"}) == 0
+    # Of a whole model in fp32 its gradients and two moments too.
+    whole = planned(Full(), shape, engine, 8)
+    assert (whole.gradients, whole.optimizer) == (0, 0)
+    assert on_host(Full(), shape, **settings | {"stored_bytes": 4}) == 16 * shape.parameters // 8
+
+
+def test_on_a_cpu_host_and_device_are_the_same(tmp_path: Path) -> None:
+    items = {"weights": 10**6, "adapters": 0, "gradients": 10**6, "optimizer": 10**6, "buffers": 0}
+    given: dict[str, Any] = {"processes": 2, "stored_bytes": 4, "device_type": "cpu"}
+    shape = read_shape(tiny.config())
+    sharded, offloaded = (per_rank(items, Full(), shape, engine=e, **given) for e in ("fsdp2", "fsdp2-offload"))
+    assert offloaded == sharded
+
+
+def test_zero2_shares_out_gradients_and_moments_and_zero3_every_weight() -> None:
+    shape, lora = shape_of("llama-2-7b"), Lora(rank=16)
+    alone = planned(lora, shape, "ddp", 1)
+    two, three = (planned(lora, shape, f"deepspeed-zero{stage}", 8) for stage in (2, 3))
+    for one in (two, three):
+        assert one.gradients == 4 * LORA_16 // 8
+        assert one.optimizer == (8 + 4) * LORA_16 // 8  # two moments, and a copy in fp32
+    assert (two.weights, two.adapters) == (alone.weights, alone.adapters)
+    assert two.buffers - alone.buffers == 4 * 2**25  # the bucket in which gradients are reduced
+    assert (three.weights, three.adapters) == (2 * (32 * BLOCK + OUTSIDE) // 8, 4 * LORA_16 // 8)
+    # A block (larger than the embedding), and what is gathered ahead of it.
+    assert three.buffers - two.buffers == 2 * BLOCK + 2 * 2**25
+
+
+def test_what_deepspeed_sends() -> None:
+    shape, lora = shape_of("llama-2-7b"), Lora(rank=16)
+    gradients = 4 * LORA_16
+    two, three = (sent(lora, shape, f"deepspeed-zero{stage}") for stage in (2, 3))
+    # In each of four micro-batches; then what each rank updated.
+    assert (two["all_reduce"], two["all_gather"]) == (4 * 2 * gradients * 7 // 8, gradients * 7 // 8)
+    assert three["reduce_scatter"] == 4 * gradients * 7 // 8
+    assert three["all_gather"] == 4 * 2 * (2 * (32 * BLOCK + OUTSIDE) + gradients) * 7 // 8
 
 
 def test_full_fine_tuning_of_65b_fits_a_node_only_where_all_is_shared() -> None:

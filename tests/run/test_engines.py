@@ -35,8 +35,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 MOVED = [("full", "ddp-fsdp2"), ("qlora", "fsdp2-ddp"), ("galore", "fsdp2-one"), ("qlora", "one-fsdp2")]
 """Runs that begin under one engine, or in one process, and go on under another."""
 
-# All runs in one launch. What each process holds after sharding is written beside them. How a run goes stands behind
-# its path: engines for its first two updates and for the rest, or one for all of it; `one`: not here.
+OFFLOADED = ["lora", "full"]
+
+# All runs in one launch. What each process holds after sharding is written beside them. Behind a run's path stand
+# the engine of its first two updates and that of the rest, or one for all of it and nothing; `one`: not here.
 EACH = """
 import json, os, sys
 from pathlib import Path
@@ -56,7 +58,9 @@ def measuring(self, objective, optimizer, method):
     for parameter in objective.parameters():
         shares[parameter.requires_grad][0] += local(parameter).numel()
         shares[parameter.requires_grad][1] += parameter.numel()
-    held[method.name] = {"trained": shares[True], "frozen": shares[False]}
+    policy = objective._get_fsdp_state()._fsdp_param_group.offload_policy
+    which = method.name + "-offload" * self.choice.offload
+    held[which] = {"trained": shares[True], "frozen": shares[False], "policy": type(policy).__name__}
     return wrapped
 
 def stopping(self, step):
@@ -67,9 +71,8 @@ def stopping(self, step):
 Fsdp2.wrap = measuring
 rank, where = os.environ["RANK"], Path(sys.argv[1])
 for argument in sys.argv[2:]:
-    path, how = argument.split(":")
+    path, first, then = argument.split(":")
     loaded = load_checked(Path(path))[0]
-    first, _, then = how.partition("-")
     if then and first != "one":
         Loop._after = stopping
         try:
@@ -87,7 +90,7 @@ for argument in sys.argv[2:]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs in one process (``NAME-1``) and in two under FSDP2 (``NAME-2``), of every method and variant.
 
-    Also ``NAME-resumed``, stopped and resumed under FSDP2, and ``NAME-HOW`` of ``MOVED``.
+    Also ``NAME-resumed``, stopped and resumed under FSDP2, ``NAME-offload``, and ``NAME-HOW`` of ``MOVED``.
     """
     where = tmp_path_factory.mktemp("engines")
     tiny.model_dir(where / "tied", tie_word_embeddings=True)
@@ -95,14 +98,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (method, blocks) in every.items():
         train(load_checked(_recipe(where, method, 4, f"{name}-1", blocks))[0], progress=False)
     (where / "each.py").write_text(EACH)
-    paths = [f"{_recipe(where, method, 2, f'{name}-2', blocks)}:fsdp2" for name, (method, blocks) in every.items()]
+    paths = [f"{_recipe(where, method, 2, f'{name}-2', blocks)}:fsdp2:" for name, (method, blocks) in every.items()]
+    paths += [f"{_recipe(where, name, 2, f'{name}-offload', {})}:fsdp2-offload:" for name in OFFLOADED]
     saving = {"checkpoint": {"every_steps": 2}}
-    paths += [f"{_recipe(where, name, 2, f'{name}-resumed', saving)}:fsdp2-fsdp2" for name in RESUMED]
+    paths += [f"{_recipe(where, name, 2, f'{name}-resumed', saving)}:fsdp2:fsdp2" for name in RESUMED]
     for name, how in MOVED:
         path = _recipe(where, name, 4 if how.startswith("one") else 2, f"{name}-{how}", saving)
         if how.startswith("one"):
             interrupted(path)
-        paths.append(f"{path}:{how}")
+        paths.append(f"{path}:{how.replace('-', ':')}")
     done = launch(2, str(where / "each.py"), str(where), *paths)
     assert done.returncode == 0, done.stderr
     for name, how in MOVED:
@@ -156,6 +160,16 @@ def same(one: Path, other: Path) -> None:
     assert ones.keys() == others.keys()
     for key in ones:
         assert (ones[key] - others[key]).abs().mean() <= (1e-2 if low else 1e-5) * ones[key].abs().mean(), key
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_parts_on_the_host_change_nothing(name: str, runs: Path) -> None:
+    assert json.loads((runs / f"{name}-offload/run.json").read_text())["device"]["engine"] == "fsdp2-offload"
+    for rank in range(2):
+        held = json.loads((runs / f"held-{rank}.json").read_text())
+        assert [held[which]["policy"] for which in (name, f"{name}-offload")] == ["OffloadPolicy", "CPUOffloadPolicy"]
+    a, b = (load_file(runs / f"{name}-{which}/checkpoints/step-4/trained.safetensors") for which in ("2", "offload"))
+    assert all(torch.equal(a[key], b[key]) for key in a | b)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,15 +9,40 @@ import pytest
 import yaml
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from ftune.plan.engine import choose_engine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+# engine: what ftune makes of what accelerate hands on; None: it is left open, and so DDP.
 FILES: dict[str, dict[str, Any]] = {
     "one-device": {"launcher": "simple_launcher", "processes": 1, "machines": 1, "cpu": False},
     "ddp": {"launcher": "multi_gpu_launcher", "processes": 2, "machines": 1, "cpu": False},
     "ddp-cpu": {"launcher": "multi_gpu_launcher", "processes": 2, "machines": 1, "cpu": True},
     "multi-node": {"launcher": "multi_gpu_launcher", "processes": 16, "machines": 2, "cpu": False},
+    "fsdp2": {"launcher": "multi_gpu_launcher", "processes": 2, "machines": 1, "cpu": False, "engine": "fsdp2"},
+    "fsdp2-offload": {
+        "launcher": "multi_gpu_launcher",
+        "processes": 2,
+        "machines": 1,
+        "cpu": False,
+        "engine": "fsdp2-offload",
+    },
+    **{
+        f"deepspeed-zero{stage}": {
+            "launcher": "deepspeed_launcher",
+            "processes": 2,
+            "machines": 1,
+            "cpu": False,
+            "engine": f"deepspeed-zero{stage}",
+        }
+        for stage in (2, 3)
+    },
 }
+
+
+def test_every_file_is_under_test() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == FILES.keys()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -38,12 +63,21 @@ def test_accelerate_starts_what_the_file_says(name: str, monkeypatch: pytest.Mon
     if launcher == "simple_launcher":
         command, environment = prepare_simple_launcher_cmd_env(args)
         assert command[1:] == ["-m", "ftune", "train", "RECIPE"]
+    elif launcher == "deepspeed_launcher":
+        command, environment = prepare_deepspeed_cmd_env(args)
+        assert command is None, "torchrun starts it"
+        assert str(args.nproc_per_node) == str(expected["processes"])
     else:
         environment = prepare_multi_gpu_env(args)
         assert str(args.nproc_per_node) == str(expected["processes"] // expected["machines"])
+    if launcher != "simple_launcher":
         assert (args.module, args.training_script, args.training_script_args) == (True, "ftune", ["train", "RECIPE"])
     assert config.use_cpu is expected["cpu"]
-    assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & environment.keys()
+    engine = expected.get("engine")
+    assert {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & environment.keys() == (
+        {f"ACCELERATE_USE_{'FSDP' if engine.startswith('fsdp2') else 'DEEPSPEED'}"} if engine else set()
+    )
+    assert choose_engine(None, environment).name == (engine or "ddp")
 
 
 @pytest.mark.parametrize("name", FILES)

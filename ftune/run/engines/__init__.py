@@ -19,9 +19,14 @@ def make_engine(choice: EngineChoice, accelerator: Accelerator, *, auto_batch: b
 
     auto_batch: Whether an update may be made anew, so that no process may wait for another while it is made.
     """
-    if choice.name == "fsdp2":
+    if choice.name.startswith("fsdp2"):
         from ftune.run.engines.fsdp2 import Fsdp2
 
         assert not auto_batch
         return Fsdp2(choice, accelerator)
+    if choice.zero_stage:
+        from ftune.run.engines.deepspeed import DeepSpeed
+
+        assert not auto_batch
+        return DeepSpeed(choice, accelerator)
     return Ddp(accelerator, at_end=auto_batch)

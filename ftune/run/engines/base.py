@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
@@ -47,6 +49,8 @@ class Engine:
     name: ClassVar[str]
     lockstep: ClassVar[bool] = False
     """Whether a forward pass is an exchange too, so that every process must make as many as the others."""
+    keeps_gradients: ClassVar[bool] = True
+    """Whether parameters still have their gradients after the update."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -70,6 +74,20 @@ class Engine:
 
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
         """Average the gradients that the last backward pass did not average by itself."""
+
+    def gradient_norm(self, method: Method, trained: Sequence[nn.Parameter], optimizer: Optimizer) -> float:
+        """The global norm of the update's gradients, exchanged and not yet clipped; not finite where one of them is."""
+        return method.gradient_norm(trained, optimizer)
+
+    def update(self, trained: Sequence[nn.Parameter], optimizer: Optimizer, bound: float | None, norm: float) -> None:
+        """Clip gradients of this norm to a bound, where there is one, and let the optimizer step."""
+        if bound is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, bound, torch.tensor(norm))
+        optimizer.step()
+
+    def whole_adapters(self, model: nn.Module, method: Method) -> AbstractContextManager[Any]:
+        """A context in which adapters are whole on every process, so that a method can look at them; all enter it."""
+        return nullcontext()
 
     def gather(self, model: nn.Module, optimizer: Optimizer) -> Gathered | None:
         """Everything trained, whole; every process asks, the main one gets it. None: it is whole where it lies."""

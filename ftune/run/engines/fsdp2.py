@@ -5,6 +5,9 @@ update. What trains beside a frozen base, an adapter, is small: every process ke
 averaged as DDP would. So its layers, its optimizer and what it saves never see a part, and every method works as it
 does in one process. Of a whole model in training all is shared out: weights, gradients and the moments of AdamW.
 
+Offloaded, the parts lie in the host's memory and are copied to the device when they are gathered; of a whole model in
+training AdamW runs on the host. Adapters stay on the device.
+
 Source: torch.distributed.fsdp.fully_shard; ZeRO-3 (Rajbhandari et al., arXiv:1910.02054).
 """
 
@@ -36,7 +39,7 @@ class Fsdp2(Engine):
     """Fully sharded data parallelism.
 
     Args:
-        choice: ``reshard_after_forward``.
+        choice: ``reshard_after_forward``, ``offload``.
         accelerator: Knows the device; its processes have joined.
     """
 
@@ -51,7 +54,7 @@ class Fsdp2(Engine):
     def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
         """Shard block by block, then what is left; hand the optimizer the parts of what it trains."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         device = self.accelerator.device.type
         if device == "cpu":
@@ -61,6 +64,8 @@ class Fsdp2(Engine):
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(device, (self.world_size,)),
             "ignored_params": kept,
+            # Pinned, so that copies overlap with what computes; without a GPU there is nothing to pin for.
+            "offload_policy": CPUOffloadPolicy(pin_memory=device != "cpu") if self.choice.offload else OffloadPolicy(),
         }
         for block in blocks_of(objective.model):
             fully_shard(block, reshard_after_forward=self.choice.reshard_after_forward, **settings)

@@ -1,0 +1,159 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 in two processes over gloo, against one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_processes import launch, recipe
+
+from ftune.artifacts.training import train
+from ftune.methods import METHODS
+from ftune.recipe import load_checked
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="DeepSpeed is not installed: pip install 'ftune[deepspeed]'",
+    ),
+]
+
+# A whole model under both, and an adapter; under ZeRO-3, where weights are parted, one that reads the base's. All
+# methods are run by scripts/make_engine_table.py.
+RUNS = [
+    ("deepspeed-zero2", "lora"),
+    ("deepspeed-zero2", "full"),
+    ("deepspeed-zero3", "full"),
+    ("deepspeed-zero3", "dora"),
+]
+RESUMED = [("deepspeed-zero2", "full"), ("deepspeed-zero3", "dora")]
+
+# All in one launch. Nothing is so small that ZeRO-3 would leave it whole. Some runs are stopped after their second
+# update and resumed.
+EACH = """
+import json, os, sys
+from pathlib import Path
+from ftune.artifacts.training import train
+from ftune.errors import Interrupted
+from ftune.ops.sharded import local
+from ftune.recipe import load_checked
+from ftune.run.engines import deepspeed
+from ftune.run.loop import Loop
+
+deepspeed.PERSISTENT = 0
+held = {}
+wrap, after = deepspeed.DeepSpeed.wrap, Loop._after
+
+def measuring(self, objective, optimizer, method):
+    sizes = {name: parameter.numel() for name, parameter in objective.named_parameters()}
+    wrapped = wrap(self, objective, optimizer, method)
+    parts = sum(local(parameter).numel() for parameter in objective.parameters())
+    moments = sum(value.numel() for state in self._inner.state.values() for value in state.values() if value.ndim)
+    held[f"{method.name}-{self.stage}"] = {"weights": parts / sum(sizes.values()), "moments": moments}
+    return wrapped
+
+def stopping(self, step):
+    after(self, step)
+    if step == 2:
+        raise Interrupted("stopped", signal_number=15)
+
+deepspeed.DeepSpeed.wrap = measuring
+rank, where = os.environ["RANK"], Path(sys.argv[1])
+for argument in sys.argv[2:]:
+    engine, path = argument.split(":")
+    loaded = load_checked(Path(path))[0]
+    if "resumed" in path:
+        Loop._after = stopping
+        try:
+            train(loaded, progress=False, engine=engine)
+        except Interrupted:
+            pass
+        Loop._after = after
+    train(loaded, progress=False, resume="resumed" in path, engine=engine)
+(where / f"held-{rank}.json").write_text(json.dumps(held))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs in one process (``NAME``) and in two (``NAME-ENGINE``, ``NAME-ENGINE-resumed``)."""
+    where = tmp_path_factory.mktemp("deepspeed")
+    for name in sorted({name for _, name in RUNS}):
+        train(load_checked(recipe(where, name, 4, name))[0], progress=False)
+    (where / "each.py").write_text(EACH)
+    made = [f"{engine}:{recipe(where, name, 2, f'{name}-{engine}')}" for engine, name in RUNS]
+    for engine, name in RESUMED:
+        path = recipe(where, name, 2, f"{name}-{engine}-resumed")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": {"every_steps": 2}}))
+        made.append(f"{engine}:{path}")
+    done = launch(2, str(where / "each.py"), str(where), *made)
+    assert done.returncode == 0, done.stderr
+    (where / "stdout").write_text(done.stdout)
+    return where
+
+
+@pytest.mark.parametrize(("engine", "name"), RUNS)
+def test_deepspeed_equals_one_process(engine: str, name: str, runs: Path) -> None:
+    results = [runs / name, runs / f"{name}-{engine}"]
+    assert json.loads((results[1] / "run.json").read_text())["device"]["engine"] == engine
+    for kind in ("step", "eval"):
+        for a, b in zip(*(tiny.events(run, kind) for run in results), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+            assert a["target_tokens"] == b["target_tokens"]
+            if kind == "step":
+                assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
+    ones, twos = (load_file(run / "checkpoints/step-4/trained.safetensors") for run in results)
+    assert ones.keys() == twos.keys()
+    for key in ones:
+        assert (ones[key] - twos[key]).abs().mean() <= 1e-5 * ones[key].abs().mean(), key
+
+
+@pytest.mark.parametrize(("engine", "name"), RUNS)
+def test_what_it_leaves_behind_is_what_one_process_leaves(engine: str, name: str, runs: Path) -> None:
+    one, two = (runs / run / METHODS[name].artifact for run in (name, f"{name}-{engine}"))
+    assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+    for file in one.glob("*.safetensors"):
+        a, b = load_file(file), load_file(two / file.name)
+        assert {key: (value.shape, value.dtype) for key, value in a.items()} == {
+            key: (value.shape, value.dtype) for key, value in b.items()
+        }
+    states = [torch.load(path.parent / "checkpoints/step-4/optimizer.pt", weights_only=True) for path in (one, two)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for index, state in states[0]["state"].items():
+        for key, value in state.items():
+            assert torch.allclose(
+                value, states[1]["state"][index][key], rtol=1e-4, atol=1e-5 * float(value.abs().max())
+            )
+
+
+def test_weights_and_moments_are_in_parts(runs: Path) -> None:
+    for rank in range(2):
+        held = json.loads((runs / f"held-{rank}.json").read_text())
+        assert held["full-2"]["weights"] == 1
+        assert held["full-3"]["weights"] == pytest.approx(0.5, abs=0.01)
+        assert held["dora-3"]["weights"] == pytest.approx(0.5, abs=0.01)
+        # Two moments of half of the elements.
+        elements = sum(p.numel() for p in tiny.model().parameters())
+        assert held["full-2"]["moments"] == pytest.approx(elements, rel=0.01)
+        assert held["full-3"]["moments"] == pytest.approx(elements, rel=0.01)
+
+
+@pytest.mark.parametrize(("engine", "name"), RESUMED)
+def test_resumed_equals_uninterrupted(engine: str, name: str, runs: Path) -> None:
+    through, resumed = (runs / f"{name}-{engine}{which}/checkpoints/step-4" for which in ("", "-resumed"))
+    assert tiny.events(runs / f"{name}-{engine}-resumed", "resume")
+    a, b = (load_file(path / "trained.safetensors") for path in (through, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a | b)
+    a, b = (torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (through, resumed))
+    assert all(torch.equal(a[index][key], b[index][key]) for index in a for key in a[index])
+
+
+def test_deepspeed_writes_nothing_to_standard_output(runs: Path) -> None:
+    assert (runs / "stdout").read_text() == ""
