@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 CLUSTER = Path(__file__).resolve().parents[1] / "configs/cluster"
 SBATCH = CLUSTER / "slurm.sbatch"
 KUBERNETES = CLUSTER / "kubernetes.yaml"
+SKYPILOT = CLUSTER / "skypilot.yaml"
 
 # Two nodes in one shell: srun runs its command once a node, each with a process-id file of its own.
 SLURM = """
@@ -83,3 +85,78 @@ def test_kubernetes_file_is_a_trainjob() -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
     content = yaml.safe_load(KUBERNETES.read_text())
     assert models.TrainerV1alpha1TrainJob.from_dict(content).to_dict() == content  # an unknown key is dropped
+
+
+# Of the schemas that skypilot 0.14 publishes (sky/utils/schemas.py: task, resources, storage), the keys that a job of
+# this kind may have, with their types; skypilot itself, nearly a hundred packages, is only asked where it is installed.
+SKYPILOT_KEYS: dict[str, Any] = {
+    "name": str,
+    "workdir": str,
+    "num_nodes": int,
+    "setup": str,
+    "run": str,
+    "envs": {str: str},
+    "resources": {
+        "infra": str,
+        "accelerators": str,
+        "use_spot": bool,
+        "disk_size": int,
+        "image_id": str,
+        "job_recovery": {"strategy": str, "max_restarts_on_errors": int, "recover_on_exit_codes": list},
+    },
+    "file_mounts": {str: {"name": str, "source": str, "store": str, "persistent": bool, "mode": str}},
+}
+
+
+def _unknown(value: Any, allowed: Any, where: str = "") -> list[str]:
+    """Where a value is not as ``allowed`` says."""
+    if not isinstance(allowed, dict):
+        return [] if type(value) is allowed else [f"{where}: {value!r}"]
+    if not isinstance(value, dict):
+        return [f"{where}: {value!r}"]
+    rule = {key: allowed.get(key, allowed.get(str)) for key in value}
+    return [
+        wrong
+        for key, content in value.items()
+        for wrong in (_unknown(content, rule[key], f"{where}/{key}") if rule[key] else [f"{where}/{key}"])
+    ]
+
+
+def test_skypilot_file_has_only_keys_of_a_managed_job() -> None:
+    content = yaml.safe_load(SKYPILOT.read_text())
+    assert _unknown(content, SKYPILOT_KEYS) == []
+    wrong = {"num_node": 2, "num_nodes": "2", "resources": {"use_spots": True}, "file_mounts": {"/shared": {"mod": ""}}}
+    assert len(_unknown(wrong, SKYPILOT_KEYS)) == 4
+    # in MOUNT, files cannot be appended to, and not every store can rename
+    assert [mount["mode"] for mount in content["file_mounts"].values()] == ["MOUNT_CACHED"]
+
+
+def test_skypilot_itself_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it keeps a state of its own
+    schemas = pytest.importorskip("sky.utils.schemas")
+    jsonschema = pytest.importorskip("jsonschema")
+    content = yaml.safe_load(SKYPILOT.read_text())
+    jsonschema.validate(content, schemas.get_task_schema())
+    jsonschema.validate(content["resources"], schemas.get_resources_schema())
+    for mount in content["file_mounts"].values():
+        jsonschema.validate(mount, schemas.get_storage_schema())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs bash")
+def test_skypilot_starts_every_node_with_its_rank_at_the_first_ones_address(tmp_path: Path) -> None:
+    torchrun, log = tmp_path / "torchrun", tmp_path / "log"
+    torchrun.write_text('#!/bin/bash\necho "$*" >> "$LOG"\nexit 3\n')
+    torchrun.chmod(0o755)
+    given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    env = {**os.environ, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
+    script = yaml.safe_load(SKYPILOT.read_text())["run"]
+    for rank in "01":
+        # how it ended reaches SkyPilot, which counts on it
+        assert (
+            subprocess.run(["bash", "-c", script], env={**env, "SKYPILOT_NODE_RANK": rank}, check=False).returncode == 3
+        )
+    assert _lines(log) == [
+        f"--nnodes=2 --node-rank={rank} --nproc-per-node=8 --max-restarts=0 --master-addr=10.0.0.1 --master-port=29520 "
+        "-m ftune train /shared/recipe.yaml --resume"
+        for rank in "01"
+    ]
