@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 import tempfile
@@ -186,6 +187,14 @@ def _no_number(name: str) -> Any:
     raise _Unlike(f"{name} is no JSON")
 
 
+def _finite(text: str) -> float:
+    """A number with a point or an exponent; Python makes infinity of what is too large."""
+    number = float(text)
+    if math.isinf(number):
+        raise _Unlike(f"{text[:40]} is too large for a number")
+    return number
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of two equal keys Python would take the last, and lose the other without a word."""
     made = dict(pairs)
@@ -196,7 +205,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_object)
 _MENDS = "write null or a string for a number that is none, and every key once"
 
 
