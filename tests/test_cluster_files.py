@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,53 +32,93 @@ trap 'echo TERM >> "$LOG"; ended=1' TERM
 for _ in $(seq 100); do
   sleep 0.05
   if [ -n "$FAIL" ]; then exit 3; fi
-  if [ -n "$ended" ]; then sleep 0.2; echo saved >> "$LOG"; exit 1; fi
+  if [ -n "$ended" ]; then sleep 0.2; [ -n "$FULL" ] || mkdir -p "$SAVES"; echo saved >> "$LOG"; exit 1; fi
 done
 """
 
 
-def _start(tmp_path: Path, fail: str = "") -> tuple[subprocess.Popen[bytes], Path]:
+def _start(tmp_path: Path, **settings: str) -> tuple[subprocess.Popen[bytes], Path]:
     log = tmp_path / "log"
     torchrun = tmp_path / "torchrun"
     torchrun.write_text(TORCHRUN)
     torchrun.chmod(0o755)
     script = tmp_path / "job.sh"
-    script.write_text(SLURM + SBATCH.read_text().replace("/tmp/ftune-", f"{tmp_path}/ftune-"))
+    text = SBATCH.read_text().replace("/tmp/ftune-", f"{tmp_path}/ftune-")
+    if "LATE" in settings:  # the process id comes half a second after the step
+        text = text.replace("  echo $$ >", '  touch "$LOG.begun"; sleep 0.5; echo $$ >')
+    script.write_text(SLURM + text)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}/run\n")
+    (tmp_path / "run/checkpoints/step-9").mkdir(parents=True)
     env = {
         **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LOG": str(log),
-        "FAIL": fail,
-        "RECIPE": "recipe.yaml",
+        "SAVES": f"{tmp_path}/run/checkpoints/step-10",
+        "RECIPE": str(recipe),
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "n[0-1]",
+        **settings,
     }
-    return subprocess.Popen(["bash", str(script)], env=env), log
+    return subprocess.Popen(["bash", str(script)], env=env, stderr=subprocess.PIPE), log
 
 
 def _lines(log: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs bash")
-def test_slurm_signals_each_torchrun_once_waits_then_requeues(tmp_path: Path) -> None:
-    job, log = _start(tmp_path)
+def _signalled(job: subprocess.Popen[bytes], log: Path) -> str:
+    """Send USR1 once both nodes train; what the script says on standard error."""
     deadline = time.monotonic() + 5
     while len(_lines(log)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)  # torchrun's trap is set after its line
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(10) == 0
+    return job.communicate(timeout=10)[1].decode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs bash")
+def test_slurm_signals_each_torchrun_once_waits_then_requeues(tmp_path: Path) -> None:
+    job, log = _start(tmp_path)
+    _signalled(job, log)
+    assert job.returncode == 0
     lines = _lines(log)
-    assert all(" --rdzv-endpoint=localhost:29520 -m ftune train recipe.yaml --resume" in line for line in lines[:2])
+    command = f" --rdzv-endpoint=localhost:29520 -m ftune train {tmp_path}/recipe.yaml --resume"
+    assert all(command in line for line in lines[:2])
     assert sorted(lines[2:6]) == ["TERM", "TERM", "saved", "saved"]
     assert lines[6:] == ["requeue 7"]
 
 
+def test_slurm_waits_for_the_process_id_of_a_step_that_only_starts(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as before:  # has the number of a torchrun before the job was requeued
+        for node in "01":
+            (tmp_path / f"ftune-7-0.pid.{node}").write_text(str(before.pid))
+        job, log = _start(tmp_path, LATE="yes", SLURM_RESTART_COUNT="1")
+        deadline = time.monotonic() + 5
+        while not (tmp_path / "log.begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        job.communicate(timeout=15)
+        assert before.poll() is None
+        before.kill()
+    assert job.returncode == 0
+    assert sorted(_lines(log)[2:6]) == ["TERM", "TERM", "saved", "saved"]
+    assert _lines(log)[6:] == ["requeue 7"]
+
+
+def test_slurm_does_not_requeue_a_job_that_saved_nothing(tmp_path: Path) -> None:
+    job, log = _start(tmp_path, FULL="yes")
+    said = _signalled(job, log)
+    assert job.returncode == 1
+    assert f"error: no checkpoint was saved since this job began, in {tmp_path}/run: not requeued" in said
+    assert "requeue 7" not in _lines(log)
+
+
 def test_slurm_passes_a_failure_on_and_does_not_requeue(tmp_path: Path) -> None:
-    job, log = _start(tmp_path, fail="yes")
-    assert job.wait(10) == 3
+    job, log = _start(tmp_path, FAIL="yes")
+    job.communicate(timeout=10)
+    assert job.returncode == 3
     assert "requeue 7" not in _lines(log)
 
 
