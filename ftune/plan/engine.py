@@ -99,7 +99,7 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
     """
 
     def on(name: str) -> bool:
-        return environment.get(name, "false").lower() in ("true", "1", "yes")
+        return environment.get(name, "false").lower() in ("true", "1", "yes", "on")
 
     if on("ACCELERATE_USE_DEEPSPEED"):
         raise FtuneError("the launch configuration asks for DeepSpeed, which ftune does not run under", help=_PROVEN)

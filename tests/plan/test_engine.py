@@ -44,6 +44,7 @@ def test_the_launch_configuration_chooses() -> None:
         ("zero", {}, "no such engine"),
         ("deepspeed", {}, "DeepSpeed"),
         (None, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        (None, {"ACCELERATE_USE_DEEPSPEED": "on"}, "DeepSpeed"),
         (None, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         (None, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "model.dtype"),
         (None, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "training.compile"),
