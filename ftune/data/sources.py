@@ -418,6 +418,13 @@ def _read_hub(source: DataSource) -> Rows:
             f"data set {name!r}: {file}{' '.join(str(cause).split())[:500]}",
             help="download the files, mend them, and name them by path; or take another `subset` or `revision`",
         ) from error
+    commit = _commit(rows)
+    if commit is not None and re.fullmatch("[0-9a-f]{40}", source.revision or "") and commit != source.revision:
+        # without the hub, `datasets` takes what it has cached last, whatever is asked for
+        raise DataError(
+            f"data set {name!r}: revision {source.revision} was asked for, but the local cache gives {commit}",
+            help="let the hub be reached (network, HF_HUB_OFFLINE), or name that revision's files by path",
+        )
     if source.max_examples is not None:
         rows = rows.select(range(min(source.max_examples, len(rows))))
     if len(rows) == 0:
@@ -428,7 +435,7 @@ def _read_hub(source: DataSource) -> Rows:
         origin=(f"{name}, split {source.split}",),
         fingerprint=str(rows._fingerprint),
         numbers=range(len(rows)),
-        commit=_commit(rows),
+        commit=commit,
     )
 
 
