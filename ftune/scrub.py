@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from functools import cache
 from typing import Any
 
 __all__ = ["find_secret", "harmless", "scrub", "scrub_data"]
@@ -35,7 +36,11 @@ _FORMS = [
 
 def scrub(text: str) -> str:
     """The text with every character of a secret as ``*``: what stands at which column stays."""
-    for secret in _values():
+    return _scrub(text, list(_values()))
+
+
+def _scrub(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, MASK * len(secret))
     for _, form in _FORMS:
         text = form.sub(_masked, text)
@@ -44,13 +49,18 @@ def scrub(text: str) -> str:
 
 def scrub_data(data: Any) -> Any:
     """JSON-able data with every string scrubbed, keys too."""
-    if isinstance(data, str):
-        return scrub(data)
-    if isinstance(data, dict):
-        return {scrub(key) if isinstance(key, str) else key: scrub_data(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [scrub_data(value) for value in data]
-    return data
+    secrets = list(_values())  # once, not for every string: the environment is searched through for them
+
+    def scrubbed(data: Any) -> Any:
+        if isinstance(data, str):
+            return _scrub(data, secrets)
+        if isinstance(data, dict):
+            return {scrubbed(key) if isinstance(key, str) else key: scrubbed(value) for key, value in data.items()}
+        if isinstance(data, list | tuple):
+            return [scrubbed(value) for value in data]
+        return data
+
+    return scrubbed(data)
 
 
 def find_secret(text: str) -> str | None:
@@ -66,13 +76,18 @@ def _masked(match: re.Match[str]) -> str:
     return whole[: len(whole) - len(secret)] + MASK * len(secret)
 
 
+@cache
+def _speaks_of_a_secret(name: str) -> bool:
+    return _NAMES.search(name) is not None
+
+
 def _values() -> dict[str, str]:
     """Secret values of the environment with their names, the longest first: one may hold another."""
     found = {
         value: name
         for name, value in os.environ.items()
         # SSH_KEY=/home/me/.ssh/id_rsa says where a secret is, and is none
-        if len(value) >= SHORTEST and _NAMES.search(name) and not value.startswith(("/", "~"))
+        if len(value) >= SHORTEST and _speaks_of_a_secret(name) and not value.startswith(("/", "~"))
     }
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 

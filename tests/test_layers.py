@@ -24,6 +24,7 @@ LAYERS = [
     "ops",
     "human",
     "cache",
+    "available",
     "errors",
     "scrub",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import ftune.scrub as scrub_module
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, RecipeError
 from ftune.recipe import load_checked
@@ -157,3 +158,15 @@ def test_the_model_card_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_errors_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert "s3cr" not in FtuneError(f"no {SECRET}", help=f"use {SECRET}").render()
+
+
+def test_the_environment_is_searched_once_for_all_strings_of_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[dict[str, str]] = []
+    real = scrub_module._values
+    monkeypatch.setattr(scrub_module, "_values", lambda: searches.append(real()) or searches[-1])
+    monkeypatch.setenv("A_TOKEN", "swordfish-1")
+    data = {"a": ["swordfish-1", {"swordfish-1": ("b", "c")}], "d": 1.0}
+    assert scrub_data(data) == {"a": ["*" * 11, {"*" * 11: ["b", "c"]}], "d": 1.0}
+    assert len(searches) == 1
+    monkeypatch.setenv("A_TOKEN", "swordfish-2")  # and anew for the next: it may have changed
+    assert scrub_data("swordfish-2") == "*" * 11

@@ -22,8 +22,8 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
+from ftune.available import available_bytes
 from ftune.errors import FtuneError, RunFailed
-from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.plan.shapes import read_shape

@@ -84,11 +84,12 @@ def restore(
     optimizer: Optimizer,
     accelerator: Accelerator,
     resume: bool,
+    metrics: Path,
 ) -> tuple[int, list[str], Path | None, dict[str, Any]]:
     """Load the newest whole checkpoint; returns the step, warnings, where it was, and what the loop kept in it.
 
     Raises:
-        RunDirError: There are checkpoints, and every one is damaged.
+        RunDirError: There are checkpoints, and every one is damaged; or there is none, and the run saved some.
     """
     if not resume:
         return 0, [], None, {}
@@ -100,10 +101,21 @@ def restore(
             "\n  ".join([f"every checkpoint in {checkpoints.directory} is damaged: {names}", *notes]),
             help="mend one and rename it back, or train anew from step 0 with --overwrite",
         )
+    if path is None and (saved := _saved(metrics)):
+        raise RunDirError(
+            f"{checkpoints.directory} holds no checkpoint, but the run saved {saved}: going on would begin at step 0",
+            help="put the checkpoints back, or train anew with --overwrite",
+        )
     if path is None:
         return 0, ["no checkpoint to resume from: starting at step 0"], None, {}
     restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
     return restored.step, notes, path, restored.progress
+
+
+def _saved(metrics: Path) -> str | None:
+    """The last checkpoint that a run reported; None where it reported none, or keeps no ``metrics.jsonl``."""
+    names = [str(event.get("path")) for event in read_events(metrics) if event.get("event") == "saved"]
+    return next((name for name in reversed(names) if name.startswith("step-")), None)
 
 
 def evaluation_missed(plan: Plan, step: int, metrics: Path) -> bool:

@@ -180,7 +180,7 @@ def _train(
                 if overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
-            start, notes, found, kept = restore(checkpoints, plan, model, optimizer, accelerator, resume)
+            start, notes, found, kept = restore(checkpoints, plan, model, optimizer, accelerator, resume, run.metrics)
             if before is not None and (data := changes_of_data(before, summary)):
                 changes.append({"after_step": start} | data)
                 notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +15,12 @@ from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import Plan, written_out
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe
+from ftune.run.lock import RunLock
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Target", "find_target", "load_plain", "load_tuned"]
+__all__ = ["Target", "find_target", "load_plain", "load_tuned", "reading"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,24 @@ def find_target(path: Path) -> Target:
             )
     # How to evaluate is the recipe's to say, also after training.
     return Target(trained.model_copy(update={"evaluation": recipe.evaluation}), run)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Target]:
+    """Understand RUN_OR_RECIPE, and keep training out of the run for as long as it is read.
+
+    Training that goes on replaces ``run.json`` and the artifact one after the other: read in between, they are of two
+    states of the run. A run that is being trained is refused, whatever it holds of an earlier time.
+
+    Raises:
+        RunDirError: As ``find_target`` does, or the run is being written.
+        RecipeError: The recipe has mistakes.
+    """
+    root = path if path.is_dir() else None
+    if root is None and path.exists():
+        root = Path(load_checked(path)[0].recipe.output_dir).expanduser()
+    with contextlib.nullcontext() if root is None else RunLock(root, shared=True):
+        yield find_target(path)
 
 
 def load_plain(plan: Plan) -> nn.Module:

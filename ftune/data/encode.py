@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 from ftune.data.chat import ChatTemplate, Span, render, special_tokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
+from ftune.data.huge import HUGE, Bound, bound_of, require_memory
 from ftune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoder", "Part", "RowError", "encodable"]
+
+# ids and what is trained; or, of a row that is left out untokenized, how many tokens it has at least
+Encoded = tuple[Ids, NDArray[np.bool_]] | int
 
 
 class RowError(Exception):
@@ -44,12 +48,12 @@ class Part:
 
     Attributes:
         examples: Those that are kept, cut to ``max_length``.
-        too_long: (row, tokens) of those longer than that.
+        too_long: (row, tokens) of those longer than that; of huge ones, the least that the tokens can be.
         first_targets: Of the examples without a target after the cut, where the first one was before it.
         truncated: Examples that are kept and were cut.
         no_target: Examples left out because no trained token was left in them.
         ended: Examples kept as they were whose last trained token is a special token.
-        longest_before: Tokens of the longest, before the cut.
+        longest_before: Tokens of the longest, before the cut; at least, where it is a huge one that is left out.
     """
 
     examples: Examples
@@ -86,6 +90,7 @@ class Encoder:
         self._train_all = train_all
         self._max_length = max_length
         self._keep_long = keep_long
+        self._bound: list[Bound | None] = []  # found out when there is a huge text
         self._ends = frozenset(special_tokens(tokenizer).values())
         # a model that expects a first token expects it before plain text as well; templates write it
         # themselves
@@ -113,7 +118,29 @@ class Encoder:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **wanted
         )
 
-    def _plain(self, records: list[Plain]) -> list[tuple[Ids, NDArray[np.bool_]]]:
+    def _surely_too_long(self, row: int, *texts: str) -> int:
+        """How many tokens the texts have at least, where that alone leaves the row out; 0 where they are tokenized.
+
+        Raises:
+            RowError: They must be tokenized, and memory does not suffice.
+        """
+        if sum(map(len, texts)) < HUGE:
+            return 0
+        if not self._keep_long:
+            if not self._bound:
+                self._bound.append(bound_of(self._tokenizer))
+            bound = self._bound[0]
+            # each rounded up: the texts are tokenized apart
+            least = sum(bound.least(text) for text in texts) if bound is not None else 0
+            if least > self._max_length:
+                return least
+        try:
+            require_memory(sum(len(text.encode()) for text in texts))
+        except DataError as error:
+            raise RowError(row, error.message, error.help) from error
+        return 0
+
+    def _plain(self, records: list[Plain]) -> list[Encoded]:
         """Prompt, completion and end-of-sequence token.
 
         Prompt and completion are tokenized apart, as the prompt stands alone when the model generates.
@@ -123,17 +150,21 @@ class Encoder:
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise RowError(None, "plain text ends with an end-of-sequence token, and the tokenizer has none", help=None)
-        examples = []
-        prompts = self.ids([record.prompt for record in records])
-        completions = self.ids([record.completion for record in records])
-        for prompt, completion in zip(prompts, completions, strict=True):
+        examples: list[Encoded] = []
+        out = [self._surely_too_long(record.row, record.prompt, record.completion) for record in records]
+        prompts = self.ids(["" if least else record.prompt for record, least in zip(records, out, strict=True)])
+        completions = self.ids(["" if least else record.completion for record, least in zip(records, out, strict=True)])
+        for prompt, completion, least in zip(prompts, completions, out, strict=True):
+            if least:
+                examples.append(least)
+                continue
             context = [*self.bos, *prompt]
             end = [] if completion[-1:] == [eos] else [eos]
             ids = np.array([*context, *completion, *end], dtype=np.int32)
             examples.append((ids, np.arange(len(ids)) >= len(context)))
         return examples
 
-    def _conversations(self, records: list[Conversation]) -> list[tuple[Ids, NDArray[np.bool_]]]:
+    def _conversations(self, records: list[Conversation]) -> list[Encoded]:
         """The whole rendered text tokenized at once: the ids that the model meets when it is used."""
         if not records:
             return []
@@ -145,26 +176,39 @@ class Encoder:
             )
         texts: list[str] = []
         spans: list[list[Span]] = []
+        out: list[int] = []
         for record in records:
             try:
                 text, trained = render(record, self._tokenizer, self._template)
-                texts.append(encodable(text))
+                text = encodable(text)
             except DataError as error:
                 raise RowError(record.row, error.message, error.help) from error
+            # only the whole text: a template may leave out what the row says
+            out.append(self._surely_too_long(record.row, text))
+            texts.append("" if out[-1] else text)
             spans.append(trained)
         encoded = self._tokenized(texts, return_offsets_mapping=True)
         return [
-            (np.array(ids, dtype=np.int32), _inside(offsets, trained))
-            for ids, offsets, trained in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+            least or (np.array(ids, dtype=np.int32), _inside(offsets, trained))
+            for least, ids, offsets, trained in zip(
+                out, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+            )
         ]
 
-    def _part(self, records: Sequence[Record], encoded: list[tuple[Ids, NDArray[np.bool_]]]) -> Part:
+    def _part(self, records: Sequence[Record], encoded: list[Encoded]) -> Part:
         """Cut what is too long, leave out what has no target, count both."""
         kept: list[tuple[Ids, NDArray[np.bool_], int]] = []
         too_long: list[tuple[int, int]] = []
         first_targets: list[int] = []
         truncated = no_target = ended = 0
-        for record, (ids, trained) in zip(records, encoded, strict=True):
+        longest = 0
+        for record, found in zip(records, encoded, strict=True):
+            if isinstance(found, int):
+                longest = max(longest, found)
+                too_long.append((record.row, found))
+                continue
+            ids, trained = found
+            longest = max(longest, len(ids))
             if self._train_all:
                 trained = np.ones_like(trained)
             cut = len(ids) > self._max_length
@@ -185,7 +229,6 @@ class Encoder:
             np.array([len(ids) for ids, _, _ in kept], dtype=np.int64),
             np.array([row for _, _, row in kept], dtype=np.int64),
         )
-        longest = max((len(ids) for ids, _ in encoded), default=0)
         return Part(examples, tuple(too_long), tuple(first_targets), truncated, no_target, ended, longest)
 
 

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 import tempfile
@@ -186,6 +187,14 @@ def _no_number(name: str) -> Any:
     raise _Unlike(f"{name} is no JSON")
 
 
+def _finite(text: str) -> float:
+    """A number with a point or an exponent; Python makes infinity of what is too large."""
+    number = float(text)
+    if math.isinf(number):
+        raise _Unlike(f"{text[:40]} is too large for a number")
+    return number
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of two equal keys Python would take the last, and lose the other without a word."""
     made = dict(pairs)
@@ -196,7 +205,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_object)
 _MENDS = "write null or a string for a number that is none, and every key once"
 
 
@@ -409,6 +418,13 @@ def _read_hub(source: DataSource) -> Rows:
             f"data set {name!r}: {file}{' '.join(str(cause).split())[:500]}",
             help="download the files, mend them, and name them by path; or take another `subset` or `revision`",
         ) from error
+    commit = _commit(rows)
+    if commit is not None and re.fullmatch("[0-9a-f]{40}", source.revision or "") and commit != source.revision:
+        # without the hub, `datasets` takes what it has cached last, whatever is asked for
+        raise DataError(
+            f"data set {name!r}: revision {source.revision} was asked for, but the local cache gives {commit}",
+            help="let the hub be reached (network, HF_HUB_OFFLINE), or name that revision's files by path",
+        )
     if source.max_examples is not None:
         rows = rows.select(range(min(source.max_examples, len(rows))))
     if len(rows) == 0:
@@ -419,7 +435,7 @@ def _read_hub(source: DataSource) -> Rows:
         origin=(f"{name}, split {source.split}",),
         fingerprint=str(rows._fingerprint),
         numbers=range(len(rows)),
-        commit=_commit(rows),
+        commit=commit,
     )
 
 

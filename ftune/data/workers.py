@@ -16,13 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TextIO
 
 from ftune.data.encode import Encoder, Part
-from ftune.data.formats import Record
+from ftune.data.formats import Plain, Record
 from ftune.errors import FtuneError
 
 __all__ = ["encode_all"]
 
 # records encoded in one call: enough to keep the tokenizer busy, few enough that their offsets stay small
 CHUNK = 256
+# and so much text: what becomes of it takes about 160 times its memory (see ``huge``)
+CHUNK_CHARACTERS = 2_000_000
 # what is left, in seconds of one process, from which on others are started; each needs about two until it works
 WORTH_SECONDS = 8.0
 # nothing is said about less work than this, nor more often than this where the stream is no terminal
@@ -37,7 +39,7 @@ def encode_all(encoder: Encoder, records: Sequence[Record]) -> Iterator[Part]:
     Begins in this process. Once it is clear from its speed that much is left, and there are processors for it,
     the rest goes to processes of their own. Raises what the encoder raises, for the first record that does.
     """
-    chunks = [records[start : start + CHUNK] for start in range(0, len(records), CHUNK)]
+    chunks = list(_chunks(records))
     progress = _Progress(len(records), sys.stderr)
     began = time.monotonic()
     with contextlib.closing(progress):
@@ -51,6 +53,25 @@ def encode_all(encoder: Encoder, records: Sequence[Record]) -> Iterator[Part]:
                     yield part
                     progress.advance(len(chunk))
                 return
+
+
+def _chunks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """The records in order, so many at a time that what becomes of them fits into memory."""
+    start = characters = 0
+    for end, record in enumerate(records):
+        size = _characters(record)
+        if end > start and (end - start == CHUNK or characters + size > CHUNK_CHARACTERS):
+            yield records[start:end]
+            start, characters = end, 0
+        characters += size
+    if start < len(records):
+        yield records[start:]
+
+
+def _characters(record: Record) -> int:
+    if isinstance(record, Plain):
+        return len(record.prompt) + len(record.completion)
+    return sum(len(message["content"]) for message in record.messages if isinstance(message.get("content"), str))
 
 
 def _processes() -> int:

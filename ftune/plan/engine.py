@@ -122,7 +122,7 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
     """
 
     def on(name: str) -> bool:
-        return environment.get(name, "false").lower() in ("true", "1", "yes")
+        return environment.get(name, "false").lower() in ("true", "1", "yes", "on")
 
     for name, what in _USES.items():
         if on(name):

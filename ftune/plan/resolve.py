@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftune.available import available_bytes
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
-from ftune.plan.available import available_bytes
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine

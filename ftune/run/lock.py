@@ -3,7 +3,7 @@
 ``flock`` on ``RUN/.lock``. It belongs to the open file, so kill -9, a crash or a reboot release it, and a file that is
 left behind locks nothing. On NFS, Linux makes it a lock of the server, which holds between machines; where the file
 system knows no locks (some Lustre and FUSE mounts, ``local_lock`` on NFS for other machines) nothing is held, and a
-warning says so where that can be seen. Who only reads a run (eval, merge, convert) shares the lock.
+warning says so where that can be seen. Who only reads a run (eval, chat, merge, convert) shares the lock.
 """
 
 from __future__ import annotations
@@ -95,4 +95,4 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_text())
         return f"pid {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "one that reads it (eval, merge or convert), or has just begun"
+        return "one that reads it (eval, chat, merge or convert), or has just begun"

@@ -10,23 +10,17 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftune.errors import FtuneError, RunFailed
+from ftune.errors import RunFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["join_processes", "refuse_other_engines", "require_joined"]
+__all__ = ["join_processes", "require_joined"]
 
-# Set by `accelerate launch` for a configuration that asks for them.
-_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
 # What one process waits for another: tokenizing, compiling and saving happen in between.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -34,16 +28,16 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = False) -> Accelerator:
     """Make the Accelerator of this run; with several processes, the process group too.
 
+    What the launch configuration asks for beside that, ``ftune.plan.engine.choose_engine`` has honoured or refused.
+
     Args:
         trackers: accelerate's trackers.
         tracking: Where they write.
         offload: Whether parts of a sharded model lie in the host's memory, and are sent from there too.
 
     Raises:
-        FtuneError: The launch configuration asks for an engine that ftune does not run.
         RunFailed: accelerate did not join the processes that were launched.
     """
-    refuse_other_engines()
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -63,20 +57,6 @@ def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = F
         atexit.register(_leave_processes)
     require_joined(accelerator, world, cuda=cuda)
     return accelerator
-
-
-def refuse_other_engines(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a launch configuration whose engine would be ignored.
-
-    Raises:
-        FtuneError: Names the engine.
-    """
-    for variable, engine in _ENGINES.items():
-        if environment.get(variable, "").lower() in ("1", "true", "yes", "on"):
-            raise FtuneError(
-                f"the launch configuration asks for {engine} ({variable} is set), which ftune does not run",
-                help="launch with `ftune train --num-processes N`, torchrun, or one of configs/*.yaml",
-            )
 
 
 def require_joined(accelerator: Accelerator, world: int, *, cuda: bool) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 from ftune.artifacts.evaluate import evaluate
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.metrics import contains, exact_match, find_metric, regex
 from ftune.artifacts.report import evaluation_table
 from ftune.artifacts.training import train
-from ftune.artifacts.tuned import find_target
+from ftune.artifacts.tuned import find_target, reading
+from ftune.cli import app
 from ftune.errors import DataError, FtuneError, RunDirError
 from ftune.methods import METHODS
 from ftune.recipe.schema import MetricSpec
+from ftune.run.lock import RunLock
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -150,3 +153,19 @@ def test_a_metric_of_an_installed_package_is_found_by_name(monkeypatch: pytest.M
     assert find_metric(MetricSpec(name="length")) is len
     with pytest.raises(FtuneError, match="no metric `rouge`"):
         find_metric(MetricSpec(name="rouge"))
+
+
+def test_a_run_that_is_written_is_not_read(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(tiny.recipe(tmp_path).text)
+    for target in (tmp_path / "run", tmp_path / "recipe.yaml"):
+        with RunLock(tmp_path / "run"):
+            for command in (["eval"], ["chat", "--prompt", "hello"]):
+                result = CliRunner().invoke(app, [*command, str(target)])
+                assert isinstance(result.exception, RunDirError)
+                assert "is in use by another process: pid" in result.exception.message
+        # and for as long as it is read it is not written
+        with reading(target), pytest.raises(RunDirError, match="in use"), RunLock(tmp_path / "run"):
+            pass
+        with reading(target), reading(target) as found:
+            assert found.run is not None

@@ -11,10 +11,10 @@ import torch
 from architectures import DENSE, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ftune.available import available_bytes
 from ftune.human import bytes_text
 from ftune.methods import METHODS, ModelShape
 from ftune.plan.advice import what_to_change
-from ftune.plan.available import available_bytes
 from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.shapes import read_shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import tiny
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.data.sources import _commit
-from ftune.errors import ModelError
+from ftune.errors import DataError, ModelError
 from ftune.plan.pinned import pin_model, pins, repinned
 from ftune.plan.resolve import resolve
 from ftune.recipe.schema import DataSource, ModelSpec
@@ -63,6 +64,48 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: Path, tmp_path: Path)
     assert resolve(recipe).recipe.model.revision == NEW
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": NEW})})
     assert run.as_begun(other).model.revision == NEW  # asked for: then a resume is refused
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of ``datasets``, without a network, with org/rows of OLD; returns where its commits are."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    commits = tmp_path / "datasets/org___rows/default/0.0.0"
+    _cache(commits / OLD, tiny.write_chats(tmp_path / "old.jsonl", 8))
+    return commits
+
+
+def _cache(directory: Path, file: Path) -> None:
+    """Put a file's rows there as ``datasets`` keeps those of a hub data set's commit."""
+    from datasets import load_dataset
+
+    made = load_dataset("json", data_files=str(file), cache_dir=str(directory.parents[4] / f"made-{file.stem}"))
+    arrow = Path(made["train"].cache_files[0]["filename"])
+    directory.mkdir(parents=True)
+    (directory / "rows-train.arrow").write_bytes(arrow.read_bytes())
+    info = json.loads((arrow.parent / "dataset_info.json").read_text())
+    info["dataset_name"] = info["splits"]["train"]["dataset_name"] = "rows"
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_a_run_keeps_the_commit_of_its_data_or_is_refused(cached: Path, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path).recipe
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": DataSource(path="org/rows")})})
+    plan = resolve(asked)
+    assert plan.recipe.data.train.revision == OLD
+    run = RunDir(tmp_path)
+    run.write({"pinned": pins(asked, plan.recipe), "resolved": plan.recipe.model_dump(mode="json")})
+    assert json.loads(run.record_path.read_text())["pinned"]["data.train"] == {"asked": None, "commit": OLD}
+    assert resolve(run.as_begun(asked)).recipe.data.train.revision == OLD
+
+    # another run has read a newer one since: `datasets` gives that, whatever revision is asked for
+    _cache(cached / NEW, tiny.write_chats(tmp_path / "new.jsonl", 9))
+    os.utime(cached / NEW, (2e9, 2e9))
+    assert resolve(asked).recipe.data.train.revision == NEW
+    with pytest.raises(DataError, match=f"revision {OLD} was asked for, but the local cache gives {NEW}"):
+        resolve(run.as_begun(asked))
 
 
 def test_data_sets_are_pinned_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,33 @@ def test_all_damaged_is_refused_again_and_again(tmp_path: Path, monkeypatch: pyt
             train(loaded, resume=True)
     assert len(losses(tmp_path / "run")) == 2, "what was measured stays"
     assert train(loaded, overwrite=True)["status"] == "finished"
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Interrupted):
+            train(loaded)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    for _ in range(2):  # the first refusal leaves what the second needs
+        with pytest.raises(RunDirError, match="holds no checkpoint, but the run saved step-2") as refused:
+            train(loaded, resume=True)
+        assert refused.value.help == "put the checkpoints back, or train anew with --overwrite"
+    assert len(losses(tmp_path / "run")) == 2, "what was measured stays"
+    assert train(loaded, overwrite=True)["status"] == "finished"
+
+
+def test_a_run_that_never_saved_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny.recipe(tmp_path))
+    record = tmp_path / "run/run.json"
+    record.write_text(record.read_text().replace('"status": "finished"', '"status": "running"'))
+    metrics = tmp_path / "run/metrics.jsonl"
+    steps = [line for line in metrics.read_text().splitlines(True) if '"event": "step"' in line]
+    metrics.write_text("".join(steps[:2]))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert train(tiny.recipe(tmp_path), resume=True)["status"] == "finished"
+    assert "no checkpoint to resume from: starting at step 0" in capsys.readouterr().err
 
 
 def test_the_last_good_one_stays_when_the_new_one_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     launch.require_launchable(1, {})
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_an_engine_that_would_be_ignored_is_refused(engine: str) -> None:
-    with pytest.raises(FtuneError, match="which ftune does not run"):
-        processes.refuse_other_engines({f"ACCELERATE_USE_{engine}": "true"})
-    processes.refuse_other_engines({f"ACCELERATE_USE_{engine}": "false"})
-
-
 @pytest.mark.parametrize(
     ("joined", "kind", "world", "cuda", "wrong"),
     [
