@@ -89,12 +89,12 @@ def restore(
     """Load the newest whole checkpoint; returns the step, warnings, where it was, and what the loop kept in it.
 
     Raises:
-        RunDirError: There are checkpoints, and every one is damaged; or there is none, and the run saved some.
+        RunDirError: There are checkpoints, and every one is damaged; or there is none, and the run saved some; or a
+            process does not see the one that the main process chose.
     """
     if not resume:
         return 0, [], None, {}
-    with accelerator.main_process_first():  # it sets damaged ones aside, and the others must not see them
-        path, notes = checkpoints.newest()
+    path, notes = _newest(checkpoints, accelerator)
     if path is None and (damaged := checkpoints.set_aside()):
         names = ", ".join(aside.name for aside in damaged)
         raise RunDirError(
@@ -110,6 +110,33 @@ def restore(
         return 0, ["no checkpoint to resume from: starting at step 0"], None, {}
     restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
     return restored.step, notes, path, restored.progress
+
+
+def _newest(checkpoints: Checkpoints, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, as the main process sees it, and its notes on damaged ones.
+
+    Where each host has its own view of shared storage (a bucket's cache, say), processes that chose for themselves
+    could go on from different steps.
+
+    Raises:
+        RunDirError: Here it is missing or damaged.
+    """
+    import torch
+
+    # The main process alone sets damaged ones aside: it holds the lock.
+    path, notes = checkpoints.newest() if accelerator.is_main_process else (None, [])
+    if accelerator.num_processes == 1:
+        return path, notes
+    chosen = torch.tensor([-1 if path is None else int(path.name.removeprefix("step-"))], device=accelerator.device)
+    step = int(accelerator.gather(chosen)[0])
+    if step >= 0 and not accelerator.is_main_process:
+        path = checkpoints.path(step)
+        if wrong := checkpoints.wrong(step):
+            raise RunDirError(
+                f"process {accelerator.process_index} does not see {path} as the main process does: {wrong}",
+                help="output_dir must be on storage that shows all machines the same files; wait until it does",
+            )
+    return path, notes
 
 
 def _saved(metrics: Path) -> str | None:

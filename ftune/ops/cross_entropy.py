@@ -172,8 +172,11 @@ def _logits(
 
 
 def _log_softmax(logits_CV: Tensor) -> Tensor:
-    """In the place of the logits on the CPU, whose kernel reads an element last where it writes it."""
-    if logits_CV.is_cuda:
+    """In the place of the logits on the CPU, whose kernel reads an element last where it writes it.
+
+    No other device's kernel was looked at for that.
+    """
+    if logits_CV.device.type != "cpu":
         return torch.log_softmax(logits_CV, dim=-1)
     torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=logits_CV)
     return logits_CV

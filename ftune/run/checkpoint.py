@@ -127,12 +127,16 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for step in reversed(self.steps()):
-            wrong = damage(self.path(step), FILES)
+            wrong = self.wrong(step)
             if wrong is None:
                 return self.path(step), damaged
             aside = self._set_aside(step)
             damaged.append(f"checkpoint step-{step} is damaged ({wrong}): set aside as {aside}")
         return None, damaged
+
+    def wrong(self, step: int) -> str | None:
+        """What is wrong with the checkpoint after ``step``; None where it is whole."""
+        return damage(self.path(step), FILES)
 
     def _set_aside(self, step: int) -> Path:
         path = self.path(step)

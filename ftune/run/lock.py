@@ -69,6 +69,9 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
+            if not self._shared:
+                with contextlib.suppress(OSError):  # or the next to hold it, a reader, would go by this name
+                    os.ftruncate(self._file, 0)
             os.close(self._file)  # the file stays: deleting it would let two hold two files of one name
             self._file = None
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ftune.ops.cross_entropy import chunk_size, chunked_cross_entropy, linear_cross_entropy
+from ftune.ops.cross_entropy import _log_softmax, chunk_size, chunked_cross_entropy, linear_cross_entropy
 
 N, D, V = 37, 12, 50
 
@@ -106,3 +106,9 @@ def test_an_evaluation_computes_no_gradient_of_a_trained_head() -> None:
         loss = linear_cross_entropy(*given)
     assert counter.get_total_flops() == 2 * N * V * D
     assert float(loss) == float(linear_cross_entropy(*given).detach())
+
+
+def test_only_on_the_cpu_are_logits_overwritten() -> None:
+    for device, in_place in (("cpu", True), ("meta", False)):
+        logits = torch.zeros(2, 8, device=device)
+        assert (_log_softmax(logits) is logits) == in_place

@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from run.test_loop import losses, stop_after
 
+from ftune.artifacts.resume import _newest
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.errors import Interrupted, RunDirError, RunFailed
@@ -84,6 +87,25 @@ def test_a_reader_deletes_nothing(found: Checkpoints) -> None:
     assert half.is_dir()
     RunDir(found.directory.parent).sweep()  # by who holds the lock
     assert not half.exists()
+
+
+def test_all_processes_go_on_from_the_main_ones_checkpoint(found: Checkpoints) -> None:
+    def newest(rank: int) -> tuple[Path | None, list[str]]:
+        """Of one of two processes, when the main one chose step 3."""
+        accelerator = SimpleNamespace(num_processes=2, process_index=rank, is_main_process=not rank, device="cpu")
+        accelerator.gather = lambda mine: torch.cat([torch.tensor([3]), mine[:1]])
+        return _newest(found, accelerator)  # type: ignore[arg-type]
+
+    assert newest(0) == newest(1) == (found.path(3), [])
+    # a host that does not see all of it yet: neither another step there, nor a damaged one for all
+    (found.path(3) / "optimizer.pt").unlink()
+    with pytest.raises(RunDirError, match=r"process 1 does not see .*step-3 .*optimizer\.pt is missing") as refused:
+        newest(1)
+    assert refused.value.help is not None
+    assert found.steps() == [1, 2, 3]
+    shutil.rmtree(found.path(3))
+    with pytest.raises(RunDirError, match="process 1 does not see"):
+        newest(1)
 
 
 def test_a_whole_checkpoint_is_left_alone(found: Checkpoints) -> None:

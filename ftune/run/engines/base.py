@@ -132,24 +132,29 @@ class Ddp(Engine):
 
 def average(tensors: list[Tensor], world: int) -> None:
     """Average tensors over processes, in place, many in one message."""
-    import torch
     from torch import distributed
 
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        # Of one alone, an embedding's perhaps, no copy: it may be the largest tensor of the run.
+        alone = len(bucket) == 1 and bucket[0].is_contiguous()
+        flat = bucket[0].view(-1) if alone else torch.cat([tensor.flatten() for tensor in bucket])
         distributed.all_reduce(flat)
         flat /= world
+        if alone:
+            continue
         for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype, in order, until they have ``BUCKET`` elements."""
+    """Tensors of one dtype, in order, of at most ``BUCKET`` elements together; a larger one is alone."""
     bucket: list[Tensor] = []
+    elements = 0
     for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) >= BUCKET):
+        if bucket and (tensor.dtype != bucket[0].dtype or elements + tensor.numel() > BUCKET):
             yield bucket
-            bucket = []
+            bucket, elements = [], 0
         bucket.append(tensor)
+        elements += tensor.numel()
     if bucket:
         yield bucket

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -106,13 +107,10 @@ class DeepSpeed(Engine):
     def gradient_norm(self, method: Method, trained: Sequence[nn.Parameter], optimizer: Optimizer) -> float:
         """Of the parts that DeepSpeed has reduced, before it updates."""
         zero = self._engine.optimizer
-        if self.stage == 2:
-            found = zero.scaled_global_norm()  # the scale is 1: nothing here is fp16
-        else:
-            groups = [zero.get_grad_norm_direct(zero.averaged_gradients[i], g) for i, g in enumerate(zero.fp16_groups)]
-            found = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norm) for norm in groups]))
-        # DeepSpeed writes -1 for a norm that is not finite.
-        return float(found) if float(found) >= 0 else float("nan")
+        groups = zero.params_in_partition if self.stage == 2 else zero.fp16_groups
+        norms = [float(zero.get_grad_norm_direct(zero.averaged_gradients[i], group)) for i, group in enumerate(groups)]
+        # DeepSpeed writes -1 for a norm that is not finite: squared, it would be one of 1.
+        return math.hypot(*norms) if min(norms) >= 0 else math.nan
 
     def update(self, trained: Sequence[nn.Parameter], optimizer: Optimizer, bound: float | None, norm: float) -> None:
         """Clip and step in DeepSpeed, at the loop's learning rates."""
@@ -200,18 +198,19 @@ class DeepSpeed(Engine):
     @torch.no_grad()
     def make_whole(self, model: nn.Module) -> None:
         """Gather one parameter after another, if it trains, and let DeepSpeed go."""
-        made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
+        # A tied one stays tied, and every process asks for it once: None where nothing is kept.
+        made: dict[nn.Parameter, nn.Parameter | None] = {}
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.requires_grad:
                     continue
                 if parameter not in made:
                     found = whole(parameter)
-                    if self.accelerator.is_main_process:
-                        # Of its own: parts of ZeRO-2 lie in one storage.
-                        made[parameter] = nn.Parameter(found.detach().cpu().clone())
-                if parameter in made:
-                    setattr(module, name, made[parameter])
+                    # Of its own: parts of ZeRO-2 lie in one storage.
+                    kept = nn.Parameter(found.detach().cpu().clone()) if self.accelerator.is_main_process else None
+                    made[parameter] = kept
+                if (kept := made[parameter]) is not None:
+                    setattr(module, name, kept)
         self._engine.destroy()
 
 
