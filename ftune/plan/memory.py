@@ -39,10 +39,11 @@ RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 600 * 2**20}
 CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
 
 HOLES = 0.88
-HOLES_RECOMPUTED = 0.48
+HOLES_RECOMPUTED = 0.2
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
-activations live until the backward pass, and of recomputed ones. Fitted to LoRA on SmolLM2-135M with rows of 512 and
-2048 tokens. With every block mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they vanish, for a third more time."""
+activations live until the backward pass, and of recomputed ones, between which they are given back
+(``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens. With every block
+mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they vanish, for a third more time."""
 
 LAST_STEP = 4
 """Tensors of the feed-forward's width that the backward pass of one gated feed-forward takes for itself."""

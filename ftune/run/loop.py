@@ -27,7 +27,7 @@ from ftune.plan.resolve import Plan
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
 from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals
-from ftune.run.memory import PeakMeter, return_free_memory
+from ftune.run.memory import PeakMeter, return_free_memory, trim_between_blocks
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
 from ftune.run.out_of_memory import is_out_of_memory
@@ -87,6 +87,8 @@ class Loop:
         """
         plan, recipe, method = self.plan, self.plan.recipe, self.plan.recipe.method
         model, training = self.objective.model, self.plan.recipe.training
+        if self.accelerator.device.type == "cpu":
+            trim_between_blocks(model)
         wrapped = self.engine.wrap(self.objective, self.optimizer, method)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         watch, meter = (

@@ -10,10 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-__all__ = ["PeakMeter", "map_large_blocks", "return_free_memory"]
+from ftune.plan.recompute import blocks_of
+
+__all__ = ["PeakMeter", "map_large_blocks", "return_free_memory", "trim_between_blocks"]
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+
+TRIM_EVERY = 3
+"""Recomputed blocks between two returns of the heap's free places, which take some 6 ms each beside a 135M model."""
 
 
 def return_free_memory() -> None:
@@ -37,6 +43,32 @@ def map_large_blocks() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def trim_between_blocks(model: nn.Module) -> None:
+    """Let every third recomputed block of a model on the CPU begin with giving the heap's free places back.
+
+    A recomputed block takes and frees its activations among what stays, and the heap grows by what does not fit the
+    places left: LoRA on 2,048 tokens of SmolLM2-135M took 1,256 to 1,297 MiB without, takes 1,138 to 1,162 with it, and
+    a few percent more time. Who recomputes wants memory, and the plan can foretell it.
+
+    Args:
+        model: With recomputation already set up.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return
+
+    def give_back(block: nn.Module, _: object) -> None:
+        if block.training:
+            trim(0)
+
+    recomputed = [block for block in blocks_of(model) if block.gradient_checkpointing]
+    for block in recomputed[::TRIM_EVERY]:
+        block.register_forward_pre_hook(give_back)
 
 
 class PeakMeter:
