@@ -158,9 +158,7 @@ def _logits(
     torch.mm(hidden_CD, weight_VD.T, out=low_CV)
     if bias_V is not None:
         low_CV += bias_V.to(low_CV.dtype)
-    if buffers.high_CV is buffers.low_CV:
-        low_CV = logits_CV
-    else:
+    if buffers.high_CV is not buffers.low_CV:
         logits_CV.copy_(low_CV)
     if scale != 1.0:
         logits_CV *= scale
