@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,18 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 _LOCAL_SINKS = ("progress", "jsonl")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for beside the recipe: the arguments of ``train``."""
+
+    resume: bool
+    overwrite: bool
+    accept_changed_data: bool
+    show_plan: Callable[[dict[str, Any]], None]
+    progress: bool
+    auto_batch: bool
 
 
 def train(
@@ -108,30 +121,20 @@ def train(
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
             run.sweep()
-        return _train(
-            loaded, run, accelerator, choice, resume, overwrite, accept_changed_data, auto_batch, show_plan, progress
-        )
+        asked = _Asked(resume, overwrite, accept_changed_data, show_plan, progress, auto_batch)
+        return _train(loaded, run, accelerator, choice, asked)
 
 
 def _train(
-    loaded: Loaded,
-    run: RunDir,
-    accelerator: Accelerator,
-    choice: EngineChoice,
-    resume: bool,
-    overwrite: bool,
-    accept_changed_data: bool,
-    auto_batch: bool,
-    show_plan: Callable[[dict[str, Any]], None],
-    progress: bool,
+    loaded: Loaded, run: RunDir, accelerator: Accelerator, choice: EngineChoice, asked: _Asked
 ) -> dict[str, Any]:
     recipe, main, world = loaded.recipe, accelerator.is_main_process, accelerator.num_processes
     accelerator.wait_for_everyone()
-    before = run.read() if resume and run.exists() else None
+    before = run.read() if asked.resume and run.exists() else None
     began = run.recipe() if before is not None else None
     if before is not None and began is not None:
         recipe = in_world(run.as_begun(recipe), began, before, world)
-    if before is not None and accept_changed_data:
+    if before is not None and asked.accept_changed_data:
         plan = resolve_again(recipe, before, world, choice)
     else:
         plan = resolve(recipe, world_size=world, engine=choice)
@@ -142,12 +145,12 @@ def _train(
     summary = plan.summary()
     changes = list[dict[str, Any]]()
     if before is not None:
-        require_same(before, resolved, summary, run, accept_changed_data=accept_changed_data)
+        require_same(before, resolved, summary, run, accept_changed_data=asked.accept_changed_data)
         changes = list(before.get("data_changed", []))
         if before.get("status") == "finished":
             raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
     if main:
-        show_plan(summary)
+        asked.show_plan(summary)
 
     record: dict[str, Any] = {
         "recipe": loaded.text,
@@ -177,10 +180,12 @@ def _train(
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:
                 _rehearse(plan, model, run)
-                if overwrite:
+                if asked.overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
-            start, notes, found, kept = restore(checkpoints, plan, model, optimizer, accelerator, resume, run.metrics)
+            start, notes, found, kept = restore(
+                checkpoints, plan, model, optimizer, accelerator, asked.resume, run.metrics
+            )
             if before is not None and (data := changes_of_data(before, summary)):
                 changes.append({"after_step": start} | data)
                 notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")
@@ -193,7 +198,7 @@ def _train(
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
                 run.write(record)
-                sinks = _sinks(plan.recipe, run, accelerator, progress)
+                sinks = _sinks(plan.recipe, run, accelerator, asked.progress)
             sinks.append(tally)
 
             def emit(event: Event) -> None:
@@ -210,8 +215,10 @@ def _train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            shared = make_engine(choice, accelerator, auto_batch=auto_batch)
-            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, auto_batch)
+            shared = make_engine(choice, accelerator, auto_batch=asked.auto_batch)
+            loop = Loop(
+                plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch
+            )
             with using(kernels):
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)
