@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -106,13 +107,10 @@ class DeepSpeed(Engine):
     def gradient_norm(self, method: Method, trained: Sequence[nn.Parameter], optimizer: Optimizer) -> float:
         """Of the parts that DeepSpeed has reduced, before it updates."""
         zero = self._engine.optimizer
-        if self.stage == 2:
-            found = zero.scaled_global_norm()  # the scale is 1: nothing here is fp16
-        else:
-            groups = [zero.get_grad_norm_direct(zero.averaged_gradients[i], g) for i, g in enumerate(zero.fp16_groups)]
-            found = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norm) for norm in groups]))
-        # DeepSpeed writes -1 for a norm that is not finite.
-        return float(found) if float(found) >= 0 else float("nan")
+        groups = zero.params_in_partition if self.stage == 2 else zero.fp16_groups
+        norms = [float(zero.get_grad_norm_direct(zero.averaged_gradients[i], group)) for i, group in enumerate(groups)]
+        # DeepSpeed writes -1 for a norm that is not finite; squared, that would be as good as another.
+        return math.hypot(*norms) if min(norms) >= 0 else math.nan
 
     def update(self, trained: Sequence[nn.Parameter], optimizer: Optimizer, bound: float | None, norm: float) -> None:
         """Clip and step in DeepSpeed, at the loop's learning rates."""
@@ -120,6 +118,7 @@ class DeepSpeed(Engine):
         for mine, given in zip(self._inner.param_groups, optimizer.param_groups, strict=True):
             mine["lr"] = given["lr"]
         self._engine.step()
+        assert not self._engine.optimizer.overflow, "DeepSpeed passed over an update whose gradient norm is finite"
         self._count(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
