@@ -22,10 +22,10 @@ from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_s
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
-from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
-from ftune.plan.engine import EngineChoice, choose_engine, require_engine, require_installed
+from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
@@ -35,6 +35,7 @@ from ftune.run.engines import make_engine
 from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
 from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
+from ftune.run.launch import launched
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
 from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
@@ -92,30 +93,13 @@ def train(
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
-    choice = choose_engine(engine, os.environ)
-    require_engine(loaded.recipe, choice)
-    require_installed(choice)
+    choice = engine_for(loaded.recipe, engine, os.environ, auto_batch=auto_batch)
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
-    for launched in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(launched, None)
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(variable, None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
-    if auto_batch and loaded.recipe.method.updates_in_backward:
-        raise FtuneError(
-            "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
-            help="method.per_layer: false, or leave out --auto-batch",
-        )
-    if auto_batch and choice.name != "ddp":
-        raise FtuneError(
-            f"--auto-batch under {choice.name}: its forward and backward passes exchange weights, and the other "
-            "processes would wait in theirs for the one out of memory",
-            help="--engine ddp, or leave it out and lower training.micro_batch_size or micro_batch_tokens",
-        )
     accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
-    if choice.name != "ddp" and accelerator.num_processes == 1:
-        raise FtuneError(
-            f"--engine {choice.name} in one process: there is nothing to share out",
-            help="--num-processes 2 starts two",
-        )
+    require_several(choice, accelerator.num_processes)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
@@ -243,8 +227,7 @@ def _train(
             status = "finished"
     except Interrupted as interrupted:
         status = "interrupted"
-        overrides = "".join(f" --set {shlex.quote(override)}" for override in loaded.overrides)
-        interrupted.help = f"continue with `ftune train {shlex.quote(str(loaded.path))}{overrides} --resume`"
+        interrupted.help = f"continue with `{_command(loaded, world, choice, asked)} --resume`"
         raise
     except KeyboardInterrupt:
         status = "interrupted"
@@ -273,6 +256,16 @@ def _train(
                 raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
     return record
+
+
+def _command(loaded: Loaded, world: int, choice: EngineChoice, asked: _Asked) -> str:
+    """How this run was started; under another launcher than ftune's own, without that launcher."""
+    words = ["ftune", "train", shlex.quote(str(loaded.path))]
+    words += [f"--set {shlex.quote(override)}" for override in loaded.overrides]
+    words += [f"--num-processes {world}"] if launched() else []
+    words += [f"--engine {choice.name}"] if choice.name != "ddp" else []
+    words += ["--auto-batch"] if asked.auto_batch else []
+    return " ".join(words)
 
 
 def _end(sink: Sink, event: RunEnd) -> None:
