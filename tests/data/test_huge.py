@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +95,14 @@ def test_a_row_that_memory_does_not_suffice_for_is_named(
     assert not tokenized
 
 
+def test_what_a_text_takes_is_held_against_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.Process().memory_info().rss + 10**9
+    monkeypatch.setattr(huge, "available_bytes", lambda device: free)
+    huge.require_memory(10**7)  # 0.9 GB
+    with pytest.raises(DataError, match="tokenizing it takes at least"):
+        huge.require_memory(12 * 10**6)
+
+
 def _tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
     definition = json.loads(build_tokenizer().backend_tokenizer.to_str())
     for name, value in changes.items():
@@ -135,20 +145,36 @@ def test_there_is_no_bound_where_text_can_vanish(changes: dict[str, Any]) -> Non
     assert bound_of(_tokenizer(**changes)) is None
 
 
-def _falling_back() -> PreTrainedTokenizerFast:
-    """Llama 2's kind: characters, of bytes only what is no such character; its longest token is 24 bytes."""
-    merges = [("日", "本"), ("日本", "日本"), ("日本日本", "日本日本")]
-    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", "日", "本", *map("".join, merges)]
+def _falling_back(character: str, *steps: normalizers.Normalizer) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: characters, and bytes for what is no such character; its longest token is eight times one."""
+    merges = [(character * times, character * times) for times in (1, 2, 4)]
+    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", character, *map("".join, merges)]
     raw = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.normalizer = normalizers.Sequence(list(steps))
     raw.add_special_tokens(SPECIALS)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|eos|>")
+
+
+def _with_more(token: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token that its vocabulary does not have."""
+    raw = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    raw.add_special_tokens([token])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|eos|>")
 
 
 NFC = _tokenizer(normalizer=normalizers.NFC())
 LACKING = _tokenizer(model__vocab=_without(ord("a"), 0xE6))
-TOKENIZERS = {"plain": build_tokenizer(), "nfc": NFC, "lacking": LACKING, "falling back": _falling_back()}
-PARTS = ["a", "日", "日本" * 4, "hello", " yes", "\n\n", "각", "<|im_start|>", "e\u0301", "\x00"]
+ADDED = "<|a token that was added later on|>"
+DECOMPOSED = unicodedata.normalize("NFD", "\uac01")  # one syllable of three bytes, in nine
+TOKENIZERS = {
+    "plain": build_tokenizer(),
+    "nfc": NFC,
+    "lacking": LACKING,
+    "added": _with_more(ADDED),
+    "falling back": _falling_back("日", normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")),
+    "falling back, nfc": _falling_back("\uac01", normalizers.NFC()),
+}
+PARTS = ["a", "日" * 8, "hello", " yes", "\n\n", DECOMPOSED * 8, "<|im_start|>", "e\u0301", "\x00", ADDED]
 BOUNDS = {name: bound_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 

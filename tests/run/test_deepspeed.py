@@ -39,7 +39,7 @@ RESUMED = [("deepspeed-zero2", "full"), ("deepspeed-zero3", "dora")]
 # second process gets in its first update, resumed, stopped by gradients there that are no numbers in the third, though
 # the loss is one, and resumed again.
 EACH = """
-import json, os, signal, sys
+import json, logging, os, signal, sys
 from pathlib import Path
 import torch
 from ftune.artifacts.training import train
@@ -98,6 +98,7 @@ for argument in sys.argv[2:]:
         Loop._backward = backward
     train(loaded, progress=False, resume="resumed" in path, engine=engine)
 (where / f"held-{rank}.json").write_text(json.dumps([held, said]))
+logging.getLogger("DeepSpeed").warning("a warning of its own")
 """
 
 
@@ -114,6 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch(2, str(where / "each.py"), str(where), *made)
     assert done.returncode == 0, done.stderr
     (where / "stdout").write_text(done.stdout)
+    (where / "stderr").write_text(done.stderr)
     return where
 
 
@@ -142,6 +144,9 @@ def test_what_it_leaves_behind_is_what_one_process_leaves(engine: str, name: str
         assert {key: (value.shape, value.dtype) for key, value in a.items()} == {
             key: (value.shape, value.dtype) for key, value in b.items()
         }
+    # Adapters in parts are gathered for them.
+    vitals = [json.loads((path.parent / "run.json").read_text())["vitals"] for path in (one, two)]
+    assert vitals[1] == pytest.approx(vitals[0], rel=1e-3)
     states = [torch.load(path.parent / "checkpoints/step-4/optimizer.pt", weights_only=True) for path in (one, two)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()
@@ -187,3 +192,4 @@ def test_a_gradient_that_is_no_number_stops_all_before_it_is_applied(engine: str
 
 def test_deepspeed_writes_nothing_to_standard_output(runs: Path) -> None:
     assert (runs / "stdout").read_text() == ""
+    assert "a warning of its own" in (runs / "stderr").read_text()
