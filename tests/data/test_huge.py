@@ -7,6 +7,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -198,4 +199,8 @@ def test_a_chunk_holds_so_many_rows_and_so_much_text(monkeypatch: pytest.MonkeyP
     for records in (plain, chats):
         chunks = [[sizes[record.row] for record in chunk] for chunk in workers._chunks(records)]
         assert chunks == [[1, 1, 1], [1, 9], [1], [30], [2, 2]]
+        encoded: list[int] = []
+        encoder: Any = SimpleNamespace(encode=lambda chunk, encoded=encoded: encoded.append(len(chunk)))
+        list(workers.encode_all(encoder, records))
+        assert encoded == [3, 2, 1, 1, 2]
     assert list(workers._chunks([])) == []
