@@ -259,9 +259,10 @@ def plan(
     if sizes is not None and not (sizes / "config.json").is_file():
         raise FtuneError(f"there is no {sizes}/config.json", help="configs/shapes has those of well-known models")
     from ftune.plan.devices import find_device
-    from ftune.plan.engine import choose_engine
+    from ftune.plan.engine import choose_engine, require_several
 
     choice = choose_engine(engine, {})
+    require_several(choice, num_processes)
     target = find_device(device) if device else None
     loaded = _load(recipe, overrides)
     with _libraries():
@@ -330,10 +331,12 @@ def train(
     if num_processes is not None:
         require_launchable(num_processes)
     if num_processes is not None and num_processes > 1:
+        from ftune.plan.engine import engine_for
         from ftune.recipe import load_checked
 
         # A mistake is told before anything starts; what is only doubtful, by the main process.
-        load_checked(recipe, overrides or (), color=_color(sys.stderr))
+        checked = load_checked(recipe, overrides or (), color=_color(sys.stderr))[0]
+        engine_for(checked.recipe, engine, os.environ, auto_batch=auto_batch)
         flags = [
             flag
             for flag, on in (

@@ -15,6 +15,7 @@ CLUSTER = Path(__file__).resolve().parents[1] / "configs/cluster"
 SBATCH = CLUSTER / "slurm.sbatch"
 KUBERNETES = CLUSTER / "kubernetes.yaml"
 SKYPILOT = CLUSTER / "skypilot.yaml"
+RUN = "a damaged run"  # as a checkpoint that is set aside is called
 
 # Two nodes in one shell: srun runs its command once a node, each with a process-id file of its own.
 SLURM = """
@@ -32,7 +33,7 @@ trap 'echo TERM >> "$LOG"; ended=1' TERM
 for _ in $(seq 100); do
   sleep 0.05
   if [ -n "$FAIL" ]; then exit 3; fi
-  if [ -n "$ended" ]; then sleep 0.2; [ -n "$FULL" ] || mkdir -p "$SAVES"; echo saved >> "$LOG"; exit 1; fi
+  if [ -n "$ended" ]; then sleep 0.2; [ -n "$FULL" ] || mkdir -p "$SAVES"; echo saved >> "$LOG"; exit 4; fi
 done
 """
 
@@ -48,13 +49,16 @@ def _start(tmp_path: Path, **settings: str) -> tuple[subprocess.Popen[bytes], Pa
         text = text.replace("  echo $$ >", '  touch "$LOG.begun"; sleep 0.5; echo $$ >')
     script.write_text(SLURM + text)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output_dir: {tmp_path}/run\n")
-    (tmp_path / "run/checkpoints/step-9").mkdir(parents=True)
+    recipe.write_text(f"output_dir: {tmp_path}/{RUN}\n")
+    # One of before, and one that was set aside: its number is that of the checkpoint to come.
+    for name in ("step-9", "step-10.damaged"):
+        (tmp_path / f"{RUN}/checkpoints/{name}").mkdir(parents=True)
+        os.utime(tmp_path / f"{RUN}/checkpoints/{name}", (1e9, 1e9))
     env = {
         **os.environ,
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LOG": str(log),
-        "SAVES": f"{tmp_path}/run/checkpoints/step-10",
+        "SAVES": f"{tmp_path}/{RUN}/checkpoints/step-10",
         "RECIPE": str(recipe),
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "2",
@@ -107,11 +111,18 @@ def test_slurm_waits_for_the_process_id_of_a_step_that_only_starts(tmp_path: Pat
     assert _lines(log)[6:] == ["requeue 7"]
 
 
+def test_slurm_requeues_where_a_checkpoint_of_the_same_number_is_newer(tmp_path: Path) -> None:
+    job, log = _start(tmp_path, SAVES=f"{tmp_path}/{RUN}/checkpoints/step-9/anew")
+    _signalled(job, log)
+    assert job.returncode == 0
+    assert _lines(log)[6:] == ["requeue 7"]
+
+
 def test_slurm_does_not_requeue_a_job_that_saved_nothing(tmp_path: Path) -> None:
     job, log = _start(tmp_path, FULL="yes")
     said = _signalled(job, log)
-    assert job.returncode == 1
-    assert f"error: no checkpoint was saved since this job began, in {tmp_path}/run: not requeued" in said
+    assert job.returncode == 4
+    assert f"error: no checkpoint was saved since this job began, in {tmp_path}/{RUN}: not requeued" in said
     assert "requeue 7" not in _lines(log)
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     "human",
     "cache",
     "available",
+    "installed",
     "errors",
     "scrub",
 ]

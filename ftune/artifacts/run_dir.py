@@ -18,7 +18,6 @@ import platform
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from pydantic import ValidationError
 
 import ftune
 from ftune.errors import RunDirError
+from ftune.installed import version_of
 from ftune.plan.pinned import repinned
 from ftune.recipe.schema import Recipe
 from ftune.run.files import remove_leftovers, write_json
@@ -56,13 +56,8 @@ def _foreign(path: Path) -> bool:
 
 def package_versions() -> dict[str, str]:
     """Versions of ftune, Python and the packages that decide a run's numbers; those not installed are left out."""
-    versions = {"ftune": ftune.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    installed = {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
+    return {"ftune": ftune.__version__, "python": platform.python_version()} | installed
 
 
 @dataclass(frozen=True)

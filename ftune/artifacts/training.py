@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,10 @@ from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_s
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
-from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
+from ftune.errors import Interrupted, RunDirError, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
-from ftune.plan.engine import EngineChoice, choose_engine, require_engine, require_installed
+from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.recipe.load import Loaded
@@ -34,6 +35,7 @@ from ftune.run.engines import make_engine
 from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
 from ftune.run.files import as_os_error, new_directory
 from ftune.run.forecast import Forecaster
+from ftune.run.launch import launched
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
 from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
@@ -50,6 +52,18 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 _LOCAL_SINKS = ("progress", "jsonl")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for beside the recipe: the arguments of ``train``."""
+
+    resume: bool
+    overwrite: bool
+    accept_changed_data: bool
+    show_plan: Callable[[dict[str, Any]], None]
+    progress: bool
+    auto_batch: bool
 
 
 def train(
@@ -79,59 +93,32 @@ def train(
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
-    choice = choose_engine(engine, os.environ)
-    require_engine(loaded.recipe, choice)
-    require_installed(choice)
+    choice = engine_for(loaded.recipe, engine, os.environ, auto_batch=auto_batch)
     # Or accelerate shards beside the engine, which does all that the configuration asks for.
-    for launched in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(launched, None)
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(variable, None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
-    if auto_batch and loaded.recipe.method.updates_in_backward:
-        raise FtuneError(
-            "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
-            help="method.per_layer: false, or leave out --auto-batch",
-        )
-    if auto_batch and choice.name != "ddp":
-        raise FtuneError(
-            f"--auto-batch under {choice.name}: its forward and backward passes exchange weights, and the other "
-            "processes would wait in theirs for the one out of memory",
-            help="--engine ddp, or leave it out and lower training.micro_batch_size or micro_batch_tokens",
-        )
     accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
-    if choice.name != "ddp" and accelerator.num_processes == 1:
-        raise FtuneError(
-            f"--engine {choice.name} in one process: there is nothing to share out",
-            help="--num-processes 2 starts two",
-        )
+    require_several(choice, accelerator.num_processes)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
             run.sweep()
-        return _train(
-            loaded, run, accelerator, choice, resume, overwrite, accept_changed_data, auto_batch, show_plan, progress
-        )
+        asked = _Asked(resume, overwrite, accept_changed_data, show_plan, progress, auto_batch)
+        return _train(loaded, run, accelerator, choice, asked)
 
 
 def _train(
-    loaded: Loaded,
-    run: RunDir,
-    accelerator: Accelerator,
-    choice: EngineChoice,
-    resume: bool,
-    overwrite: bool,
-    accept_changed_data: bool,
-    auto_batch: bool,
-    show_plan: Callable[[dict[str, Any]], None],
-    progress: bool,
+    loaded: Loaded, run: RunDir, accelerator: Accelerator, choice: EngineChoice, asked: _Asked
 ) -> dict[str, Any]:
     recipe, main, world = loaded.recipe, accelerator.is_main_process, accelerator.num_processes
     accelerator.wait_for_everyone()
-    before = run.read() if resume and run.exists() else None
+    before = run.read() if asked.resume and run.exists() else None
     began = run.recipe() if before is not None else None
     if before is not None and began is not None:
         recipe = in_world(run.as_begun(recipe), began, before, world)
-    if before is not None and accept_changed_data:
+    if before is not None and asked.accept_changed_data:
         plan = resolve_again(recipe, before, world, choice)
     else:
         plan = resolve(recipe, world_size=world, engine=choice)
@@ -142,12 +129,12 @@ def _train(
     summary = plan.summary()
     changes = list[dict[str, Any]]()
     if before is not None:
-        require_same(before, resolved, summary, run, accept_changed_data=accept_changed_data)
+        require_same(before, resolved, summary, run, accept_changed_data=asked.accept_changed_data)
         changes = list(before.get("data_changed", []))
         if before.get("status") == "finished":
             raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
     if main:
-        show_plan(summary)
+        asked.show_plan(summary)
 
     record: dict[str, Any] = {
         "recipe": loaded.text,
@@ -177,10 +164,12 @@ def _train(
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:
                 _rehearse(plan, model, run)
-                if overwrite:
+                if asked.overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear()
-            start, notes, found, kept = restore(checkpoints, plan, model, optimizer, accelerator, resume, run.metrics)
+            start, notes, found, kept = restore(
+                checkpoints, plan, model, optimizer, accelerator, asked.resume, run.metrics
+            )
             if before is not None and (data := changes_of_data(before, summary)):
                 changes.append({"after_step": start} | data)
                 notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")
@@ -193,7 +182,7 @@ def _train(
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
                 run.write(record)
-                sinks = _sinks(plan.recipe, run, accelerator, progress)
+                sinks = _sinks(plan.recipe, run, accelerator, asked.progress)
             sinks.append(tally)
 
             def emit(event: Event) -> None:
@@ -210,8 +199,10 @@ def _train(
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
-            shared = make_engine(choice, accelerator, auto_batch=auto_batch)
-            loop = Loop(plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, auto_batch)
+            shared = make_engine(choice, accelerator, auto_batch=asked.auto_batch)
+            loop = Loop(
+                plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch
+            )
             with using(kernels):
                 if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
                     loop.evaluate(start)
@@ -236,8 +227,7 @@ def _train(
             status = "finished"
     except Interrupted as interrupted:
         status = "interrupted"
-        overrides = "".join(f" --set {shlex.quote(override)}" for override in loaded.overrides)
-        interrupted.help = f"continue with `ftune train {shlex.quote(str(loaded.path))}{overrides} --resume`"
+        interrupted.help = f"continue with `{_command(loaded, world, choice, asked)} --resume`"
         raise
     except KeyboardInterrupt:
         status = "interrupted"
@@ -266,6 +256,16 @@ def _train(
                 raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
     return record
+
+
+def _command(loaded: Loaded, world: int, choice: EngineChoice, asked: _Asked) -> str:
+    """How this run was started; under another launcher than ftune's own, without that launcher."""
+    words = ["ftune", "train", shlex.quote(str(loaded.path))]
+    words += [f"--set {shlex.quote(override)}" for override in loaded.overrides]
+    words += [f"--num-processes {world}"] if launched() else []
+    words += [f"--engine {choice.name}"] if choice.name != "ddp" else []
+    words += ["--auto-batch"] if asked.auto_batch else []
+    return " ".join(words)
 
 
 def _end(sink: Sink, event: RunEnd) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ftune.cache import cache_dir, publish, touch
 from ftune.data.chat import ChatTemplate, special_tokens
 from ftune.data.examples import Examples
 from ftune.data.sources import Rows
+from ftune.installed import version_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def key_of(
         template and [template.source, date.today().isoformat() if DATED in template.source else None],
         settings,
         _code(),
-        [version(name) for name in PACKAGES],
+        [version_of(name) for name in PACKAGES],
     ]
     return _digest(json.dumps(parts, sort_keys=True).encode())
 

@@ -90,7 +90,17 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
         # The method whose base is 4-bit unless it is told otherwise.
         small = [n for n, cls in METHODS.items() if getattr(cls.model_fields.get("quantization"), "default", None)]
         changes += [(f"method: {name}", {"method": METHODS[name]()}) for name in small[:1]]
-    return changes
+    return [(text, change) for text, change in changes if _runs(arguments | change, recipe)]
+
+
+def _runs(arguments: dict[str, Any], recipe: Any) -> bool:
+    """Whether the engine can run a recipe once it is changed."""
+    if arguments["engine"] == "ddp":
+        return True
+    method: Method = arguments["method"]
+    optimizer = recipe.optimizer.model_copy(update={"name": arguments["optimizer"]})
+    changed = recipe.model_copy(update={"method": method, "optimizer": optimizer})
+    return not any(method.engine_problems(changed, arguments["engine"]))
 
 
 def _again(arguments: dict[str, Any], change: dict[str, Any]) -> MemoryEstimate:

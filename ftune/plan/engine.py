@@ -16,7 +16,16 @@ from ftune.errors import FtuneError
 if TYPE_CHECKING:
     from ftune.recipe.schema import Recipe
 
-__all__ = ["DDP", "ENGINES", "EngineChoice", "choose_engine", "require_engine", "require_installed"]
+__all__ = [
+    "DDP",
+    "ENGINES",
+    "EngineChoice",
+    "choose_engine",
+    "engine_for",
+    "require_engine",
+    "require_installed",
+    "require_several",
+]
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2-offload", "deepspeed-zero2", "deepspeed-zero3"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
@@ -156,6 +165,51 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
         name="fsdp2-offload" if on("FSDP_OFFLOAD_PARAMS") else "fsdp2",
         reshard_after_forward=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
     )
+
+
+def engine_for(
+    recipe: Recipe, asked: str | None, environment: Mapping[str, str], *, auto_batch: bool = False
+) -> EngineChoice:
+    """The engine of a run: one that is there, can run the recipe, and can do what ``--auto-batch`` needs.
+
+    Args:
+        recipe: What is to run.
+        asked: ``--engine``.
+        environment: Where accelerate's launcher leaves its configuration.
+        auto_batch: Whether an update must be one that can be made anew.
+
+    Raises:
+        FtuneError: As ``choose_engine`` and ``require_engine`` do; or its library is missing, or ``auto_batch`` cannot
+            be.
+    """
+    choice = choose_engine(asked, environment)
+    require_engine(recipe, choice)
+    require_installed(choice)
+    if auto_batch and recipe.method.updates_in_backward:
+        raise FtuneError(
+            "--auto-batch with a method that updates in the backward pass: an update cannot be made anew",
+            help="method.per_layer: false, or leave out --auto-batch",
+        )
+    if auto_batch and choice.name != "ddp":
+        raise FtuneError(
+            f"--auto-batch under {choice.name}: its forward and backward passes exchange weights, and the other "
+            "processes would wait in theirs for the one out of memory",
+            help="--engine ddp, or leave it out and lower training.micro_batch_size or micro_batch_tokens",
+        )
+    return choice
+
+
+def require_several(choice: EngineChoice, processes: int) -> None:
+    """Hold that there are processes among which an engine can share something out.
+
+    Raises:
+        FtuneError: There is one.
+    """
+    if choice.name != "ddp" and processes == 1:
+        raise FtuneError(
+            f"--engine {choice.name} in one process: there is nothing to share out",
+            help="--num-processes 2 makes it two",
+        )
 
 
 def require_installed(choice: EngineChoice) -> None:

@@ -11,16 +11,15 @@ is made anew.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.cache import cache_dir, publish, touch
+from ftune.installed import version_of
 
 if TYPE_CHECKING:
     import torch
@@ -145,13 +144,9 @@ def _entry(file: Path, part: str) -> Path | None:
 
 def _key(file: Path) -> str:
     stat = file.stat()
-    parts = (_FORMAT, file, stat.st_size, stat.st_mtime_ns, *_versions())
+    versions = [f"{name} {version_of(name)}" for name in ("transformers", "tokenizers", "gguf")]
+    parts = (_FORMAT, file, stat.st_size, stat.st_mtime_ns, *versions)
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _versions() -> tuple[str, ...]:
-    return tuple(f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf"))
 
 
 def _seal(directory: Path) -> None:

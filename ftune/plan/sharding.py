@@ -89,7 +89,14 @@ def per_rank(
 
 
 def on_host(
-    method: Method, shape: ModelShape, *, engine: str, processes: int, stored_bytes: int, optimizer: str
+    method: Method,
+    shape: ModelShape,
+    *,
+    engine: str,
+    processes: int,
+    stored_bytes: int,
+    optimizer: str,
+    device_type: str = "cuda",
 ) -> int:
     """Bytes of the host's memory in which one rank keeps its parts; 0 where nothing is offloaded.
 
@@ -100,8 +107,9 @@ def on_host(
         processes: Ranks.
         stored_bytes: Of a base weight that is not quantized.
         optimizer: Its name in the recipe.
+        device_type: On a CPU what is offloaded lies in the same memory, and is counted there.
     """
-    if engine != "fsdp2-offload" or processes == 1:
+    if engine != "fsdp2-offload" or processes == 1 or device_type == "cpu":
         return 0
     parts = method.base_bytes(shape, stored_bytes)
     if method.artifact == "model":

@@ -109,6 +109,7 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         processes=plan.world_size,
         stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
         optimizer=plan.recipe.optimizer.name,
+        device_type="cuda" if plan.target else plan.context.device.type,
     )
     return {
         "processes": plan.world_size,

@@ -189,12 +189,12 @@ def _ranks(ranks: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{ranks['processes']} of {ranks['engine']}"
     sent = ranks["sent_bytes_an_update"]
-    yield f"each sends {bytes_text(sent['total'])} an update"
-    if sum(size > 0 for size in sent.values()) > 2:
-        for name in ("all_gather", "reduce_scatter", "all_reduce"):
-            yield f"{name.replace('_', '-')} {bytes_text(sent[name])}" if sent[name] else ""
+    names = [name for name in ("all_gather", "reduce_scatter", "all_reduce") if sent[name]]
+    parts = ", ".join(f"{name.replace('_', '-')} {bytes_text(sent[name])}" for name in names)
+    yield f"each sends {bytes_text(sent['total'])} an update" + (f" ({parts})" if len(names) > 1 else "")
+    yield "the memory below is one rank's"
     host = ranks.get("host_bytes")
-    yield "memory is that of one rank" + (f", and {bytes_text(host)} of the host's for its parts" if host else "")
+    yield f"and {bytes_text(host)} of the host's for its parts" if host else ""
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:

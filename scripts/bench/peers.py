@@ -188,6 +188,9 @@ def _unsloth(job: Job, bin_directory: Path) -> list[str]:
     settings = {
         "model": str(job.model),
         "data": str(job.data / f"{job.split}.pairs.jsonl"),
+        "cuda": job.cuda,
+        "four_bit": False,
+        "checkpointing": False,
         "max_length": job.max_length,
         "rank": RANK,
         "alpha": ALPHA,

@@ -12,15 +12,14 @@ import json
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import yaml
+from sft_shared import make_trainer, read_settings, unsloth_model
 
 MARK = "measured: "
 
 
-def _trl(settings: dict[str, Any], attention: str) -> tuple[Any, Any, dict[str, Any]]:
+def _trl(settings: dict[str, Any], attention: str) -> tuple[Any, Any, Any]:
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -45,40 +44,15 @@ def _trl(settings: dict[str, Any], attention: str) -> tuple[Any, Any, dict[str, 
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return model, AutoTokenizer.from_pretrained(settings["model"]), {"peft_config": adapter}
-
-
-def _unsloth(settings: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    import torch
-    from unsloth import FastLanguageModel
-
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        settings["model"],
-        max_seq_length=settings["max_length"],
-        dtype=torch.bfloat16,
-        load_in_4bit=settings["four_bit"],
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=settings["rank"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=0.0,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        # Its own form, which moves what a block keeps to the host.
-        use_gradient_checkpointing="unsloth" if settings["checkpointing"] else False,
-        random_state=settings["trainer"]["seed"],
-    )
-    return model, tokenizer, {}
+    return model, AutoTokenizer.from_pretrained(settings["model"]), adapter
 
 
 def main(path: str) -> None:
-    settings: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    settings = read_settings(path)
     if settings["tool"] == "unsloth":
         import unsloth  # noqa: F401  # isort: skip  # must come first: it patches what follows
     import torch
-    from datasets import load_dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     attention = "flash_attention_2" if settings["cuda"] and find_spec("flash_attn") else "sdpa"
     found: dict[str, Any] = {"seconds": [], "losses": [], "tokens": [], "attention": attention}
@@ -104,25 +78,13 @@ def main(path: str) -> None:
                 found["losses"].append(float(logs["loss"]))
                 found["tokens"].append(logs.get("num_tokens"))
 
+    adapter = None
     if settings["tool"] == "unsloth":
         found["attention"] = "its own choice"
-        model, tokenizer, more = _unsloth(settings)
+        model, tokenizer = unsloth_model(settings)
     else:
-        model, tokenizer, more = _trl(settings, attention)
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=load_dataset("json", data_files=settings["data"], split="train"),
-        args=SFTConfig(
-            max_length=settings["max_length"],
-            completion_only_loss=True,
-            gradient_checkpointing=settings["checkpointing"],
-            use_cpu=not settings["cuda"],
-            **settings["trainer"],
-        ),
-        callbacks=[Watch()],
-        **more,
-    )
+        model, tokenizer, adapter = _trl(settings, attention)
+    trainer = make_trainer(settings, model, tokenizer, adapter, [Watch()])
     trainer.train()
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if settings["cuda"] else None
     found["trainable"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)

@@ -136,6 +136,37 @@ def test_usage_mistakes_are_two(arguments: list[str], capsys: pytest.CaptureFixt
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--engine", "zero"], "--engine zero: there is no such engine"),
+        (["--engine", "fsdp2", "--auto-batch"], "--auto-batch under fsdp2"),
+        (["--engine", "fsdp2", "--set", "optimizer.name=adamw_8bit", "--set", "method={name: full}"], "optimizer.name"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_told_before_processes_start(
+    flags: list[str],
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ftune.run.launch.launch", lambda *_: pytest.fail("processes were started"))
+    code, _, err = run(capsys, "train", recipe, "--num-processes", "2", *flags)
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_would_change_nothing_is_not_planned_for(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "plan", recipe, "--engine", "deepspeed-zero2")
+    assert code == 2
+    assert "--engine deepspeed-zero2 in one process: there is nothing to share out" in err
+
+
 def test_interrupted_is_130(recipe: Path, tmp_path: Path) -> None:
     import signal
     import time

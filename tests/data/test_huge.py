@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from data.kit import build_tokenizer, chat
+from data.kit import SPECIALS, build_tokenizer, chat
 from ftune.data import encode, huge, workers
 from ftune.data.encode import Encoder
 from ftune.data.huge import bound_of
@@ -93,6 +96,14 @@ def test_a_row_that_memory_does_not_suffice_for_is_named(
     assert not tokenized
 
 
+def test_what_a_text_takes_is_held_against_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.Process().memory_info().rss + 10**9
+    monkeypatch.setattr(huge, "available_bytes", lambda device: free)
+    huge.require_memory(10**7)  # 0.9 GB
+    with pytest.raises(DataError, match="tokenizing it takes at least"):
+        huge.require_memory(12 * 10**6)
+
+
 def _tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
     definition = json.loads(build_tokenizer().backend_tokenizer.to_str())
     for name, value in changes.items():
@@ -125,6 +136,7 @@ def test_bytes_are_written_as_the_library_does() -> None:
         {"normalizer": normalizers.Replace(" ", "")},
         {"pre_tokenizer": pre_tokenizers.Whitespace()},
         {"pre_tokenizer": pre_tokenizers.Metaspace()},  # unknown characters are dropped
+        {"pre_tokenizer": pre_tokenizers.Metaspace(), "model__byte_fallback": True},  # to bytes that are not there
         {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), ByteLevel()])},
         {"added_tokens": [{"id": 0, "content": "<|pad|>", "single_word": False, "lstrip": True, "rstrip": False,
                            "normalized": False, "special": True}]},
@@ -134,14 +146,41 @@ def test_there_is_no_bound_where_text_can_vanish(changes: dict[str, Any]) -> Non
     assert bound_of(_tokenizer(**changes)) is None
 
 
+def _falling_back(character: str, *steps: normalizers.Normalizer) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: characters, and bytes for what is no such character; its longest token is eight times one."""
+    merges = [(character * times, character * times) for times in (1, 2, 4)]
+    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", character, *map("".join, merges)]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True))
+    raw.normalizer = normalizers.Sequence(list(steps))
+    raw.add_special_tokens(SPECIALS)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|eos|>")
+
+
+def _with_more(token: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token that its vocabulary does not have."""
+    raw = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    raw.add_special_tokens([token])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|eos|>")
+
+
 NFC = _tokenizer(normalizer=normalizers.NFC())
 LACKING = _tokenizer(model__vocab=_without(ord("a"), 0xE6))
-TOKENIZERS = {"plain": build_tokenizer(), "nfc": NFC, "lacking": LACKING}
+ADDED = "<|a token that was added later on|>"
+DECOMPOSED = unicodedata.normalize("NFD", "\uac01")  # one syllable of three bytes, in nine
+TOKENIZERS = {
+    "plain": build_tokenizer(),
+    "nfc": NFC,
+    "lacking": LACKING,
+    "added": _with_more(ADDED),
+    "falling back": _falling_back("日", normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")),
+    "falling back, nfc": _falling_back("\uac01", normalizers.NFC()),
+}
+PARTS = ["a", "日" * 8, "hello", " yes", "\n\n", DECOMPOSED * 8, "<|im_start|>", "e\u0301", "\x00", ADDED]
 BOUNDS = {name: bound_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(st.lists(st.sampled_from(["a", "日", "hello", " yes", "\n\n", "각", "<|im_start|>", "e\u0301", "\x00"])))
+@given(st.lists(st.sampled_from(PARTS)))
 def test_no_text_has_fewer_tokens_than_the_bound(name: str, parts: list[str]) -> None:
     text, bound = "".join(parts), BOUNDS[name]
     assert bound is not None
@@ -154,7 +193,14 @@ def test_a_chunk_holds_so_many_rows_and_so_much_text(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(workers, "CHUNK", 3)
     monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 10)
     sizes = [1, 1, 1, 1, 9, 1, 30, 2, 2]
-    records = [encode.Plain("", "a" * size, row) for row, size in enumerate(sizes)]
-    chunks = [[len(record.completion) for record in chunk] for chunk in workers._chunks(records)]  # type: ignore[union-attr]
-    assert chunks == [[1, 1, 1], [1, 9], [1], [30], [2, 2]]
+    plain = [encode.Plain("a" * (size // 2), "a" * (size - size // 2), row) for row, size in enumerate(sizes)]
+    halves = [chat("a" * (size // 2), "a" * (size - size // 2)) for size in sizes]
+    chats = [encode.Conversation(tuple(messages), row) for row, messages in enumerate(halves)]
+    for records in (plain, chats):
+        chunks = [[sizes[record.row] for record in chunk] for chunk in workers._chunks(records)]
+        assert chunks == [[1, 1, 1], [1, 9], [1], [30], [2, 2]]
+        encoded: list[int] = []
+        encoder: Any = SimpleNamespace(encode=lambda chunk, encoded=encoded: encoded.append(len(chunk)))
+        list(workers.encode_all(encoder, records))
+        assert encoded == [3, 2, 1, 1, 2]
     assert list(workers._chunks([])) == []

@@ -148,7 +148,7 @@ def test_whatever_decides_the_tokens_makes_another_key(
     assert key(load_rows(DataSource(path=str(write(CHATS, "elsewhere/copy.jsonl")))), tokenizer) == keys["same"]
     for package in token_cache.PACKAGES:
         with monkeypatch.context() as patch:
-            patch.setattr(token_cache, "version", lambda name, newer=package: f"{name} {name == newer}")
+            patch.setattr(token_cache, "version_of", lambda name, newer=package: f"{name} {name == newer}")
             keys[package] = key(rows, tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "_code", lambda: "another")

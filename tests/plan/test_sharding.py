@@ -97,6 +97,22 @@ def test_on_a_cpu_host_and_device_are_the_same(tmp_path: Path) -> None:
     shape = read_shape(tiny.config())
     sharded, offloaded = (per_rank(items, Full(), shape, engine=e, **given) for e in ("fsdp2", "fsdp2-offload"))
     assert offloaded == sharded
+    recipe = tiny.recipe(tmp_path, "full").recipe
+    here = resolve(recipe, world_size=2, engine=EngineChoice("fsdp2-offload")).summary()
+    assert ("host_bytes" in here["ranks"]) == (here["device"]["type"] != "cpu")
+
+
+@pytest.mark.parametrize(("engine", "refused"), [
+    ("ddp", []),
+    ("deepspeed-zero2", ["adamw_8bit"]),
+    ("fsdp2-offload", ["adamw_8bit", "method: qlora"]),
+])  # fmt: skip
+def test_the_plan_does_not_advise_what_the_engine_refuses(engine: Any, refused: list[str], tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "full", training={"gradient_checkpointing": False}).recipe
+    settings: dict[str, Any] = {"sizes": SHAPES / "llama-2-7b", "target": find_device("8GiB")}
+    advice = "\n".join(resolve(recipe, world_size=8, engine=EngineChoice(engine), **settings).summary()["advice"])
+    for change in ("adamw_8bit", "method: qlora"):
+        assert (change in advice) == (change not in refused)
 
 
 def test_zero2_shares_out_gradients_and_moments_and_zero3_every_weight() -> None:

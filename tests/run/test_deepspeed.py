@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,21 +35,24 @@ RUNS = [
 ]
 RESUMED = [("deepspeed-zero2", "full"), ("deepspeed-zero3", "dora")]
 
-# All in one launch. Nothing is so small that ZeRO-3 would leave it whole. Some runs are stopped after their second
-# update and resumed.
+# All in one launch. Nothing is so small that ZeRO-3 would leave it whole. Some runs are stopped by a signal that the
+# second process gets in its first update, resumed, stopped by gradients there that are no numbers in the third, though
+# the loss is one, and resumed again.
 EACH = """
-import json, os, sys
+import json, logging, os, signal, sys
 from pathlib import Path
+import torch
 from ftune.artifacts.training import train
-from ftune.errors import Interrupted
+from ftune.errors import Interrupted, RunFailed
 from ftune.ops.sharded import local
 from ftune.recipe import load_checked
 from ftune.run.engines import deepspeed
 from ftune.run.loop import Loop
 
 deepspeed.PERSISTENT = 0
-held = {}
-wrap, after = deepspeed.DeepSpeed.wrap, Loop._after
+held, said = {}, {}
+wrap, after, backward = deepspeed.DeepSpeed.wrap, Loop._after, Loop._backward
+rank, where = os.environ["RANK"], Path(sys.argv[1])
 
 def measuring(self, objective, optimizer, method):
     sizes = {name: parameter.numel() for name, parameter in objective.named_parameters()}
@@ -58,25 +62,43 @@ def measuring(self, objective, optimizer, method):
     held[f"{method.name}-{self.stage}"] = {"weights": parts / sum(sizes.values()), "moments": moments}
     return wrapped
 
-def stopping(self, step):
+def signalled(self, step):
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
     after(self, step)
-    if step == 2:
-        raise Interrupted("stopped", signal_number=15)
+
+class Spoilt(torch.autograd.Function):
+    @staticmethod
+    def forward(context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+def spoiling(self, step, mine, targets, wrapped):
+    bad = step == 2 and rank == "1"
+    return backward(self, step, mine, targets, (lambda batch: Spoilt.apply(wrapped(batch))) if bad else wrapped)
+
+def stopped(loaded, error, **settings):
+    try:
+        train(loaded, progress=False, **settings)
+    except error as stop:
+        said.setdefault(Path(loaded.recipe.output_dir).name, []).append([str(stop), stop.help])
 
 deepspeed.DeepSpeed.wrap = measuring
-rank, where = os.environ["RANK"], Path(sys.argv[1])
 for argument in sys.argv[2:]:
     engine, path = argument.split(":")
     loaded = load_checked(Path(path))[0]
     if "resumed" in path:
-        Loop._after = stopping
-        try:
-            train(loaded, progress=False, engine=engine)
-        except Interrupted:
-            pass
-        Loop._after = after
+        Loop._after = signalled
+        stopped(loaded, Interrupted, engine=engine)
+        Loop._after, Loop._backward = after, spoiling
+        stopped(loaded, RunFailed, engine=engine, resume=True)
+        Loop._backward = backward
     train(loaded, progress=False, resume="resumed" in path, engine=engine)
-(where / f"held-{rank}.json").write_text(json.dumps(held))
+(where / f"held-{rank}.json").write_text(json.dumps([held, said]))
+logging.getLogger("DeepSpeed").warning("a warning of its own")
 """
 
 
@@ -89,12 +111,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (where / "each.py").write_text(EACH)
     made = [f"{engine}:{recipe(where, name, 2, f'{name}-{engine}')}" for engine, name in RUNS]
     for engine, name in RESUMED:
-        path = recipe(where, name, 2, f"{name}-{engine}-resumed")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": {"every_steps": 2}}))
-        made.append(f"{engine}:{path}")
+        made.append(f"{engine}:{recipe(where, name, 2, f'{name}-{engine}-resumed')}")
     done = launch(2, str(where / "each.py"), str(where), *made)
     assert done.returncode == 0, done.stderr
     (where / "stdout").write_text(done.stdout)
+    (where / "stderr").write_text(done.stderr)
     return where
 
 
@@ -123,6 +144,9 @@ def test_what_it_leaves_behind_is_what_one_process_leaves(engine: str, name: str
         assert {key: (value.shape, value.dtype) for key, value in a.items()} == {
             key: (value.shape, value.dtype) for key, value in b.items()
         }
+    # Adapters in parts are gathered for them.
+    vitals = [json.loads((path.parent / "run.json").read_text())["vitals"] for path in (one, two)]
+    assert vitals[1] == pytest.approx(vitals[0], rel=1e-3)
     states = [torch.load(path.parent / "checkpoints/step-4/optimizer.pt", weights_only=True) for path in (one, two)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()
@@ -135,7 +159,7 @@ def test_what_it_leaves_behind_is_what_one_process_leaves(engine: str, name: str
 
 def test_weights_and_moments_are_in_parts(runs: Path) -> None:
     for rank in range(2):
-        held = json.loads((runs / f"held-{rank}.json").read_text())
+        held, _ = json.loads((runs / f"held-{rank}.json").read_text())
         assert held["full-2"]["weights"] == 1
         assert held["full-3"]["weights"] == pytest.approx(0.5, abs=0.01)
         assert held["dora-3"]["weights"] == pytest.approx(0.5, abs=0.01)
@@ -148,12 +172,24 @@ def test_weights_and_moments_are_in_parts(runs: Path) -> None:
 @pytest.mark.parametrize(("engine", "name"), RESUMED)
 def test_resumed_equals_uninterrupted(engine: str, name: str, runs: Path) -> None:
     through, resumed = (runs / f"{name}-{engine}{which}/checkpoints/step-4" for which in ("", "-resumed"))
-    assert tiny.events(runs / f"{name}-{engine}-resumed", "resume")
+    assert [event["step"] for event in tiny.events(runs / f"{name}-{engine}-resumed", "resume")] == [1, 2]
     a, b = (load_file(path / "trained.safetensors") for path in (through, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a | b)
     a, b = (torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (through, resumed))
     assert all(torch.equal(a[index][key], b[index][key]) for index in a for key in a[index])
 
 
+@pytest.mark.parametrize(("engine", "name"), RESUMED)
+def test_a_gradient_that_is_no_number_stops_all_before_it_is_applied(engine: str, name: str, runs: Path) -> None:
+    for rank in range(2):
+        _, said = json.loads((runs / f"held-{rank}.json").read_text())
+        (stop, help_), (failure, remedy) = said[f"{name}-{engine}-resumed"]
+        assert stop == "stopped after step 1 of 4"
+        assert "--resume" in help_
+        assert re.match(r"the gradient norm is nan, the loss \d\S+, at step 3, rows \[\d+, \d+, \d+\]", failure)
+        assert "step-2 has the state before it" in remedy
+
+
 def test_deepspeed_writes_nothing_to_standard_output(runs: Path) -> None:
     assert (runs / "stdout").read_text() == ""
+    assert "a warning of its own" in (runs / "stderr").read_text()

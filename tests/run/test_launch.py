@@ -186,6 +186,7 @@ def test_killed_stopped_and_orphaned_a_run_ends_as_if_nothing_had_been(tmp_path:
     _, err = second.communicate(timeout=60)
     assert second.returncode == 143
     assert err.count("stopped after step") == 1, err
+    assert f"continue with `ftune train {made['torn']} --num-processes 2 --resume`" in err
     saved = json.loads((torn / "run.json").read_text())["measured"]["steps"]
     assert (torn / f"checkpoints/step-{saved}/manifest.json").is_file()
 

@@ -118,6 +118,7 @@ class DeepSpeed(Engine):
         for mine, given in zip(self._inner.param_groups, optimizer.param_groups, strict=True):
             mine["lr"] = given["lr"]
         self._engine.step()
+        assert not self._engine.optimizer.overflow, "DeepSpeed passed over an update whose gradient norm is finite"
         self._count(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
