@@ -104,6 +104,8 @@ def train(
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
+            # Again: another process may have trained here between the look and the lock.
+            run.prepare(overwrite=overwrite, resume=resume)
             run.sweep()
         asked = _Asked(resume, overwrite, accept_changed_data, show_plan, progress, auto_batch)
         return _train(loaded, run, accelerator, choice, asked)

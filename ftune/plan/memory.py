@@ -39,7 +39,7 @@ RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 600 * 2**20}
 CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
 
 HOLES = 0.88
-HOLES_RECOMPUTED = 0.2
+HOLES_RECOMPUTED = 0.25
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
 activations live until the backward pass, and of recomputed ones, between which they are given back
 (``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens. With every block

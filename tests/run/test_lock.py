@@ -88,3 +88,17 @@ def test_a_file_system_without_locks_is_warned_about(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with RunLock(tmp_path):
         assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_made_before_the_lock_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, enter = tiny.recipe(tmp_path), RunLock.__enter__
+
+    def late(lock: RunLock) -> RunLock:
+        (tmp_path / "run/run.json").write_text("{}")
+        return enter(lock)
+
+    monkeypatch.setattr(RunLock, "__enter__", late)
+    with pytest.raises(RunDirError, match="already holds a run"):
+        train(loaded, progress=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+import tiny
 import torch
 
 from ftune.plan.recompute import blocks_of, enable_checkpointing
 from ftune.run import memory
-from tests import tiny
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
