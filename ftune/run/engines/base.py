@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
+
+from ftune.ops.sharded import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from ftune.methods import Method
     from ftune.run.objective import Objective
 
-__all__ = ["Ddp", "Engine", "Gathered", "average"]
+__all__ = ["Ddp", "Engine", "Gathered", "average", "put_whole"]
 
 BUCKET = 2**23
 """Elements that travel together: one message for each small tensor would cost more than what it carries."""
@@ -128,6 +131,29 @@ class Ddp(Engine):
     @property
     def _with_backward(self) -> bool:
         return self.world_size > 1 and not self.at_end
+
+
+@torch.no_grad()
+def put_whole(model: nn.Module, parts: Callable[[nn.Parameter], bool], *, main: bool) -> None:
+    """Gather one parameter after another, and put it into the main process's model, on the CPU.
+
+    Args:
+        model: The same on every process; all of them call.
+        parts: Whether a parameter is one to gather.
+        main: Whether this is the main process; the others keep what they have.
+    """
+    # A tied one stays tied, and every process asks for it once: None where nothing is kept.
+    made: dict[nn.Parameter, nn.Parameter | None] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parts(parameter):
+                continue
+            if parameter not in made:
+                found = whole(parameter)
+                # In a storage of its own: whole weights of ZeRO-2 share one.
+                made[parameter] = nn.Parameter(found.detach().to("cpu", copy=found is parameter)) if main else None
+            if (kept := made[parameter]) is not None:
+                setattr(module, name, kept)
 
 
 def average(tensors: list[Tensor], world: int) -> None:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from ftune.ops.sharded import is_sharded, whole, whole_while
 from ftune.plan.sharding import BUCKET, PERSISTENT
-from ftune.run.engines.base import Engine, Gathered
+from ftune.run.engines.base import Engine, Gathered, put_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -199,19 +199,7 @@ class DeepSpeed(Engine):
     @torch.no_grad()
     def make_whole(self, model: nn.Module) -> None:
         """Gather one parameter after another, if it trains, and let DeepSpeed go."""
-        # A tied one stays tied, and every process asks for it once: None where nothing is kept.
-        made: dict[nn.Parameter, nn.Parameter | None] = {}
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if not parameter.requires_grad:
-                    continue
-                if parameter not in made:
-                    found = whole(parameter)
-                    # Of its own: parts of ZeRO-2 lie in one storage.
-                    kept = nn.Parameter(found.detach().cpu().clone()) if self.accelerator.is_main_process else None
-                    made[parameter] = kept
-                if (kept := made[parameter]) is not None:
-                    setattr(module, name, kept)
+        put_whole(model, lambda p: p.requires_grad, main=self.accelerator.is_main_process)
         self._engine.destroy()
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ftune.ops.sharded import is_sharded, part_like, whole
 from ftune.plan.recompute import blocks_of
-from ftune.run.engines.base import Engine, Gathered, average
+from ftune.run.engines.base import Engine, Gathered, average, put_whole
 from ftune.run.memory import map_large_blocks
 
 if TYPE_CHECKING:
@@ -109,17 +109,7 @@ class Fsdp2(Engine):
     def make_whole(self, model: nn.Module) -> None:
         """Gather one parameter after another, if it trains; frozen ones are not saved."""
         self._root.reshard()
-        # A tied one stays tied, and every process asks for it once: None where nothing is kept.
-        made: dict[nn.Parameter, nn.Parameter | None] = {}
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if not (parameter.requires_grad and is_sharded(parameter)):
-                    continue
-                if parameter not in made:
-                    found = whole(parameter.detach())
-                    made[parameter] = nn.Parameter(found.cpu()) if self.accelerator.is_main_process else None
-                if (kept := made[parameter]) is not None:
-                    setattr(module, name, kept)
+        put_whole(model, lambda p: p.requires_grad and is_sharded(p), main=self.accelerator.is_main_process)
 
 
 def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whole_state: bool) -> None:
