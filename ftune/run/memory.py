@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,9 +29,8 @@ def return_free_memory() -> None:
     would count to the run's resident size until its end.
     """
     gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
 
 
 def map_large_blocks() -> None:
@@ -40,9 +39,8 @@ def map_large_blocks() -> None:
     Left to itself the library raises that size to 32 MiB as such blocks are freed. What is gathered and dropped in
     every layer then leaves holes in the heap: with 269M parameters shared among two processes, a fifth of the peak.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+    if mallopt := _of_glibc("mallopt"):
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def trim_between_blocks(model: nn.Module) -> None:
@@ -55,11 +53,8 @@ def trim_between_blocks(model: nn.Module) -> None:
     Args:
         model: With recomputation already set up.
     """
-    if sys.platform != "linux":
-        return
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # another C library
+    trim = _of_glibc("malloc_trim")
+    if trim is None:
         return
 
     def give_back(block: nn.Module, _: object) -> None:
@@ -69,6 +64,17 @@ def trim_between_blocks(model: nn.Module) -> None:
     recomputed = [block for block in blocks_of(model) if block.gradient_checkpointing]
     for block in recomputed[::TRIM_EVERY]:
         block.register_forward_pre_hook(give_back)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where that is another one."""
+    if sys.platform != "linux":
+        return None
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None
+    return found
 
 
 class PeakMeter:
