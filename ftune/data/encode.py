@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +91,6 @@ class Encoder:
         self._train_all = train_all
         self._max_length = max_length
         self._keep_long = keep_long
-        self._bound: list[Bound | None] = []  # found out when there is a huge text
         self._ends = frozenset(special_tokens(tokenizer).values())
         # a model that expects a first token expects it before plain text as well; templates write it
         # themselves
@@ -118,6 +118,11 @@ class Encoder:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **wanted
         )
 
+    @cached_property
+    def _bound(self) -> Bound | None:
+        """How much text a token can stand for; found out when there is a huge text."""
+        return bound_of(self._tokenizer)
+
     def _surely_too_long(self, row: int, *texts: str) -> int:
         """How many tokens the texts have at least, where that alone leaves the row out; 0 where they are tokenized.
 
@@ -127,11 +132,8 @@ class Encoder:
         if sum(map(len, texts)) < HUGE:
             return 0
         if not self._keep_long:
-            if not self._bound:
-                self._bound.append(bound_of(self._tokenizer))
-            bound = self._bound[0]
             # each rounded up: the texts are tokenized apart
-            least = sum(bound.least(text) for text in texts) if bound is not None else 0
+            least = sum(self._bound.least(text) for text in texts) if self._bound is not None else 0
             if least > self._max_length:
                 return least
         try:
