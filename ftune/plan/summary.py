@@ -93,13 +93,14 @@ def summary_of(plan: Plan) -> dict[str, Any]:
 def _ranks(plan: Plan) -> dict[str, Any]:
     """How many processes share the run, how, and the bytes that each sends in an update."""
     dtype_bytes = plan.context.dtype.itemsize
+    stored = stored_bytes(plan.recipe.method, dtype_bytes)
     sent = communication(
         plan.recipe.method,
         plan.shape,
         engine=plan.engine.name,
         processes=plan.world_size,
         accumulation=plan.recipe.training.gradient_accumulation_steps,
-        stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
+        stored_bytes=stored,
         compute_bytes=dtype_bytes,
     )
     host = on_host(
@@ -107,7 +108,7 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         plan.shape,
         engine=plan.engine.name,
         processes=plan.world_size,
-        stored_bytes=stored_bytes(plan.recipe.method, dtype_bytes),
+        stored_bytes=stored,
         optimizer=plan.recipe.optimizer.name,
         device_type="cuda" if plan.target else plan.context.device.type,
     )
