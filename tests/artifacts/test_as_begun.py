@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-from run.test_loop import stop_after
+from run.test_loop import train_until
 
 from ftune.artifacts.evaluate import evaluate
 from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import find_target
-from ftune.errors import Interrupted, RunDirError
+from ftune.errors import RunDirError
 from ftune.plan import precision
 
 
@@ -22,10 +22,7 @@ def test_a_run_keeps_the_dtype_it_began_with(tmp_path: Path, monkeypatch: pytest
     loaded = tiny.recipe(tmp_path, model={"dtype": "auto"})
     (tmp_path / "recipe.yaml").write_text(loaded.text)
     monkeypatch.setattr(precision, "bf16_speedup", lambda: 2.0)
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
 
     monkeypatch.setattr(precision, "bf16_speedup", lambda: 0.5)
     record = train(loaded, resume=True)

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from run.test_loop import assert_equal, losses, stop_after
+from run.test_loop import assert_equal, losses, train_until
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -23,7 +23,7 @@ from ftune.artifacts import training
 from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
-from ftune.errors import Interrupted, ModelError, RecipeError, RunFailed
+from ftune.errors import ModelError, RecipeError, RunFailed
 from ftune.methods import METHODS, OptimizerSpec
 from ftune.methods.adalora import AdaLora
 from ftune.ops.adalora import low_rank_factors
@@ -165,15 +165,12 @@ def test_ranks_that_are_not_the_budget_are_no_success(total: int, works: bool) -
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6], ids=["initial", "before-pruning", "after-pruning", "final"])
 def test_resumed_equals_uninterrupted_in_each_phase(
-    step: int, whole: tuple[Path, dict[str, Any], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, whole: tuple[Path, dict[str, Any], Tensor], tmp_path: Path
 ) -> None:
     expected, record, _ = whole
     assert record["vitals"]["modules_pruned"] > 0
     parts = tiny.recipe(tmp_path, "adalora", **RUN)
-    with monkeypatch.context() as patched:
-        stop_after(patched, step)
-        with pytest.raises(Interrupted):
-            train(parts)
+    train_until(parts, step)
     resumed = train(parts, resume=True)
     checkpoints = [run / "checkpoints/step-10" for run in (expected, tmp_path / "run")]
     for file in ("trained.safetensors", "method.safetensors"):

@@ -124,19 +124,14 @@ def tensors(state: Any) -> Iterator[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_bitsandbytes_optimizers_train_and_resume(optimizer: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from run.test_loop import assert_equal, stop_after, weights
-
-    from ftune.errors import Interrupted
+    from run.test_loop import assert_equal, train_until, weights
 
     block = {"optimizer": {"name": optimizer, "learning_rate": 1e-2}}
     # bitsandbytes keeps states of small matrices in fp32: a rank at which they are large enough for 8 bits
     block["method"] = {"rank": 64}
     train(tiny.recipe(tmp_path, "qlora", output_dir=str(tmp_path / "whole"), **block))
     parts = tiny.recipe(tmp_path, "qlora", output_dir=str(tmp_path / "parts"), **block)
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(parts)
+    train_until(parts, 2)
     train(parts, resume=True)
     assert_equal(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
     state = torch.load(tmp_path / "parts/checkpoints/step-4/optimizer.pt", weights_only=True)["state"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from run.test_loop import losses, stop_after
+from run.test_loop import losses, stop_after, train_until
 
 from ftune.artifacts.resume import _newest
 from ftune.artifacts.run_dir import RunDir
@@ -120,24 +120,18 @@ def test_what_is_set_aside_never_replaces_what_was(found: Checkpoints) -> None:
     assert [aside.name for aside in found.set_aside()] == ["step-3.damaged", "step-3.damaged-2"]
 
 
-def test_a_run_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1, "keep": 2})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 3)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 3)
     flip(tmp_path / "run/checkpoints/step-3/trained.safetensors")
     train(loaded, resume=True)
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-3", "step-3.damaged", "step-4"], "the damaged one is not counted in `keep`"
 
 
-def test_all_damaged_is_refused_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_damaged_is_refused_again_and_again(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
     for step in (1, 2):
         flip(tmp_path / f"run/checkpoints/step-{step}/optimizer.pt")
     for _ in range(2):  # at the second start nothing is called step-N any more
@@ -147,12 +141,9 @@ def test_all_damaged_is_refused_again_and_again(tmp_path: Path, monkeypatch: pyt
     assert train(loaded, overwrite=True)["status"] == "finished"
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
     shutil.rmtree(tmp_path / "run/checkpoints")
     for _ in range(2):  # the first refusal leaves what the second needs
         with pytest.raises(RunDirError, match="holds no checkpoint, but the run saved step-2") as refused:

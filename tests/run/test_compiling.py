@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from run.test_loop import assert_equal, losses, stop_after, weights
+from run.test_loop import assert_equal, losses, train_until, weights
 from torch import Tensor
 
 from ftune.artifacts.training import train
-from ftune.errors import Interrupted, RunFailed
+from ftune.errors import RunFailed
 from ftune.methods import METHODS
 from ftune.ops.kernels import EAGER, Kernels, current
 from ftune.plan.lean import make_lean
@@ -312,10 +312,7 @@ def test_auto_leaves_a_short_run_alone_also_when_it_goes_on(
 ) -> None:
     compiler = Compiler(monkeypatch)
     loaded = tiny.recipe(tmp_path, training={"compile": "auto"})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
     assert "compile: eager: compiling takes about 60 s" in capsys.readouterr().err
     assert kept(tmp_path / "run", 2) is False
     record = train(loaded, resume=True)
@@ -329,10 +326,7 @@ def test_a_run_that_goes_on_uses_what_it_began_with(
 ) -> None:
     compiler = Compiler(monkeypatch)
     loaded = tiny.recipe(tmp_path, training={"compile": True})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
 
     def gone(calls: Any) -> Kernels:
         raise RuntimeError("no compiler")
@@ -393,9 +387,6 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     assert losses(tmp_path / "whole") != losses(tmp_path / "eager"), "these kernels round otherwise"
 
     parts = tiny.recipe(tmp_path, output_dir=str(tmp_path / "parts"), **asked)
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(parts)
+    train_until(parts, 2)
     train(parts, resume=True)
     assert_equal(weights(tmp_path / "whole", 5), weights(tmp_path / "parts", 5))

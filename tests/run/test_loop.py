@@ -53,6 +53,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(training.Tally, "receive", receive)
 
 
+def train_until(loaded: Loaded, step: int) -> None:
+    """Train a recipe, interrupted when the update ``step`` is done."""
+    with pytest.MonkeyPatch.context() as patched:
+        stop_after(patched, step)
+        with pytest.raises(Interrupted):
+            train(loaded)
+
+
 @EVERY
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Dropout makes the run depend on random state; two epochs, so that the order of the data matters.
@@ -179,14 +187,9 @@ def test_checkpoints_rotate_and_appear_whole(tmp_path: Path) -> None:
     assert [event["path"] for event in tiny.events(tmp_path / "run", "saved")][:2] == ["step-1", "step-2"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 3)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 3)
     expected = tmp_path / "run/checkpoints/step-3/trained.safetensors"
     damaged = bytearray(expected.read_bytes())
     damaged[-1] ^= 1

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from run.test_loop import stop_after
+from run.test_loop import train_until
 
 from ftune.artifacts.training import train
-from ftune.errors import Interrupted, RunFailed
+from ftune.errors import RunFailed
 from ftune.run.moved import MoveWatch, _checksum
 
 
@@ -55,7 +55,7 @@ def test_what_had_moved_before_an_interruption_is_not_watched_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["galore", "longlora"])
-def test_a_run_is_resumed_however_late(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_resumed_however_late(name: str, tmp_path: Path) -> None:
     # The last rates of a cosine are below the last bit of a norm.
     loaded = tiny.recipe(
         tmp_path,
@@ -64,8 +64,5 @@ def test_a_run_is_resumed_however_late(name: str, tmp_path: Path, monkeypatch: p
         training={"max_steps": 120, "gradient_accumulation_steps": 1},
         data={"max_length": 128},
     )
-    with monkeypatch.context() as patched:
-        stop_after(patched, 117)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 117)
     assert train(loaded, resume=True)["status"] == "finished"

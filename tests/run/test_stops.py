@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from run.test_loop import assert_equal, losses, stop_after, weights
+from run.test_loop import assert_equal, losses, stop_after, train_until, weights
 
 from ftune.artifacts import training
 from ftune.artifacts.training import train
@@ -60,13 +60,10 @@ def test_a_bad_update_is_not_made_and_the_state_before_it_is_saved(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_changed_data_is_accepted_when_told_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_is_accepted_when_told_and_recorded(tmp_path: Path) -> None:
     # By epochs: more rows would be more steps, and another schedule.
     loaded = tiny.recipe(tmp_path, training={"max_steps": None, "epochs": 1}, data={"packing": False})
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(loaded)
+    train_until(loaded, 2)
     tiny.write_chats(tmp_path / "train.jsonl", 30, start=1)
     with pytest.raises(RunDirError, match="data files") as refused:
         train(loaded, resume=True)
