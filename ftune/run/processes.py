@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from ftune.errors import RunFailed
@@ -74,8 +76,24 @@ def require_joined(accelerator: Accelerator, world: int, *, cuda: bool) -> None:
 
 
 def _leave_processes() -> None:
-    """End the process group before the interpreter does: gloo's threads, still running then, abort the process."""
-    import torch.distributed as dist
+    """End the process group, and gloo's threads with it, before the interpreter ends.
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    One of them that asks for the interpreter's lock as it ends would abort the process ("terminate called without an
+    active exception"). They live as long as something holds the group. A sharded model does, which is in cycles;
+    functions of torch and of DeepSpeed do, as `group=group.WORLD` in a signature is the group there was when their
+    module was imported; and DTensor's caches, by way of a DeviceMesh.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    dist.destroy_process_group()
+    gc.collect()
+    gc.unfreeze()  # or functions made while libraries were imported are not among the objects
+    for held in gc.get_objects():
+        if type(held) is FunctionType and any(value is group for value in held.__defaults__ or ()):
+            held.__defaults__ = tuple(None if value is group else value for value in held.__defaults__ or ())
+        elif type(held) is DeviceMesh:
+            getattr(held, "_pg_registry", {}).clear()

@@ -24,8 +24,16 @@ pytestmark = pytest.mark.slow
 
 # All methods in one launch: starting processes and importing the libraries takes longer than training.
 EACH = """
-import json, os, sys
+import atexit, json, os, sys
 from pathlib import Path
+
+@atexit.register  # before any other, and so the last to run
+def note_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(sys.argv[0]).with_name(f"threads-{os.environ.get('WORLD_SIZE', 1)}-{os.environ.get('RANK', 0)}").write_text(
+        json.dumps(names)
+    )
+
 import torch
 from ftune.artifacts.training import train
 from ftune.errors import RunFailed
@@ -141,6 +149,15 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     done = launch(2, "-m", "ftune", "train", str(recipe(tmp_path, "lora", 2, "run")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at work:") == 1, "one process speaks"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in /proc")
+@pytest.mark.parametrize(("processes", "rank"), [(2, 0), (2, 1), (4, 0), (4, 3)])
+def test_no_thread_of_gloo_outlives_the_process_group(processes: int, rank: int, runs: Path) -> None:
+    # One that does may abort the interpreter as it ends.
+    threads = json.loads((runs / f"threads-{processes}-{rank}").read_text())
+    assert threads
+    assert not [name for name in threads if "gloo" in name]
 
 
 def gradient(run: Path, rank: int = 0) -> torch.Tensor:
