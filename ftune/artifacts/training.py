@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,13 +94,12 @@ def train(
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
     choice = engine_for(loaded.recipe, engine, os.environ, auto_batch=auto_batch)
-    # Or accelerate shards beside the engine, which does all that the configuration asks for.
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(variable, None)
     trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
-    accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
-    require_several(choice, accelerator.num_processes)
     with contextlib.ExitStack() as held:
+        # Or accelerate shards beside the engine, which does all that the configuration asks for.
+        held.enter_context(_unset("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
+        require_several(choice, accelerator.num_processes)
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
@@ -258,6 +257,16 @@ def _train(
                 raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
     return record
+
+
+@contextlib.contextmanager
+def _unset(*names: str) -> Iterator[None]:
+    """Hide these variables of the environment; another run of this Python process finds them again."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _command(loaded: Loaded, world: int, choice: EngineChoice, asked: _Asked) -> str:

@@ -15,7 +15,7 @@ from run.test_loop import assert_equal, losses, stop_after, train_until, weights
 
 from ftune.artifacts import training
 from ftune.artifacts.training import train
-from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.errors import FtuneError, Interrupted, RunDirError, RunFailed
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.objective import Objective
 from ftune.run.sinks.jsonl import JsonlSink
@@ -196,3 +196,20 @@ def test_another_failure_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Objective, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(loaded)
+
+
+def test_a_run_leaves_the_launch_configuration_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    join = training.join_processes
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        seen.append(os.environ.get("ACCELERATE_USE_FSDP"))
+        return join(*arguments, **options)
+
+    monkeypatch.setattr(training, "join_processes", look)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(FtuneError, match="fsdp2 in one process"):
+        train(tiny.recipe(tmp_path))
+    assert seen == [None]
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
