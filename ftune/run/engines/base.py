@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ftune.methods import Method
     from ftune.run.objective import Objective
 
-__all__ = ["Ddp", "Engine", "Gathered", "average", "put_whole"]
+__all__ = ["Ddp", "Engine", "Gathered", "average", "average_gradients", "put_whole"]
 
 BUCKET = 2**23
 """Elements that travel together: one message for each small tensor would cost more than what it carries."""
@@ -126,7 +126,7 @@ class Ddp(Engine):
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
         """Average all gradients, where they did not travel yet."""
         if self.at_end and self.world_size > 1:
-            average([p.grad for p in trained if p.grad is not None], self.world_size)
+            average_gradients(trained, self.world_size, self.accelerator.device)
 
     @property
     def _with_backward(self) -> bool:
@@ -154,6 +154,25 @@ def put_whole(model: nn.Module, parts: Callable[[nn.Parameter], bool], *, main: 
                 made[parameter] = nn.Parameter(found.detach().to("cpu", copy=found is parameter)) if main else None
             if (kept := made[parameter]) is not None:
                 setattr(module, name, kept)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], world: int, device: torch.device) -> None:
+    """Average gradients over processes; a parameter that only some of them used (an expert) counts as zero elsewhere.
+
+    Args:
+        parameters: The same on every process, in the same order.
+        world: The processes.
+        device: Where messages between them lie.
+    """
+    from torch import distributed
+
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
+    distributed.all_reduce(used, op=distributed.ReduceOp.MAX)
+    shared = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
+    for parameter in shared:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    average([p.grad for p in shared if p.grad is not None], world)
 
 
 def average(tensors: list[Tensor], world: int) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ftune.ops.sharded import is_sharded, part_like, whole
 from ftune.plan.recompute import blocks_of
-from ftune.run.engines.base import Engine, Gathered, average, put_whole
+from ftune.run.engines.base import Engine, Gathered, average_gradients, put_whole
 from ftune.run.memory import map_large_blocks
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Fsdp2(Engine):
 
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
         """Average the gradients of what every process keeps whole; those of parts travelled in the backward pass."""
-        average([p.grad for p in trained if p.grad is not None and not is_sharded(p)], self.world_size)
+        kept = [p for p in trained if not is_sharded(p)]
+        if kept:
+            average_gradients(kept, self.world_size, self.accelerator.device)
 
     @torch.no_grad()
     def gather(self, model: nn.Module, optimizer: Optimizer) -> Gathered | None:
