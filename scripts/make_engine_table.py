@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -81,11 +82,15 @@ def measure(engine: str, where: Path) -> dict[str, str]:
     return dict(json.loads((where / f"{engine}.json").read_text()))
 
 
+def cell(verdict: str) -> str:
+    """In one line, without what the column says already; what an error adds below is for the terminal."""
+    return re.sub(r"engine `[^`]+` cannot run this recipe: (method\.name: )?", "", " ".join(verdict.split()))
+
+
 def table(found: dict[str, dict[str, str]]) -> str:
     """Rows of methods, columns of engines."""
     rows = list(next(iter(found.values())))
-    # What an error adds after its first line is for the terminal.
-    cells = [[row, *(" ".join(found[engine][row].split()) for engine in found)] for row in rows]
+    cells = [[row, *(cell(found[engine][row]) for engine in found)] for row in rows]
     lines = [["method", *found], ["---"] * (len(found) + 1), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
