@@ -44,6 +44,7 @@ from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
 from ftune.run.sinks.tracker import TrackerSink, flatten
+from ftune.run.through_host import block_by_block, move_beside_base
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +161,10 @@ def _train(
         with StopRequest() as stop:
             model, optimizer = build(plan)
             loss = loss_of(before) if before is not None else None
-            objective, record["lean"] = make_objective(model, plan, accelerator, loss)
+            with block_by_block(model, plan.context.device) if plan.through_host else contextlib.nullcontext():
+                objective, record["lean"] = make_objective(model, plan, accelerator, loss)
+            if plan.through_host:
+                move_beside_base(model, plan.context.device, trained=recipe.method.artifact == "adapter")
             record["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:

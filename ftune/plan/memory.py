@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftune.methods import Method, ModelShape, _shared
-from ftune.plan.sharding import per_rank, shares_state
+from ftune.plan.sharding import per_rank, shares_state, while_loading
 
 __all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
 
@@ -68,7 +68,9 @@ class MemoryEstimate:
             pass and of the update, holes in the heap.
         runtime: Imported libraries on the CPU, the context on CUDA.
         total: The sum of all.
-        arguments: What ``estimate`` was called with; no part of ``as_dict``.
+        loading: Bytes on the device while the base is whole there, where an engine shares it out afterwards, else 0;
+            no part of the total.
+        arguments: What ``estimate`` was called with; like ``loading`` no part of ``as_dict``.
     """
 
     weights: int
@@ -80,6 +82,7 @@ class MemoryEstimate:
     buffers: int
     runtime: int
     total: int
+    loading: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, int]:
@@ -175,10 +178,11 @@ def estimate(
         "buffers": buffers,
         "runtime": RUNTIME_BYTES[device_type],
     }
+    loading = while_loading(items, engine=engine, processes=processes, device_type=device_type)
     items = per_rank(
         items, method, shape, engine=engine, processes=processes, stored_bytes=stored, device_type=device_type
     )
-    return MemoryEstimate(**items, total=sum(items.values()), arguments=arguments)
+    return MemoryEstimate(**items, total=sum(items.values()), loading=loading, arguments=arguments)
 
 
 def _loss_bytes(shape: ModelShape, target_tokens: int, compute: int, device_type: str, trained: bool) -> int:

@@ -95,6 +95,20 @@ class Plan:
         """Bytes that the run may take: what the recipe says, or what the device has free."""
         return _budget(self.recipe, self.available)
 
+    @property
+    def through_host(self) -> bool:
+        """Whether the base is read into the host's memory, and the device takes a block at a time: not all fits there.
+
+        For ``fully_shard``, which shares out what it is given block by block; quantized weights are made on the device.
+        """
+        too_large = self.memory.loading > self.budget
+        return too_large and self.engine.name.startswith("fsdp2") and self.recipe.method.base_quantization is None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget is enough, for training and before it for loading."""
+        return self.memory.total <= self.budget and (self.through_host or self.memory.loading <= self.budget)
+
     @cached_property
     def row_lengths(self) -> list[int]:
         """Tokens in each training row."""
@@ -315,8 +329,11 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     Raises:
         ModelError: The weights cannot be read or do not fit the method.
     """
+    import torch
+
     recipe, context = plan.recipe, plan.context
-    base = load_base(recipe.model, recipe.method, context.dtype, context.device)
+    device = torch.device("cpu") if plan.through_host else context.device
+    base = load_base(recipe.model, recipe.method, context.dtype, device)
     model = recipe.method.adapt(base, context)
     if context.recomputed_blocks:
         enable_checkpointing(model, context.recomputed_blocks)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ftune.methods import Method, ModelShape
 
-__all__ = ["communication", "on_host", "per_rank", "shares_state"]
+__all__ = ["communication", "on_host", "per_rank", "shares_state", "while_loading"]
 
 BUCKET = 2**25
 """Elements that DeepSpeed reduces or gathers at once; it keeps a buffer of fp32 gradients of that size."""
@@ -86,6 +86,23 @@ def per_rank(
         if whole:
             shared["gradients"] = shared["optimizer"] = 0
     return shared
+
+
+def while_loading(items: dict[str, int], *, engine: str, processes: int, device_type: str) -> int:
+    """Bytes on each rank's device while the base is whole there, before the engine shares it out.
+
+    Args:
+        items: Bytes of one process that holds everything.
+        engine: Its name.
+        processes: Ranks.
+        device_type: On a CPU the base is a file that all processes map; it counts as nothing there.
+
+    Returns:
+        0 where training needs no less.
+    """
+    if processes == 1 or device_type == "cpu" or not engine.startswith(("fsdp2", "deepspeed-zero3")):
+        return 0
+    return items["weights"] + items["adapters"] + items["runtime"]
 
 
 def on_host(

@@ -23,7 +23,6 @@ def summary_of(plan: Plan) -> dict[str, Any]:
     trainable = method.trainable_parameters(plan.shape)
     total = plan.shape.parameters + (trainable if method.artifact == "adapter" else 0)
     lengths = plan.row_lengths
-    fits = plan.memory.total <= plan.budget
     return {
         "model": {
             "id": str(plan.sizes or recipe.model.id),
@@ -84,8 +83,8 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "available": plan.available,
         },
         "budget": plan.budget,
-        "fits": fits,
-        "advice": [] if fits else what_to_change(plan.memory, plan.budget, recipe),
+        "fits": plan.fits,
+        "advice": _advice(plan),
         "warnings": _warnings(plan),
     }
 
@@ -103,6 +102,7 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         stored_bytes=stored,
         compute_bytes=dtype_bytes,
     )
+    loading = plan.memory.loading
     host = on_host(
         plan.recipe.method,
         plan.shape,
@@ -117,7 +117,19 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         "engine": plan.engine.name,
         "sent_bytes_an_update": sent,
         **({"host_bytes": host} if host else {}),
+        **({"loading_bytes": loading, "through_host": plan.through_host} if loading > plan.memory.total else {}),
     }
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What to change where the run does not fit."""
+    if plan.fits:
+        return []
+    if plan.memory.total > plan.budget:
+        return what_to_change(plan.memory, plan.budget, plan.recipe)
+    if plan.recipe.method.base_quantization is not None:
+        return ["4-bit weights are made on the device, all of them, before they are shared out: take a larger device"]
+    return ["--engine fsdp2 reads a base that is too large for one device through the host's memory"]
 
 
 def device_name(device: torch.device) -> str:

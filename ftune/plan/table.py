@@ -195,6 +195,11 @@ def _ranks(ranks: dict[str, Any]) -> Iterator[str]:
     yield "the memory below is one rank's"
     host = ranks.get("host_bytes")
     yield f"and {bytes_text(host)} of the host's for its parts" if host else ""
+    if loading := ranks.get("loading_bytes"):
+        where = (
+            "read through the host's memory" if ranks["through_host"] else f"whole on each rank, {bytes_text(loading)}"
+        )
+        yield f"before it is shared out the model is {where}"
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:
@@ -219,6 +224,8 @@ def _verdict(plan: dict[str, Any], total: int) -> str:
         return ""
     if budget is None:
         return "fits" if fits else "does not fit"
+    if not fits and total <= budget:
+        return f"does not fit while it loads: {bytes_text(plan['ranks']['loading_bytes'] - budget)} too much"
     if fits:
         return f"fits: {bytes_text(budget - total)} to spare"
     return f"does not fit: {bytes_text(total - budget)} too much"

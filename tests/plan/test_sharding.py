@@ -190,6 +190,33 @@ def test_devices_by_name_and_by_amount() -> None:
         assert "h100-80g" in str(refused.value.help)
 
 
+@pytest.mark.parametrize(
+    ("method", "engine", "through_host", "fits"),
+    [
+        ("lora", "fsdp2", True, True),
+        ("lora", "fsdp2-offload", True, True),
+        ("lora", "deepspeed-zero3", False, False),
+        ("qlora", "fsdp2", False, True),  # 34 GiB whole
+    ],
+)
+def test_what_is_too_large_for_one_device_goes_through_the_host_or_does_not_fit(
+    method: str, engine: Any, through_host: bool, fits: bool, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(tmp_path, method, training={"max_steps": 2, "gradient_accumulation_steps": 1}).recipe
+    target = find_device("h100-80g")
+    plan = resolve(recipe, world_size=8, sizes=SHAPES / "llama-65b", engine=EngineChoice(engine), target=target)
+    summary = plan.summary()
+    # In fp32: 65,285,660,672 x 4 and more, of which an eighth or less stays.
+    assert (plan.memory.loading > 4 * 65_285_660_672) == (method == "lora")
+    assert (plan.through_host, plan.fits, summary["fits"]) == (through_host, fits, fits)
+    assert plan.memory.total < target.memory, "once it is shared out"
+    text = " ".join(render_plan(summary, 120).split())
+    assert ("read through the host's memory" in text) == through_host
+    assert ("does not fit while it loads" in text) == (not fits)
+    assert ("--engine fsdp2 reads a base" in text) == (not fits)
+    assert resolve(recipe, sizes=SHAPES / "llama-65b", target=target).memory.loading == 0
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_says_who_holds_and_sends_what(width: int, tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, training={"max_steps": 2, "gradient_accumulation_steps": 1}).recipe

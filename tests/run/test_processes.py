@@ -38,6 +38,7 @@ import torch
 from ftune.artifacts.training import train
 from ftune.errors import RunFailed
 from ftune.ops.sharded import whole
+from ftune.plan.resolve import Plan
 from ftune.recipe import load_checked
 from ftune.run.objective import Objective
 
@@ -65,7 +66,9 @@ for path in sys.argv[1:]:
     if how.startswith("short"):
         bounded.count, bounded.most = 0, int(how[5:])
         Objective.forward = bounded if os.environ["RANK"] == "1" else forward
-    engine = "fsdp2" if how == "fsdp2" else None
+    engine = "fsdp2" if how in ("fsdp2", "host") else None
+    if how == "host":
+        Plan.through_host = True
     try:
         record = train(loaded, progress=False, resume=how == "resume", engine=engine, auto_batch="short" in how)
     except RunFailed as error:
@@ -84,6 +87,9 @@ FOUR = ("lora", "adalora", "galore", "full")
 
 SHARED = ("lora", "full")
 """Methods that run on four processes under FSDP2: the third update has three rows, so a process has none."""
+
+HOST = ("lora", "galore", "full")
+"""Methods that run on two processes under FSDP2 with their base read through the host's memory, as if too large."""
 
 SHORT = (("lora", "short1"), ("full", "short1"), ("lora", "short0"))
 """Runs with --auto-batch whose second process has memory for so many rows at once."""
@@ -137,6 +143,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if processes == 2:
             made.append(f"{resumed}:resume")
             made += [f"{recipe(where, name, 2, f'{name}-{run}')}:{run}" for name, run in SHORT]
+            # The last ones: they stay so.
+            made += [f"{recipe(where, name, 2, f'{name}-host')}:host" for name in HOST]
         if processes == 4:
             made += [f"{recipe(where, name, 1, f'{name}-4-fsdp2')}:fsdp2" for name in SHARED]
         done = launch(processes, str(script), *made)
@@ -202,6 +210,15 @@ def test_four_processes_under_fsdp2_equal_one(name: str, runs: Path) -> None:
     expected = gradient(runs / f"{name}-1")
     for rank in range(4):
         assert (gradient(runs / f"{name}-4-fsdp2", rank) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_read_through_the_host_a_run_is_the_same(name: str, runs: Path) -> None:
+    one, host = (tiny.events(runs / run, "step") for run in (f"{name}-1", f"{name}-host"))
+    assert json.loads((runs / f"{name}-host/run.json").read_text())["device"]["engine"] == "fsdp2"
+    for a, b in zip(one, host, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "processes"), [("adalora", 2), ("adalora", 4), ("galore", 4)])

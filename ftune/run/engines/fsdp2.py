@@ -73,7 +73,11 @@ class Fsdp2(Engine):
         fully_shard(objective, reshard_after_forward=False, **settings)
         self._root = objective
         after = dict(objective.named_parameters())
-        _replace(optimizer, {before[name]: after[name] for name in before}, whole_state=method.keeps_whole_state)
+        _replace(
+            optimizer,
+            {before[name]: after[name] for name in before},
+            whole_state=self.accelerator.device if method.keeps_whole_state else None,
+        )
         return objective
 
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
@@ -114,18 +118,25 @@ class Fsdp2(Engine):
         put_whole(model, lambda p: p.requires_grad and is_sharded(p), main=self.accelerator.is_main_process)
 
 
-def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whole_state: bool) -> None:
-    """Put other parameters in an optimizer's groups, in the same places, and parts into its state."""
+def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whole_state: torch.device | None) -> None:
+    """Put other parameters in an optimizer's groups, in the same places, and parts into its state.
+
+    whole_state: where a state lies that every process keeps whole; None: it is shared out.
+    """
     for group in optimizer.param_groups:
         group["params"] = [by[parameter] for parameter in group["params"]]
     states = {by[cast(nn.Parameter, parameter)]: state for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     for parameter, state in states.items():
         optimizer.state[cast(Tensor, parameter)] = {
-            key: part_like(value, parameter) if not whole_state and _shaped(value, parameter) else value
-            for key, value in state.items()
+            key: _for_part(value, parameter, whole_state) for key, value in state.items()
         }
 
 
-def _shaped(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+def _for_part(value: Any, parameter: Tensor, whole_state: torch.device | None) -> Any:
+    """A value of the state of what is a part now."""
+    if not isinstance(value, Tensor):
+        return value
+    if whole_state is not None:
+        return value.to(whole_state) if value.dim() else value  # counts of steps stay on the CPU
+    return part_like(value, parameter) if value.shape == parameter.shape else value
