@@ -24,16 +24,26 @@ DEVICES = {
 }
 """MiB of memory, as ``nvidia-smi`` gives the total; ECC and other programs may take some of it."""
 
+_BEFORE_AMPERE = ("t4-16g", "v100-32g")
+
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB)", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device to plan for: its name, and its memory in bytes."""
+    """A device to plan for.
+
+    Attributes:
+        name: As it was given.
+        memory: Bytes.
+        bfloat16: Whether it has instructions for bfloat16, as NVIDIA's GPUs have from Ampere on; an amount of memory
+            is taken to be one of those.
+    """
 
     name: str
     memory: int
+    bfloat16: bool = True
 
 
 def find_device(text: str) -> Device:
@@ -49,7 +59,7 @@ def find_device(text: str) -> Device:
             return Device(text.strip(), memory)
     name = text.strip().lower()
     if name in DEVICES:
-        return Device(name, DEVICES[name] * 2**20)
+        return Device(name, DEVICES[name] * 2**20, bfloat16=name not in _BEFORE_AMPERE)
     raise FtuneError(
         f"--device {text}: no device that is known",
         help=f"{', '.join(DEVICES)}; or an amount of memory: 24GiB",

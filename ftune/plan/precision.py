@@ -22,6 +22,8 @@ from ftune.cache import cache_dir, publish, touch
 if TYPE_CHECKING:
     import torch
 
+    from ftune.plan.devices import Device
+
 __all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "seconds_of"]
 
 MARGIN = 1.1
@@ -146,7 +148,7 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.split(":")[0].strip() in wanted)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, target: Device | None = None) -> torch.dtype:
     """The dtype to compute in: as the recipe says, or bfloat16 where it is faster on the device.
 
     On a CPU that is measured (``bf16_speedup``); on a GPU it is whether it has instructions for bfloat16.
@@ -154,12 +156,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     Args:
         name: ``auto``, or a dtype of torch.
         device: Where the model computes.
+        target: The CUDA device to plan for, when it is not the one here.
     """
     import torch
 
     if name != "auto":
         return cast("torch.dtype", getattr(torch, name))
-    if device.type == "cuda":
+    if target is not None:
+        fast = target.bfloat16
+    elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         fast = bf16_speedup() >= MARGIN

@@ -163,7 +163,7 @@ def resolve(
     """
     device = choose_device()
     require_engine(recipe, engine)
-    dtype = choose_dtype(recipe.model.dtype, device)
+    dtype = choose_dtype(recipe.model.dtype, device, target)
     recipe = written_out(recipe, dtype)
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
