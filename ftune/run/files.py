@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _ASIDE = ".tmp-"
+_REPLACED = ".tmp-replaced-"
 
 
 def sync(path: Path) -> None:
@@ -109,9 +110,14 @@ def new_directory(target: Path) -> Iterator[Path]:
         old = None
         if target.exists():
             # A directory cannot be renamed over a full one: the old one steps aside first.
-            old = target.with_name(f"{_ASIDE}old-{target.name}-{os.getpid()}")
+            old = target.with_name(f"{_REPLACED}{target.name}-{os.getpid()}")
             os.replace(target, old)
-        os.replace(aside, target)
+        try:
+            os.replace(aside, target)
+        except BaseException:
+            if old is not None:
+                os.replace(old, target)
+            raise
         sync(target.parent)
         if old is not None:
             shutil.rmtree(old)
@@ -120,9 +126,12 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed process left half written in ``directory``."""
+    """Delete what a killed process left half written in ``directory``; put back what it was about to replace."""
     if not directory.is_dir():
         return
-    for path in directory.iterdir():
-        if path.name.startswith(_ASIDE):
+    for path in list(directory.iterdir()):
+        replaced = re.fullmatch(re.escape(_REPLACED) + r"(.+)-\d+", path.name)
+        if replaced and not path.with_name(replaced[1]).exists():
+            os.replace(path, path.with_name(replaced[1]))
+        elif path.name.startswith(_ASIDE):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

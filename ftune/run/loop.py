@@ -179,7 +179,7 @@ class Loop:
             # Each parameter was updated as its gradient came: there is no good state left to save.
             kept = "this update was applied in the backward pass: only earlier checkpoints are good"
         elif step:
-            if step > start:
+            if step > start and not _due(step, self.plan.recipe.checkpoint.every_steps):  # else it is there
                 self.save(step)
             kept = f"step-{step} has the state before it"
         raise RunFailed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -198,3 +199,53 @@ def test_files_reach_the_disk_before_the_name_and_the_name_before_the_end(
         (out / "a").write_text("a")
         (out / "b").write_text("b")
     assert done == ["sync a", "sync b", f"sync {out.name}", "rename to target", f"sync {tmp_path.name}"]
+
+
+def killed_between_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    """Leave what a process leaves that dies when the old one has stepped aside and the new one has not come."""
+    rename = os.replace
+
+    def dies(a: Path, b: Path) -> None:
+        if b == target:
+            raise KeyboardInterrupt  # again when the old one would be put back
+        rename(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt), files.new_directory(target) as out:
+            (out / "a").write_text("new")
+
+
+def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "step-4"
+    with files.new_directory(target) as out:
+        (out / "a").write_text("old")
+    killed_between_renames(monkeypatch, target)
+    assert not target.exists()
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert (target / "a").read_text() == "old"
+    with files.new_directory(target) as out:
+        (out / "a").write_text("newest")
+    (tmp_path / ".tmp-replaced-step-4-77").mkdir()  # of one that was killed right after
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert (target / "a").read_text() == "newest"
+
+
+def test_where_the_new_one_cannot_come_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "step-4", os.replace
+    with files.new_directory(target) as out:
+        (out / "a").write_text("old")
+
+    def fails(a: Path, b: Path) -> None:
+        if b == target and "replaced" not in a.name:
+            raise OSError(errno.EIO, "failing")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="failing"), files.new_directory(target) as out:
+        (out / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert (target / "a").read_text() == "old"
