@@ -41,7 +41,7 @@ def per_rank(
     stored_bytes: int,
     device_type: str = "cuda",
 ) -> dict[str, int]:
-    """The items of a memory estimate as one rank holds them; the same for ``ddp`` and for one process.
+    """The items of a memory estimate as one rank holds them.
 
     Args:
         items: Bytes of one process that holds everything.
@@ -52,9 +52,13 @@ def per_rank(
         stored_bytes: Of a base weight that is not quantized.
         device_type: On a CPU what is offloaded lies in the same memory.
     """
-    if processes == 1 or engine == "ddp":
+    if processes == 1:
         return items
     shared = dict(items)
+    if engine == "ddp":
+        # DistributedDataParallel sends copies of the gradients.
+        shared["buffers"] += items["gradients"]
+        return shared
 
     def share(*names: str) -> None:
         for name in names:
@@ -147,7 +151,6 @@ def communication(
     processes: int,
     accumulation: int,
     stored_bytes: int,
-    compute_bytes: int,
 ) -> dict[str, int]:
     """Bytes that one rank sends in an update, by operation.
 
@@ -155,9 +158,8 @@ def communication(
     trains too, in fp32. Of the others:
 
     - ``all_reduce``: of fp32 gradients of what is held whole and trains; once, behind the last micro-batch.
-    - ``all_gather``: weights before they compute, forward and backward, in every micro-batch; frozen
-      ones as they are stored, trained ones cast for computing.
-    - ``reduce_scatter``: of fp32 gradients that are shared out.
+    - ``all_gather``: weights before they compute, forward and backward, in every micro-batch, as they are stored.
+    - ``reduce_scatter``: of fp32 gradients that are shared out, in every micro-batch.
 
     Args:
         method: The method, with its settings.
@@ -166,13 +168,12 @@ def communication(
         processes: Ranks.
         accumulation: Micro-batches in an update.
         stored_bytes: Of a base weight that is not quantized.
-        compute_bytes: Of an element in the dtype the model computes in.
     """
     sent = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
     if processes > 1:
         gradients = 4 * method.trainable_parameters(shape)
         adapter = 0 if method.artifact == "model" else gradients
-        base = method.base_bytes(shape, stored_bytes) if adapter else shape.parameters * compute_bytes
+        base = method.base_bytes(shape, stored_bytes) if adapter else shape.parameters * stored_bytes
         if engine == "ddp":
             sent["all_reduce"] = 2 * gradients
         elif engine == "deepspeed-zero2":
@@ -183,10 +184,10 @@ def communication(
             sent["reduce_scatter"] = accumulation * gradients
         else:
             # Embedding and head are gathered once, for forward and backward pass.
-            outside = outside_blocks(shape) * (stored_bytes if adapter else compute_bytes)
+            outside = outside_blocks(shape) * stored_bytes
             sent["all_gather"] = accumulation * (2 * (base - outside) + outside)
             sent["all_reduce"] = 2 * adapter
-            sent["reduce_scatter"] = gradients - adapter
+            sent["reduce_scatter"] = accumulation * (gradients - adapter)
     sent = {name: size * (processes - 1) // processes for name, size in sent.items()}
     return sent | {"total": sum(sent.values())}
 

@@ -100,7 +100,6 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         processes=plan.world_size,
         accumulation=plan.recipe.training.gradient_accumulation_steps,
         stored_bytes=stored,
-        compute_bytes=dtype_bytes,
     )
     loading = plan.memory.loading
     host = on_host(

@@ -59,10 +59,12 @@ def test_the_figures_by_hand_add_up_to_the_model() -> None:
     assert Lora(rank=16).trainable_parameters(shape) == LORA_16 == 32 * 16 * (4 * 8192 + 3 * 15104)
 
 
-def test_ddp_and_one_process_hold_what_they_did() -> None:
+def test_one_process_holds_all_and_one_of_ddp_a_copy_of_the_gradients_too() -> None:
     shape = shape_of("llama-2-7b")
     alone = planned(Lora(rank=16), shape, "ddp", 1)
-    assert planned(Lora(rank=16), shape, "ddp", 8).as_dict() == alone.as_dict()
+    shared, gradients = planned(Lora(rank=16), shape, "ddp", 8).as_dict(), 4 * LORA_16
+    for item, size in alone.as_dict().items():
+        assert shared[item] == size + (gradients if item in ("buffers", "total") else 0), item
     for engine in ("ddp", "fsdp2"):
         assert planned(Lora(rank=16), shape, engine, 1).as_dict() == alone.as_dict()
 
@@ -150,7 +152,7 @@ def test_full_fine_tuning_of_65b_fits_a_node_only_where_all_is_shared() -> None:
 
 
 def sent(method: Method, shape: ModelShape, engine: str, **changes: int) -> dict[str, int]:
-    settings: dict[str, Any] = {"processes": 8, "accumulation": 4, "stored_bytes": 2, "compute_bytes": 2} | changes
+    settings: dict[str, Any] = {"processes": 8, "accumulation": 4, "stored_bytes": 2} | changes
     return communication(method, shape, engine=engine, **settings)
 
 
@@ -169,8 +171,12 @@ def test_what_lora_sends_on_7b() -> None:
 def test_full_fine_tuning_sends_three_times_the_model_but_for_one_gathering_of_what_is_outside_the_blocks() -> None:
     # ZeRO, arXiv:1910.02054, sec. 7.2.2: 3 Psi elements a step, where gradients are sent in the weights' dtype.
     shape = shape_of("llama-2-7b")
-    found = sent(Full(), shape, "fsdp2", accumulation=1, stored_bytes=4, compute_bytes=4)
+    found = sent(Full(), shape, "fsdp2", accumulation=1, stored_bytes=4)
     assert found["total"] == pytest.approx(4 * (3 * shape.parameters - OUTSIDE) * 7 / 8, abs=3)
+    # fully_shard reduces and scatters in the backward pass of every micro-batch.
+    assert sent(Full(), shape, "fsdp2", accumulation=4, stored_bytes=4)["reduce_scatter"] == pytest.approx(
+        4 * 4 * shape.parameters * 7 / 8, abs=3
+    )
 
 
 def test_a_share_is_rounded_up() -> None:

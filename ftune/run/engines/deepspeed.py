@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from ftune.ops.sharded import is_sharded, whole, whole_while
 from ftune.plan.sharding import BUCKET, PERSISTENT
 from ftune.run.engines.base import Engine, Gathered, put_whole
+from ftune.run.memory import map_large_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,7 +63,10 @@ class DeepSpeed(Engine):
 
     def wrap(self, objective: Objective, optimizer: Optimizer, method: Method) -> nn.Module:
         """Let DeepSpeed share out the model, and an AdamW of its own with the loop's groups and state."""
-        deepspeed = _imported(self.accelerator.device.type)
+        device = self.accelerator.device.type
+        deepspeed = _imported(device)
+        if device == "cpu":
+            map_large_blocks()
         # DeepSpeed puts flat parts in its optimizer's groups; the loop's keeps the model's parameters.
         defaults: dict[str, Any] = optimizer.defaults
         groups = [copy.copy(group) for group in optimizer.param_groups]
