@@ -126,6 +126,15 @@ def test_slurm_does_not_requeue_a_job_that_saved_nothing(tmp_path: Path) -> None
     assert "requeue 7" not in _lines(log)
 
 
+def test_slurm_does_not_requeue_a_run_that_finished_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / "run.json").write_text('{\n  "status": "finished"\n}\n')
+    job, log = _start(tmp_path)
+    _signalled(job, log)
+    assert job.returncode == 0
+    assert "requeue 7" not in _lines(log)
+
+
 def test_slurm_passes_a_failure_on_and_does_not_requeue(tmp_path: Path) -> None:
     job, log = _start(tmp_path, FAIL="yes")
     job.communicate(timeout=10)
