@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["available_bytes"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["available_bytes", "least_of_all"]
 
 
 def available_bytes(
@@ -35,6 +39,23 @@ def available_bytes(
     left = int(psutil.virtual_memory().available)
     limit = _cgroup_left(cgroup_root, cgroup_file)
     return (left if limit is None else min(left, limit)) // processes + int(psutil.Process().memory_info().rss)
+
+
+def least_of_all(amount: int, device: torch.device) -> int:
+    """The least of what each process of a run says, where there are several; all of them must ask.
+
+    Args:
+        amount: This process's.
+        device: Where its messages lie.
+    """
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return amount
+    least = torch.tensor(amount, dtype=torch.int64, device=device)
+    distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def _cgroup_left(root: Path, own: Path) -> int | None:

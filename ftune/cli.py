@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import ftune
-from ftune.errors import FtuneError, RecipeError
+from ftune.errors import FtuneError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from ftune.recipe import Loaded
@@ -56,10 +56,10 @@ def main() -> NoReturn:
         # A recipe's reports are painted where they are made.
         text = error.render()
         _tell(text if isinstance(error, RecipeError) else _paint(text), error.exit_code)
-        sys.exit(error.exit_code)
+        _exit(error.exit_code, together=isinstance(error, Interrupted))
     except (KeyboardInterrupt, typer.Abort):
         _tell("interrupted", 130)
-        sys.exit(130)
+        _exit(130)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -69,17 +69,25 @@ def main() -> NoReturn:
         show = getattr(error, "show", None)
         from ftune.scrub import scrub
 
-        if show is None and _launched():
-            _tell(scrub(traceback.format_exc()).rstrip(), 1)
-            # Not sys.exit: a thread that waits for the other processes would hold this one back.
-            sys.stdout.flush()
-            os._exit(1)
         if show is None:
-            print(scrub(traceback.format_exc()), end="", file=sys.stderr)
-            sys.exit(1)
+            _tell(scrub(traceback.format_exc()).rstrip(), 1)
+            _exit(1)
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit(code: int, *, together: bool = False) -> NoReturn:
+    """End this process after an error; one of many at once, unless they all end together.
+
+    Others may be waiting in an exchange. Leaving the process group in good order would wait for them (NCCL's does), or
+    a thread that waits for them would hold this process back, and its launcher would not learn that it failed.
+    """
+    if together or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _launched() -> bool:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftune.artifacts.agreement import facts_of
 from ftune.artifacts.card import write_card
 from ftune.artifacts.kernels import kernels_of_run
 from ftune.artifacts.objective import agreed, loss_of, make_objective
@@ -22,7 +23,7 @@ from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_s
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
-from ftune.errors import Interrupted, RunDirError, RunFailed
+from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import EAGER, using
 from ftune.plan.engine import EngineChoice, engine_for, require_several
@@ -39,7 +40,7 @@ from ftune.run.launch import launched
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
 from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
-from ftune.run.processes import join_processes
+from ftune.run.processes import join_processes, require_agreement
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
@@ -99,8 +100,8 @@ def train(
     with contextlib.ExitStack() as held:
         # Or accelerate shards beside the engine, which does all that the configuration asks for.
         held.enter_context(_unset("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        require_several(choice, int(os.environ.get("WORLD_SIZE", "1")))
         accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
-        require_several(choice, accelerator.num_processes)
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
@@ -129,12 +130,16 @@ def _train(
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
         resolved = with_accumulation(resolved, began.training.gradient_accumulation_steps)
     summary = plan.summary()
+    require_agreement(accelerator, facts_of(plan, resolved))
     changes = list[dict[str, Any]]()
     if before is not None:
         require_same(before, resolved, summary, run, accept_changed_data=asked.accept_changed_data)
         changes = list(before.get("data_changed", []))
         if before.get("status") == "finished":
-            raise RunDirError(f"{run.root} is already finished", help="--overwrite trains it again")
+            # No error: whoever starts a job again until it ends well, a cluster's scheduler, asks for no more.
+            if main:
+                print(f"note: {run.root} is already finished; --overwrite trains it again", file=sys.stderr)
+            return before
     if main:
         asked.show_plan(summary)
 
@@ -161,7 +166,7 @@ def _train(
         with StopRequest() as stop:
             model, optimizer = build(plan)
             loss = loss_of(before) if before is not None else None
-            with block_by_block(model, plan.context.device) if plan.through_host else contextlib.nullcontext():
+            with _computing(model, plan):
                 objective, record["lean"] = make_objective(model, plan, accelerator, loss)
             if plan.through_host:
                 move_beside_base(model, plan.context.device, trained=recipe.method.artifact == "adapter")
@@ -182,7 +187,10 @@ def _train(
                 record["data_changed"] = changes
             kernels, lines = EAGER, list[str]()
             if recipe.training.compile:
-                kernels, lines = kernels_of_run(objective, plan, accelerator, start, lean=record["lean"], progress=kept)
+                with _computing(model, plan):
+                    kernels, lines = kernels_of_run(
+                        objective, plan, accelerator, start, lean=record["lean"], progress=kept
+                    )
             if main:
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
@@ -261,6 +269,11 @@ def _train(
                 raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
     return record
+
+
+def _computing(model: nn.Module, plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """A context in which the model computes on the run's device, before an engine has shared it out."""
+    return block_by_block(model, plan.context.device) if plan.through_host else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

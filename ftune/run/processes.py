@@ -14,14 +14,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftune.errors import RunFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["join_processes", "require_joined"]
+__all__ = ["join_processes", "require_agreement", "require_joined"]
 
 # What one process waits for another: tokenizing, compiling and saving happen in between.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -38,13 +38,19 @@ def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = F
         offload: Whether parts of a sharded model lie in the host's memory, and are sent from there too.
 
     Raises:
-        RunFailed: accelerate did not join the processes that were launched.
+        RunFailed: accelerate did not join the processes that were launched, or there are more than GPUs.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and here > torch.cuda.device_count():
+        raise RunFailed(
+            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs",
+            help="start one process for each GPU",
+        )
     # NCCL knows GPUs only.
     both = {"backend": "cuda:nccl,cpu:gloo"} if offload and cuda else {}
     accelerator = Accelerator(
@@ -73,6 +79,30 @@ def require_joined(accelerator: Accelerator, world: int, *, cuda: bool) -> None:
         raise RunFailed(f"{world} processes were launched, but accelerate joined {accelerator.num_processes}")
     if joined != wanted:
         raise RunFailed(f"accelerate runs {joined}, where {wanted} was to be expected from how ftune was launched")
+
+
+def require_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
+    """Hold that every process is about to do the same: on other machines files may be older, or libraries.
+
+    Args:
+        accelerator: Whose processes must agree; all of them must call.
+        facts: JSON-able, by what they are called in the message.
+
+    Raises:
+        RunFailed: On every process: what differs, and on which.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    first, *others = gather_object([facts])
+    for rank, other in enumerate(others, start=1):
+        differ = [name for name in first if other.get(name) != first[name]]
+        if differ:
+            raise RunFailed(
+                f"process {rank} is not about to do what process 0 is: {', '.join(differ)} differ",
+                help="every machine must see the same recipe, data and model, and have the same libraries",
+            )
 
 
 def _leave_processes() -> None:

@@ -168,6 +168,42 @@ def test_no_thread_of_gloo_outlives_the_process_group(processes: int, rank: int,
     assert not [name for name in threads if "gloo" in name]
 
 
+AGREE = """
+import os, sys
+from pathlib import Path
+from ftune.artifacts.training import train
+from ftune.errors import RunFailed
+from ftune.recipe import load_checked
+
+where, case = Path(sys.argv[1]), sys.argv[2]
+recipe = where / ("mine.yaml" if os.environ["RANK"] == "1" else "run.yaml")
+try:
+    train(load_checked(recipe)[0], progress=False)
+except RunFailed as error:
+    (where / f"said-{os.environ['RANK']}").write_text(str(error))
+"""
+
+
+def test_processes_that_see_other_files_do_not_train_together(tmp_path: Path) -> None:
+    recipe(tmp_path, "lora", 2, "run")
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "other.jsonl").write_text("".join(reversed((tmp_path / "train.jsonl").read_text().splitlines(True))))
+    changed = text.replace("train.jsonl", "other.jsonl").replace('"max_steps": 4', '"max_steps": 5')
+    assert changed.count("other.jsonl") == 1
+    assert changed.count('"max_steps": 5') == 1
+    (tmp_path / "mine.yaml").write_text(changed)
+    (tmp_path / "agree.py").write_text(AGREE)
+    done = launch(2, str(tmp_path / "agree.py"), str(tmp_path), "data")
+    assert done.returncode == 0, done.stderr
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith("process 1 is not about to do what process 0 is: the recipe's `data`")
+    for what in ("the recipe's `training`", "the training data", "the steps of the run"):
+        assert what in said[0]
+    assert "libraries" not in said[0]
+    assert not (tmp_path / "run/run.json").exists()
+
+
 def gradient(run: Path, rank: int = 0) -> torch.Tensor:
     """The gradient of a run's first update, before clipping."""
     found: torch.Tensor = torch.load(run / f"rank-{rank}.pt")[0]

@@ -200,16 +200,44 @@ def test_another_failure_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_leaves_the_launch_configuration_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    join = training.join_processes
+    require = training.require_several
 
-    def look(*arguments: Any, **options: Any) -> Any:
+    def look(choice: Any, processes: int) -> None:
         seen.append(os.environ.get("ACCELERATE_USE_FSDP"))
-        return join(*arguments, **options)
+        require(choice, processes)
 
-    monkeypatch.setattr(training, "join_processes", look)
+    monkeypatch.setattr(training, "require_several", look)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(FtuneError, match="fsdp2 in one process"):
         train(tiny.recipe(tmp_path))
     assert seen == [None]
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
+def test_a_bad_update_right_after_a_checkpoint_leaves_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny.recipe(tmp_path, checkpoint={"every_steps": 1, "keep": 1}, data={"packing": False})
+    saved: list[int] = []
+    save = Checkpoints.save
+
+    def note(self: Checkpoints, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", note)
+    spoil(monkeypatch, float("nan"), after=2)
+    with pytest.raises(RunFailed, match="the gradient norm is nan") as failed:
+        train(loaded)
+    assert saved == sorted(set(saved))
+    assert f"step-{saved[-1]} has the state before it" in (failed.value.help or "")
+
+
+def test_resuming_a_finished_run_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = tiny.recipe(tmp_path, training={"max_steps": 1})
+    record = train(loaded)
+    before = (tmp_path / "run/run.json").read_bytes()
+    assert train(loaded, resume=True)["measured"] == record["measured"]
+    assert "is already finished; --overwrite trains it again" in capsys.readouterr().err
+    assert (tmp_path / "run/run.json").read_bytes() == before
