@@ -10,7 +10,8 @@ Under every engine each rank has its own micro-batch, so activations are the sam
   from the forward pass to the end of the backward one. What an adapter method trains stays on every rank, as in DDP.
 
 Bytes sent a rank, for a payload of S bytes over N ranks in a ring (Patarasuk and Yuan 2009): an all-gather and a
-reduce-scatter (N-1)/N S each, an all-reduce both. Figures are arithmetic: they were not measured.
+reduce-scatter (N-1)/N S each, an all-reduce both. What is sent is arithmetic; what is held was measured on CPUs
+(docs/log.md).
 """
 
 from __future__ import annotations
