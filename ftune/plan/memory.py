@@ -39,7 +39,8 @@ RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 600 * 2**20}
 CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
 
 PEFT_BYTES = 56 * 2**20
-"""What importing PEFT takes of that: methods of our own do without."""
+"""What importing PEFT takes of that: adapters of our own do without. GaLore imports bitsandbytes in its place, and the
+holes of a whole model in training were fitted with it."""
 
 HOLES = 0.88
 HOLES_RECOMPUTED = 0.22
@@ -131,7 +132,7 @@ def estimate(
     tokens = rows * length
     layers = shape.layers
     whole = method.artifact == "model"
-    uses_peft = method.saved_as == "peft"
+    uses_peft = method.saved_as != "ftune"
     stored = stored_bytes(method, dtype_bytes)
     masked = _masked(shape, length, attention, device_type, packed)
 
