@@ -20,6 +20,10 @@ SAMPLE = 2**20
 """Bytes read at each end of a file of weights: whole ones would take minutes."""
 
 
+_READ = (".json", ".safetensors", ".jinja")
+"""Files that a model or its tokenizer is made of; a note beside them may differ."""
+
+
 def facts_of(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """Recipe, data, model and libraries of this process, by what they are called in a message.
 
@@ -45,7 +49,8 @@ def _model_files(plan: Plan) -> list[str]:
         return []
     if located.kind == "gguf":
         return [sample_of(gguf_path(located))]
-    return [sample_of(path) for path in sorted(Path(located.path_or_id).iterdir()) if path.is_file()]
+    files = sorted(path for path in Path(located.path_or_id).iterdir() if path.suffix in _READ)
+    return [sample_of(path) for path in files]
 
 
 def sample_of(path: Path) -> str:

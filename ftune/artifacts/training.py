@@ -130,7 +130,8 @@ def _train(
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
         resolved = with_accumulation(resolved, began.training.gradient_accumulation_steps)
     summary = plan.summary()
-    require_agreement(accelerator, facts_of(plan, resolved))
+    if world > 1:
+        require_agreement(accelerator, facts_of(plan, resolved))
     changes = list[dict[str, Any]]()
     if before is not None:
         require_same(before, resolved, summary, run, accept_changed_data=asked.accept_changed_data)

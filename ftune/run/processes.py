@@ -91,8 +91,6 @@ def require_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     Raises:
         RunFailed: On every process: what differs, and on which.
     """
-    if accelerator.num_processes == 1:
-        return
     from accelerate.utils import gather_object
 
     first, *others = gather_object([facts])
