@@ -384,7 +384,6 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     # 5 norms in at least 5 micro-batches, beside those of the trial: one compared, the others timed
     assert runs["norm_backward"] >= 25 + 1 + (compiling.ROUNDS + 1) * compiling.CALLS
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
-    assert losses(tmp_path / "whole") != losses(tmp_path / "eager"), "these kernels round otherwise"
 
     parts = tiny.recipe(tmp_path, output_dir=str(tmp_path / "parts"), **asked)
     train_until(parts, 2)
