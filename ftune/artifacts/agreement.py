@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from ftune.plan.resolve import Plan
     from ftune.recipe.schema import Recipe
 
-__all__ = ["facts_of", "sample_of"]
+__all__ = ["facts_of"]
 
 SAMPLE = 2**20
 """Bytes read at each end of a file of weights: whole ones would take minutes."""
-
 
 _READ = (".json", ".safetensors", ".jinja")
 """Files that a model or its tokenizer is made of; a note beside them may differ."""
@@ -48,12 +47,12 @@ def _model_files(plan: Plan) -> list[str]:
     if located.kind == "hub":
         return []
     if located.kind == "gguf":
-        return [sample_of(gguf_path(located))]
+        return [_sample(gguf_path(located))]
     files = sorted(path for path in Path(located.path_or_id).iterdir() if path.suffix in _READ)
-    return [sample_of(path) for path in files]
+    return [_sample(path) for path in files]
 
 
-def sample_of(path: Path) -> str:
+def _sample(path: Path) -> str:
     """A digest of a file's name and size and of its first and last MiB."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{path.name} {size}".encode())

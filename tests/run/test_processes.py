@@ -175,7 +175,7 @@ from ftune.artifacts.training import train
 from ftune.errors import RunFailed
 from ftune.recipe import load_checked
 
-where, case = Path(sys.argv[1]), sys.argv[2]
+where = Path(sys.argv[1])
 recipe = where / ("mine.yaml" if os.environ["RANK"] == "1" else "run.yaml")
 try:
     train(load_checked(recipe)[0], progress=False)
@@ -193,7 +193,7 @@ def test_processes_that_see_other_files_do_not_train_together(tmp_path: Path) ->
     assert changed.count('"max_steps": 5') == 1
     (tmp_path / "mine.yaml").write_text(changed)
     (tmp_path / "agree.py").write_text(AGREE)
-    done = launch(2, str(tmp_path / "agree.py"), str(tmp_path), "data")
+    done = launch(2, str(tmp_path / "agree.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1]
