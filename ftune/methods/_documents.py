@@ -8,6 +8,8 @@ would get, and is computed as ``sdpa`` does.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -142,15 +144,21 @@ def _mask_of(borders: Tensor) -> Tensor:
     return ((document[:, None] == document) & (at[:, None] >= at))[None, None]
 
 
+@functools.cache
+def _asks_for_shared_heads() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scale: float | None) -> Tensor:
     """Flash attention over documents of any length, in 16 bits on CUDA: (1, L, H, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest: int = getattr(borders, "_ftune_longest", None) or int(borders.diff().max())
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    shared = key.shape[1] != query.shape[1]
-    out = varlen_attn(
-        query, key, value, borders, borders, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=shared
-    )
+    # torch 2.11 shares heads unasked; later ones want to be told.
+    shared: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] and _asks_for_shared_heads() else {}
+    out = varlen_attn(query, key, value, borders, borders, longest, longest, scale=scale, window_size=(-1, 0), **shared)
     assert not isinstance(out, tuple)
     return out[None]

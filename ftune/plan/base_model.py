@@ -122,7 +122,13 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
     located = locate_model(spec)
 
     def read() -> Any:
-        return AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
+        found = AutoTokenizer.from_pretrained(located.path_or_id, **_source(spec, located))
+        if located.gguf_file:
+            # transformers 5.17 takes a GGUF file's first token for the last.
+            end = load_config(spec).eos_token_id
+            if isinstance(end, int) and found.eos_token_id != end:
+                found.eos_token = found.convert_ids_to_tokens(end)
+        return found
 
     with explained(spec, "tokenizer"):
         tokenizer = kept_tokenizer(gguf_path(located), read) if located.gguf_file else read()

@@ -43,7 +43,7 @@ def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any
 
     config = settings["config"]
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not known or type(config).extra_files or getattr(config, "quantization_config", None) is not None:
+    if not known or getattr(type(config), "extra_files", ()) or getattr(config, "quantization_config", None) is not None:
         return None
     files = safetensors_files(where, revision)
     weights: dict[str, Any] = {}

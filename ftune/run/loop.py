@@ -145,6 +145,8 @@ class Loop:
             self.progress["resting"] = watch.resting
             self.optimizer.zero_grad(set_to_none=True)
 
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             self.emit(
                 StepEnd(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distributions
 from pathlib import Path
 
 from job import Tool
@@ -60,15 +60,27 @@ def build(tool: Tool, directory: Path, cuda: bool) -> Path:
     return bin_directory
 
 
+_ASK = """
+import importlib.metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
 def versions(bin_directory: Path) -> dict[str, str]:
-    """The versions of the packages that matter in an environment."""
-    site = next(bin_directory.parent.glob("lib/python*/site-packages"))
-    found = {d.metadata["Name"].lower(): d.version for d in distributions(path=[str(site)])}
-    return {name: found[name] for name in SHOWN if name in found}
+    """The versions of the packages that matter in an environment, as its interpreter finds them."""
+    command = [str(bin_directory / "python"), "-c", _ASK, *SHOWN]
+    found: dict[str, str] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
 
 
 def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
-    """Environment variables that every tool is given: its threads, no network, caches below the directory."""
+    """Environment variables that every tool is given: threads, no network, caches below the directory, no CUDA holes."""
     cache = str(directory / "cache")
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -77,4 +89,4 @@ def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": cache,
         "XDG_CACHE_HOME": cache,
-    } | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})
+    } | ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if cuda else {"CUDA_VISIBLE_DEVICES": ""})

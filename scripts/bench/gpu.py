@@ -54,12 +54,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--threads", type=int, default=measure.physical_cores(), help="default: physical cores")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that a run may take")
+    parser.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="PEER=PATH",
+        help="interpreters that have a peer already, for a machine without a package index; nothing is installed",
+    )
+    parser.add_argument("--tokenizer", default=work.GGUF, help="the model's, as a recipe's model.id (default: %(default)s)")
     parser.add_argument("--directory", type=Path, default=work.ROOT / "build/bench", help="model and environments")
     parser.add_argument("--runs", type=Path, help="where runs write; default: in the directory")
     parser.add_argument("--figures", type=Path, help="default: docs/figures/gpu.json; on a CPU, in the directory")
     parser.add_argument("--again", action="store_true", help="run the chosen cases even if the figures have them")
     args = parser.parse_args(argv)
     args.peers = [] if args.peers == "none" else args.peers.split(",")
+    args.python = {name: Path(path).absolute() for name, path in (given.split("=", 1) for given in args.python)}
     if unknown := [name for name in args.peers if name not in gpu_peers.TOOLS]:
         parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(gpu_peers.TOOLS)}")
     if args.updates < 2:
@@ -93,7 +102,8 @@ class Bench:
     def _write_model(self) -> dict[str, Any]:
         """In a process of its own: a child's peak counts from its parent's, so this one must stay small."""
         script = str(Path(__file__).with_name("random_model.py"))
-        command = [sys.executable, script, str(self.args.sizes.resolve()), str(self.model), str(max(self.args.lengths))]
+        context = str(max(self.args.lengths))
+        command = [sys.executable, script, str(self.args.sizes.resolve()), str(self.model), context, self.args.tokenizer]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return facts
@@ -103,6 +113,9 @@ class Bench:
             tool = gpu_peers.TOOLS[name]
             if tool.cuda_only and not self.cuda:
                 self.absent[tool.title] = tool.note
+                continue
+            if name in self.args.python:
+                self.bins[name] = self.args.python[name].parent
                 continue
             try:
                 self.bins[name] = environments.build(tool, self.directory / name, self.cuda)
@@ -190,9 +203,8 @@ class Bench:
 
     def _command(self, tool: str, case: Case, checkpointing: bool, rows: Path, out: Path) -> list[str]:
         if tool == OURS:
-            settings = recipe(
-                case, self.model, rows, self.args.updates, self.facts["sizes"]["hidden_size"], out / "run"
-            )
+            hidden = self.facts["sizes"]["hidden_size"]
+            settings = recipe(case, self.model, rows, self.args.updates, hidden, out / "run", recompute=checkpointing)
             path = out / "recipe.yaml"
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             return [sys.executable, "-m", "ftune", "train", str(path)]

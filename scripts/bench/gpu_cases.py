@@ -20,8 +20,8 @@ PAPER_LENGTH = 512
 TITLES = {"s2": "lora over S2-Attn", PAPER: "qlora, the paper's setting"}
 METHODS = ("lora", "qlora", "dora", "galore", "longlora", "s2", PAPER)
 PEER_METHODS = ("lora", "qlora")
-# As torch, bitsandbytes and cuBLAS say it; not any line that gives advice on memory.
-OUT_OF_MEMORY = r"OutOfMemoryError|CUDA\b.{0,20}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+# As torch, bitsandbytes, cuBLAS and ftune say it; not any line that gives advice on memory.
+OUT_OF_MEMORY = r"^error: memory ran out|OutOfMemoryError|CUDA\b.{0,20}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 
 
 @dataclass(frozen=True)

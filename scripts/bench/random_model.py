@@ -1,6 +1,6 @@
-"""Write a model of given sizes with random bfloat16 weights, and the quickstart's tokenizer beside it.
+"""Write a model of given sizes with random bfloat16 weights, and a tokenizer, the quickstart's, beside it.
 
-    python scripts/bench/random_model.py SIZES DIRECTORY [CONTEXT]
+    python scripts/bench/random_model.py SIZES DIRECTORY [CONTEXT [TOKENIZER]]
 
 Time and memory do not depend on what the weights are; losses do, so these say nothing of any real model. Every tensor
 is drawn by its own name from the seed, one shard at a time: no more than one shard is in memory. A directory that has
@@ -32,13 +32,16 @@ WORDS = "words.json"
 WORD_COUNT = 2000
 
 
-def write(sizes: Path, directory: Path, context: int = 0, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+def write(
+    sizes: Path, directory: Path, context: int = 0, tokenizer_of: str = work.GGUF, shard_bytes: int = SHARD_BYTES
+) -> dict[str, Any]:
     """Write the model unless it is there.
 
     Args:
         sizes: A directory with a ``config.json``.
         directory: Where the model goes.
         context: The configuration's context is raised to so many tokens, so that no tool changes its positions.
+        tokenizer_of: The model that has the tokenizer, as a recipe's ``model.id``.
         shard_bytes: Largest size of a file of weights, but for one of a single larger tensor.
 
     Returns:
@@ -54,7 +57,7 @@ def write(sizes: Path, directory: Path, context: int = 0, shard_bytes: int = SHA
     from ftune.recipe.schema import ModelSpec
 
     config = AutoConfig.from_pretrained(sizes)
-    tokenizer = load_tokenizer(ModelSpec(id=work.GGUF))
+    tokenizer = load_tokenizer(ModelSpec(id=tokenizer_of))
     if config.vocab_size < len(tokenizer):
         raise SystemExit(f"{sizes}: a vocabulary of {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens")
     # The special tokens are those of the tokenizer that is there, not of the one that belongs to the sizes.
@@ -143,4 +146,4 @@ def _tokens(tokenizer: Any, texts: Iterable[str]) -> list[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(write(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4]))))
+    print(json.dumps(write(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4]), *sys.argv[4:5])))

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def write_gguf(path: Path, seed: int = 0) -> Path:
     """A random Llama of 64 wide blocks, quantized to 4 bits, with a byte-level tokenizer."""
     config, vocab = tiny.config(), tiny.tokenizer().get_vocab()
-    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ab"]
+    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ab", "bc"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
@@ -45,7 +45,7 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in tiny.SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
