@@ -66,10 +66,16 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend in shifted groups while training, and as ``sdpa`` does otherwise."""
+    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from ftune.ops.s2_attention import s2_attention
 
+    # Positions and trained embeddings are fp32, and so are query and key; sdpa would cast them after key and value
+    # were copied for every head.
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     length = query.shape[2]
     groups: Groups | None = getattr(module, "s2_groups", None) if module.training else None
     if groups is not None and length == key.shape[2]:

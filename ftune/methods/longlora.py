@@ -289,7 +289,10 @@ class LongLora(LowRank):
         return 0 if not packed else min(length**2, 2 * length * (self.group_size or _quarter(length)))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """LoRA's, the residual stream in fp32, and attention's operands once more as groups and beside each other."""
+        """LoRA's, the residual stream in fp32, and attention's operands once more as groups and beside each other.
+
+        Keys and values are counted for every query head, as under a mask; without one they may be shared.
+        """
         fp32_residual = self.train_embeddings or self.train_norms
         norms = (4 - dtype_bytes) * shape.extra["norm_width"] * fp32_residual
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -56,30 +56,46 @@ def s2_attention(
     """
     heads = query_BHLD.shape[1]
     split = heads - shifted_heads(heads)
-    # Query heads of one key head may fall on either side of the split, so every one gets its own.
     repeats = heads // key_BKLD.shape[1]
-    key_BHLD, value_BHLD = _repeat(key_BKLD, repeats), _repeat(value_BKLD, repeats)
+    # Where a key head is read from both sides of the split, too, every query head gets its own.
+    if repeats > 1 and (split % repeats or not _can_share(query_BHLD, key_BKLD, value_BKLD, mask_B1LL, dropout)):
+        key_BKLD, value_BKLD = (
+            x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (key_BKLD, value_BKLD)
+        )
+        repeats = 1
     halves = [
         _in_groups(
-            query_BHLD[:, part], key_BHLD[:, part], value_BHLD[:, part], first, group_size, mask_B1LL, dropout, scale
+            query_BHLD[:, begin:end],
+            key_BKLD[:, begin // repeats : end // repeats],
+            value_BKLD[:, begin // repeats : end // repeats],
+            first,
+            group_size,
+            mask_B1LL,
+            dropout,
+            scale,
         )
-        for part, first in ((slice(0, split), 0), (slice(split, heads), group_size // 2))
-        if part.start < part.stop
+        for begin, end, first in ((0, split, 0), (split, heads, group_size // 2))
+        if begin < end
     ]
     return torch.cat(halves, dim=2)
 
 
-def _repeat(states_BKLD: Tensor, repeats: int) -> Tensor:
-    """Give every query head the key or value head that it reads: (B, K * repeats, L, D)."""
-    if repeats == 1:
-        return states_BKLD
-    return states_BKLD[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+def _can_share(
+    query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, mask_B1LL: Tensor | None, dropout: float
+) -> bool:
+    """Whether a kernel that keeps no scores lets query heads share a key head; copies are no faster then."""
+    # On CUDA a mask or fp32 would fall back to plain products, which keep all scores. With a mask copies are made on
+    # the CPU too: they are planned for.
+    if mask_B1LL is not None or not query_BHLD.is_cuda:
+        return mask_B1LL is None and query_BHLD.is_cpu
+    params = torch.backends.cuda.SDPAParams(query_BHLD, key_BKLD, value_BKLD, None, dropout, True, True)
+    return torch.backends.cuda.can_use_flash_attention(params)
 
 
 def _in_groups(
     query_BHLD: Tensor,
-    key_BHLD: Tensor,
-    value_BHLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
     first: int,
     group_size: int,
     mask_B1LL: Tensor | None,
@@ -100,12 +116,13 @@ def _in_groups(
             mask = _diagonal_blocks(mask_B1LL[:, :, start:end, start:end], count)
         out_NHSD = F.scaled_dot_product_attention(
             _fold(query_BHLD[:, :, start:end], count),
-            _fold(key_BHLD[:, :, start:end], count),
-            _fold(value_BHLD[:, :, start:end], count),
+            _fold(key_BKLD[:, :, start:end], count),
+            _fold(value_BKLD[:, :, start:end], count),
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=mask is None,
             scale=scale,
+            enable_gqa=heads != key_BKLD.shape[1],
         )
         pieces.append(out_NHSD.transpose(1, 2).reshape(rows, end - start, heads, -1))
     return torch.cat(pieces, dim=1)

@@ -197,6 +197,23 @@ def test_checkpointing_gives_the_same_gradients_and_counts_the_recomputation(bas
     assert passes == [[2, 2], [4, 4]]
 
 
+def test_attention_is_computed_in_the_dtype_of_autocast(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftune.ops import s2_attention
+
+    model = adapted(base, group_size=GROUP)
+    dtypes, attend = [], s2_attention.s2_attention
+
+    def watched(*states: Any, **settings: Any) -> torch.Tensor:
+        dtypes.extend(x.dtype for x in states[:3])
+        return attend(*states, **settings)
+
+    monkeypatch.setattr(s2_attention, "s2_attention", watched)
+    # The trained embedding is fp32, and so are the positions' cosines.
+    with torch.autocast("cpu", torch.bfloat16):
+        training_logits(model, tokens())
+    assert set(dtypes) == {torch.bfloat16}
+
+
 def test_the_group_is_a_quarter_of_the_longest_row_unless_given(base: Path) -> None:
     method = LongLora()
     for length, size in ((512, 128), (100, 24), (8, 2)):

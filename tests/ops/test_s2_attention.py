@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +69,24 @@ def test_equals_the_dense_definition_with_its_gradients(length: int, heads: int,
         torch.autograd.grad(actual, inputs, pull), torch.autograd.grad(expected, inputs, pull), strict=True
     ):
         assert (mine - theirs).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "copied"), [(4, 2, False), (8, 2, False), (9, 3, True), (4, 1, True)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_are_shared_where_no_key_is_read_from_both_sides(
+    heads: int, kv_heads: int, copied: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    sdpa = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        given.append((key.shape[1] == value.shape[1] == query.shape[1], settings["enable_gqa"]))
+        return sdpa(query, key, value, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None] if masked else None
+    s2_attention(*states(1, heads, kv_heads, 20), 8, mask)
+    assert set(given) == {(True, False) if copied or masked else (False, True)}
 
 
 def test_a_row_of_half_a_group_is_plain_causal() -> None:
