@@ -6,9 +6,11 @@ is. The replacement is a subclass made for the occasion: parameters, names, hook
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +181,9 @@ def lean_low_rank(model: nn.Module) -> int:
         if isinstance(module, LoraLayer) and _plain_lora(module):
             with_forward(module, _dora_forward if module.lora_variant else _low_rank_forward)
             if module.lora_variant:
-                _squares(module)  # now: among the activations of the first step it would split the heap for good
+                # now: among the activations of the first step they would split the heap for good
+                _NORMS[module] = _Norms(_squares(module).clone())
+                _updates()
             count += 1
     return count
 
@@ -243,11 +247,11 @@ def _adalora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _dora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
         return type(self).__mro__[1].forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
-    from ftune.ops.linear import direction_norms, scale_directions
+    from ftune.ops.linear import scale_directions
 
     name, base = self.active_adapter[0], self.get_base_layer()
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    norms = direction_norms(_squares(self), _product(base, a.detach(), x), a, b, self.scaling[name])
+    norms = _norms(self, x, a, b, self.scaling[name])
     updated = _updated(self, x, None, a, b, self.scaling[name])
     out = scale_directions(updated, self.lora_magnitude_vector[name].weight, norms)
     return out if base.bias is None else out + base.bias.to(out.dtype)
@@ -269,6 +273,74 @@ def _updated(self: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, sc
     return low_rank_update(x if x.dtype == out.dtype else x.to(out.dtype), out, a, b, scale)
 
 
+class _Norms(NamedTuple):
+    """Norms (O,) fp32 of the rows of a layer's adapted matrix, and what they were computed from; at first, nothing.
+
+    ``weights`` are A and B themselves: while they are held, no other tensor has their ids.
+    """
+
+    norms: Tensor
+    made_of: tuple[Any, ...] | None = None
+    weights: tuple[Tensor, ...] = ()
+
+
+# Not on the layers: their copies, and what is pickled of them, are not to have it.
+_NORMS: WeakKeyDictionary[Any, _Norms] = WeakKeyDictionary()
+
+
+@functools.cache
+def _updates() -> list[int]:
+    """How many updates all optimizers of this process have made, as a list of one, counted from the first call.
+
+    torch's fused optimizers and bitsandbytes' write into parameters without raising their version.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    made = [0]
+
+    def count(*_: Any) -> None:
+        made[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return made
+
+
+def _norms(self: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Norms (O,) fp32 of the rows of the adapted matrix: once for all micro-batches of an update."""
+    import torch
+
+    from ftune.ops.linear import direction_norms
+
+    made_of: tuple[Any, ...] | None = None
+    if all(_tells_changes(weight) for weight in (a, b)):
+        kind = x.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        states = [(id(weight), weight._version, weight.data_ptr()) for weight in (a, b)]
+        made_of = (*states, _updates()[0], scale, x.dtype, low)
+    kept = _NORMS.get(self)
+    if kept is not None and made_of is not None and kept.made_of == made_of:
+        return kept.norms
+    norms = direction_norms(_squares(self, a.device), _product(self.get_base_layer(), a.detach(), x), a, b, scale)
+    if made_of is not None:
+        # In the same memory; no backward pass reads it.
+        norms = kept.norms.copy_(norms) if kept is not None and kept.norms.device == norms.device else norms
+        _NORMS[self] = _Norms(norms, made_of, (a, b))
+    return norms
+
+
+def _tells_changes(weight: Tensor) -> bool:
+    """Whether a parameter's version, or an optimizer's step, shows that it changed.
+
+    DeepSpeed writes into a flat tensor that parameters are parts of (ZeRO-2), or puts another one in their place
+    (ZeRO-3), behind the back of both.
+    """
+    from ftune.ops.sharded import is_sharded
+
+    if is_sharded(weight) or weight.is_inference():
+        return False
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
 def _product(base: Any, a_RI: Tensor, x: Tensor) -> Tensor:
     """``A W^T``, through the base layer itself: it knows how it keeps its weight."""
     import torch
@@ -278,8 +350,8 @@ def _product(base: Any, a_RI: Tensor, x: Tensor) -> Tensor:
         return out if base.bias is None else out - base.bias.to(out.dtype)
 
 
-def _squares(module: Any) -> Tensor:
-    """Squared norms (O,) fp32 of the rows of a frozen weight; computed once."""
+def _squares(module: Any, device: torch.device | None = None) -> Tensor:
+    """Squared norms (O,) fp32 of the rows of a frozen weight, on a device or where they are; computed once."""
     import torch
     from peft.utils.integrations import dequantize_module_weight
 
@@ -289,4 +361,6 @@ def _squares(module: Any) -> Tensor:
             weight = dequantize_module_weight(module.get_base_layer())
             found = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
         module._ftune_squares = found
+    if device is not None and found.device != device:  # a model that was made lean in the host's memory
+        found = module._ftune_squares = found.to(device)
     return found

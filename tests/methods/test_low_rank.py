@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError, RunFailed
 from ftune.methods import Method, OptimizerSpec
 from ftune.methods._shared import list_linears, match_targets
+from ftune.plan.recompute import enable_checkpointing
 from ftune.recipe import require
 
 
@@ -154,6 +156,115 @@ def test_dora_in_bfloat16_starts_as_its_base(tmp_path: Path) -> None:
         expected = tiny.logits(base)
         actual = tiny.logits(tiny.method("dora").adapt(base, tiny.context(dtype=torch.bfloat16)))
     assert torch.equal(actual, expected)
+
+
+def lean_dora() -> Any:
+    from ftune.methods._lean import lean_low_rank
+
+    model = adapted(tiny.method("dora")).train()
+    tiny.disturb(model)
+    assert lean_low_rank(model) == 14
+    return model
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The norms of every call that computed them."""
+    from ftune.ops import linear
+
+    found: list[torch.Tensor] = []
+    compute = linear.direction_norms
+
+    def counted(*given: Any) -> torch.Tensor:
+        found.append(compute(*given))
+        return found[-1]
+
+    monkeypatch.setattr(linear, "direction_norms", counted)
+    return found
+
+
+def loss_of(model: Any, length: int = 20) -> torch.Tensor:
+    loss: torch.Tensor = model(**tiny.batch(length=length), use_cache=False).logits.square().mean()
+    return loss
+
+
+def plain_norms(model: Any) -> list[torch.Tensor]:
+    """By the definition, in the order of the layers."""
+    return [
+        torch.linalg.norm(
+            m.get_base_layer().weight + m.scaling["default"] * m.lora_B["default"].weight @ m.lora_A["default"].weight,
+            dim=1,
+        ).detach()
+        for m in model.modules()
+        if hasattr(m, "lora_A")
+    ]
+
+
+def kept_norms(model: Any) -> list[torch.Tensor]:
+    from ftune.methods._lean import _NORMS
+
+    return [_NORMS[m].norms for m in model.modules() if hasattr(m, "lora_A")]
+
+
+@pytest.mark.parametrize("how", ["plain", "foreach", "fused", "8-bit"])
+def test_dora_computes_its_norms_once_an_update(how: str, computed: list[torch.Tensor]) -> None:
+    model = lean_dora()
+    enable_checkpointing(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any
+    if how == "8-bit":
+        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(trained, lr=0.01)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=0.01, foreach=how == "foreach", fused=how == "fused")
+    for update in range(1, 4):
+        for length in (20, 30, 20):  # of which each is run twice
+            loss_of(model, length).backward()
+        assert len(computed) == 14 * update
+        torch.testing.assert_close(kept_norms(model), plain_norms(model), rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            loss_of(model)
+        assert len(computed) == 14 * update
+        before = plain_norms(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(torch.equal(*pair) for pair in zip(before, plain_norms(model), strict=True))
+
+
+def test_dora_s_norms_follow_whatever_changes_a_and_b(computed: list[torch.Tensor]) -> None:
+    model = lean_dora()
+    first, start = loss_of(model), copy.deepcopy(model.state_dict())
+    tiny.disturb(model)
+    assert loss_of(model) != first
+    model.load_state_dict(start)
+    assert loss_of(model) == first
+    twin = copy.deepcopy(model)
+    assert loss_of(twin) == first
+    assert len(computed) == 4 * 14
+    tiny.disturb(twin)
+    changed = loss_of(twin)
+    assert changed != first == loss_of(model)
+    for name, parameter in list(twin.named_parameters()):
+        if parameter.requires_grad:  # another parameter in its place
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(parameter.detach().clone()))
+    assert loss_of(model) == changed
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model)
+    assert len(computed) == 7 * 14
+
+
+def test_dora_keeps_no_norms_of_parts_of_a_flat_tensor(computed: list[torch.Tensor]) -> None:
+    """DeepSpeed's ZeRO-2 updates the whole of it, which no version of a part tells."""
+    model = lean_dora()
+    weights = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    flat = torch.cat([p.detach().flatten() for p in weights])
+    for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+        weight.data = part.view(weight.shape)
+    first, versions = loss_of(model), [p._version for p in weights]
+    flat.mul_(1.5)
+    assert loss_of(model) != first
+    assert [p._version for p in weights] == versions
+    assert len(computed) == 2 * 14
 
 
 def test_vitals_tell_trained_from_untrained(tmp_path: Path) -> None:
