@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available_bytes", "least_of_all"]
+__all__ = ["available_bytes", "least_of_all", "on_empty_gpu"]
+
+SLACK = 0.03
+"""Share of a GPU's free memory that is left alone: the allocator cuts blocks for what is freed into pieces."""
+
+CONTEXT_BYTES = 960 * 2**20
+"""What of a GPU's total, as ``nvidia-smi`` gives it, the driver and a process's context take (on an H100)."""
 
 
 def available_bytes(
@@ -21,7 +27,7 @@ def available_bytes(
     """Bytes that this process may occupy in all, what it already holds included.
 
     On the CPU the smaller of what the system has left and what the process's control groups (containers,
-    batch systems) leave; on CUDA what the current device has left.
+    batch systems) leave; on CUDA most of what the current device has left.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
@@ -33,12 +39,17 @@ def available_bytes(
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        return int(free + torch.cuda.memory_reserved())
+        return int(free * (1 - SLACK)) + torch.cuda.memory_reserved()
     import psutil
 
     left = int(psutil.virtual_memory().available)
     limit = _cgroup_left(cgroup_root, cgroup_file)
     return (left if limit is None else min(left, limit)) // processes + int(psutil.Process().memory_info().rss)
+
+
+def on_empty_gpu(total: int) -> int:
+    """Bytes that a process may occupy on a GPU of so many bytes that nothing else is on."""
+    return int((total - CONTEXT_BYTES) * (1 - SLACK))
 
 
 def least_of_all(amount: int, device: torch.device) -> int:

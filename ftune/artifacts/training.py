@@ -25,7 +25,7 @@ from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
-from ftune.ops.kernels import EAGER, using
+from ftune.ops.kernels import plain, using
 from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
@@ -186,7 +186,7 @@ def _train(
                 notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")
             if changes:
                 record["data_changed"] = changes
-            kernels, lines = EAGER, list[str]()
+            kernels, lines = plain(), list[str]()
             if recipe.training.compile:
                 with _computing(model, plan):
                     kernels, lines = kernels_of_run(

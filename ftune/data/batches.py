@@ -39,6 +39,8 @@ class Batch:
         labels: (B, L) int64, not shifted; -100 at padding and at the first token of every document.
         position_ids: (B, L) int64, from 0 in every document and in the padding; None where no row has two
             documents.
+        predicting: (K,) int64, the positions from which some row predicts a target, at least one. Found where the
+            labels are made: to ask a GPU for them is to wait for all that it was given to do.
         rows: Row numbers of the examples, in order.
         target_tokens: Targets after the shift.
         tokens: Tokens, padding not counted.
@@ -47,6 +49,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
+    predicting: Tensor
     rows: tuple[int, ...]
     target_tokens: int
     tokens: int
@@ -59,6 +62,7 @@ class Batch:
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             position_ids=positions if positions is None else positions.to(device, non_blocking=True),
+            predicting=self.predicting.to(device, non_blocking=True),
         )
 
 
@@ -177,11 +181,15 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int, multiple_of: int = 1
         # padding is a document of its own, so that it never attends to the last one
         position_ids[b, at:] = np.arange(width - at)
     packed = any(len(row) > 1 for row in rows)
+    is_target = labels[:, 1:] != IGNORE
+    predicting = np.flatnonzero(is_target.any(axis=0))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids) if packed else None,
+        # without a target one position keeps the graph alive
+        predicting=torch.from_numpy(predicting) if len(predicting) else torch.zeros(1, dtype=torch.long),
         rows=tuple(example.row for row in rows for example in row),
-        target_tokens=int(np.count_nonzero(labels[:, 1:] != IGNORE)),
+        target_tokens=int(np.count_nonzero(is_target)),
         tokens=sum(len(example) for row in rows for example in row),
     )

@@ -88,6 +88,8 @@ def _same_norm(module: nn.Module, forward: Callable[..., Tensor], dtype: torch.d
     """Whether a norm of one input computes the same, in the dtype of its gain and in that of the model."""
     import torch
 
+    from ftune.ops.kernels import EAGER, using
+
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 1 or _eps(module) is None or not _takes_one(module):
         return False
@@ -95,7 +97,7 @@ def _same_norm(module: nn.Module, forward: Callable[..., Tensor], dtype: torch.d
         return False
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(4, len(weight), generator=generator).to(weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), using(EAGER):  # to the bit: other kernels sum in another order
         for x in (made.to(weight.dtype), made.to(dtype)):
             theirs, mine = module(x), forward(module, x)
             if theirs.dtype != mine.dtype or not torch.equal(theirs, mine):
@@ -132,6 +134,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     import torch
 
+    from ftune.ops.kernels import EAGER, using
+
     # What differs between training and evaluation would not show: the trial is without dropout.
     if not _takes_one(module) or any("dropout" in name for name in (*vars(module), *dict(module.named_children()))):
         return False
@@ -144,7 +148,8 @@ def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     was_training = module.training
     module.eval()  # no dropout
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        autocast = torch.autocast(weight.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), using(EAGER), autocast:
             return torch.equal(module(x), _gated_forward(module, x))
     finally:
         module.train(was_training)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ftune.ops.kernels import has_fused
+
 __all__ = ["chunk_size", "chunked_cross_entropy", "least_chunk", "linear_cross_entropy"]
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -94,23 +96,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        buffers = _Buffers(hidden_ND, len(weight_VD), chunk)
+        wants = wants_hidden or wants_weight or wants_bias
+        make = _fused_chunk if weight_VD.is_cuda and not wants_bias and has_fused() else _chunk
+        buffers = _Buffers(hidden_ND, len(weight_VD), chunk, both=make is _chunk)
         for hidden_CD, targets_C, at in _chunks(hidden_ND, targets_N, chunk):
-            logits_CV, slope_CV, low_CV = _logits(hidden_CD, cast_VD, bias_V, scale, softcap, buffers)
-            log_CV = _log_softmax(logits_CV)
-            total -= log_CV.gather(1, targets_C[:, None]).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
-                continue
-            # softmax minus one-hot, in place; then back through the cap and the scale
-            grad_CV = log_CV.exp_()
-            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
-            if slope_CV is not None:
-                grad_CV.mul_(slope_CV)
-            if scale != 1.0:
-                grad_CV.mul_(scale)
-            if grad_bias is not None:
-                grad_bias += grad_CV.sum(0)
-            low_CV = grad_CV if hidden_ND.dtype == torch.float32 else low_CV.copy_(grad_CV)
+            loss, low_CV = make(hidden_CD, targets_C, cast_VD, bias_V, scale, softcap, buffers, wants, grad_bias)
+            total += loss
             if grad_hidden is not None:
                 torch.mm(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
             if grad_weight is not None:
@@ -135,14 +126,72 @@ class _Buffers:
     """Where every chunk's logits are made: fresh memory of this size costs more than what is computed in it.
 
     The C library hands such blocks back to the system, and each is zeroed, page by page, when it is next touched.
+
+    Args:
+        hidden_ND: Hidden states.
+        vocab: V.
+        chunk: Rows.
+        both: Whether fp32 ones are needed beside those in the dtype of the product.
     """
 
-    def __init__(self, hidden_ND: Tensor, vocab: int, chunk: int) -> None:
+    def __init__(self, hidden_ND: Tensor, vocab: int, chunk: int, *, both: bool) -> None:
         rows = min(chunk, len(hidden_ND))
-        self.low_CV = hidden_ND.new_empty(rows, vocab)
-        self.high_CV = (
-            self.low_CV if hidden_ND.dtype == torch.float32 else self.low_CV.new_empty(rows, vocab, dtype=torch.float32)
-        )
+        self.low_CV = self.high_CV = hidden_ND.new_empty(rows, vocab)
+        if both and hidden_ND.dtype != torch.float32:
+            self.high_CV = self.low_CV.new_empty(rows, vocab, dtype=torch.float32)
+
+
+def _fused_chunk(
+    hidden_CD: Tensor,
+    targets_C: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    buffers: _Buffers,
+    wants: bool,
+    _: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As ``_chunk`` without the gradient of a bias; the logits become their gradient in one kernel."""
+    from ftune.ops.fused import softmax_minus_target
+
+    low_CV = buffers.low_CV[: len(hidden_CD)]
+    torch.mm(hidden_CD, weight_VD.T, out=low_CV)
+    if bias_V is not None:
+        low_CV += bias_V.to(low_CV.dtype)
+    return softmax_minus_target(low_CV, targets_C, scale, softcap, wants_grad=wants).sum(), low_CV
+
+
+def _chunk(
+    hidden_CD: Tensor,
+    targets_C: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    buffers: _Buffers,
+    wants: bool,
+    grad_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a chunk, and where ``wants`` the gradient of its logits in the dtype of the product.
+
+    What the bias gets is added to ``grad_bias``.
+    """
+    logits_CV, slope_CV, low_CV = _logits(hidden_CD, weight_VD, bias_V, scale, softcap, buffers)
+    log_CV = _log_softmax(logits_CV)
+    loss = -log_CV.gather(1, targets_C[:, None]).sum()
+    if not wants:
+        return loss, low_CV
+    # softmax minus one-hot, in place; then back through the cap and the scale
+    grad_CV = log_CV.exp_()
+    grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+    if slope_CV is not None:
+        grad_CV.mul_(slope_CV)
+    if scale != 1.0:
+        grad_CV.mul_(scale)
+    if grad_bias is not None:
+        grad_bias += grad_CV.sum(0)
+    return loss, grad_CV if hidden_CD.dtype == torch.float32 else low_CV.copy_(grad_CV)
 
 
 def _logits(

@@ -1,7 +1,8 @@
 """The elementwise arithmetic of norms and gates as pure functions, in a set that can be exchanged for a run.
 
-``EAGER`` is the arithmetic itself, one torch operation after another. Another set (``ftune.ops.compiled``) computes
-the same up to rounding and is in force inside ``using``. A module of autograd that begins with one set ends with it:
+``EAGER`` is the arithmetic itself, one torch operation after another. Another set computes the same up to rounding:
+``plain`` is what a process uses unless told otherwise (on CUDA ``ftune.ops.fused``), and any set, such as that of
+``ftune.ops.compiled``, is in force inside ``using``. A module of autograd that begins with one set ends with it:
 ``ftune.ops.recompute`` keeps the set of the forward pass for the backward pass.
 
 Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-forward.
@@ -10,6 +11,7 @@ Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["EAGER", "Activation", "Kernels", "current", "using"]
+__all__ = ["EAGER", "Activation", "Kernels", "current", "has_fused", "plain", "using"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -101,12 +103,34 @@ def _gate_backward(
 EAGER = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward)
 
 # Not a context variable: blocks that are recomputed run forwards in autograd's own thread.
-_current = EAGER
+_current: Kernels | None = None
+
+
+@functools.cache
+def has_fused() -> bool:
+    """Whether the kernels of ``ftune.ops.fused`` are there and compute what the eager ones do: a second, once."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from ftune.ops.fused import works
+
+        return works()
+    except Exception:  # of triton's import, of its compiler, of the driver: each has its own
+        return False
+
+
+def plain() -> Kernels:
+    """The set that is used where nothing was compiled for a run: fused on CUDA where that works, else eager."""
+    if not has_fused():
+        return EAGER
+    from ftune.ops.fused import FUSED
+
+    return FUSED
 
 
 def current() -> Kernels:
     """The set in force."""
-    return _current
+    return plain() if _current is None else _current
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class _LowRank(torch.autograd.Function):
             _rows(out).addmm_(_rows(xa_NR), b_RO)
         else:
             assert base_NO is not None
-            out = base_NO + xa_NR @ b_RO
+            out = torch.addmm(_rows(base_NO), _rows(xa_NR), b_RO).view(base_NO.shape)
         ctx.save_for_backward(weight_OI, a_RI, b_OR, xa_NR, *parts)
         ctx.scale, ctx.make = scale, make
         return out

@@ -21,7 +21,28 @@ from ftune.ops.kernels import Activation, Kernels, current
 
 __all__ = ["Activation", "Kept", "gated", "keep", "kept_again", "rms_norm"]
 
-Make = Callable[..., Tensor]
+
+class Make:
+    """Makes a tensor again out of what it was made of: once for all that read it, and gone with the last of them."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._readers = 0
+        self._made: Tensor | None = None
+
+    def is_read(self) -> None:
+        """Count one more that will ask."""
+        self._readers += 1
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """The tensor."""
+        made = self._function(*parts) if self._made is None else self._made
+        self._readers -= 1
+        # Those that read a norm, such as q, k and v, ask for it one after another.
+        self._made = made if self._readers > 0 else None
+        return made
+
+
 Kept = tuple[Make | None, tuple[Tensor, ...]]
 """How to make a tensor again and out of what; the tensor itself where ``Make`` is None."""
 
@@ -33,7 +54,10 @@ def keep(x: Tensor) -> Kept:
         return None, (x,)
     make, parts, versions = made
     # A tensor that was changed in place is no longer what its makings make.
-    return (make, parts) if versions == _versions(x, *parts) else (None, (x,))
+    if versions != _versions(x, *parts):
+        return None, (x,)
+    make.is_read()
+    return make, parts
 
 
 def kept_again(make: Make | None, parts: tuple[Tensor, ...]) -> Tensor:
@@ -74,7 +98,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, offset: bool = False
 
 
 def _norm_of(kernels: Kernels, offset: bool) -> Make:
-    return lambda x_ND, rstd_N, weight_D: kernels.norm_again(x_ND, rstd_N, weight_D, offset)
+    return Make(lambda x_ND, rstd_N, weight_D: kernels.norm_again(x_ND, rstd_N, weight_D, offset))
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -109,7 +133,7 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> Tensor:
 
 
 def _product_of(kernels: Kernels, activation: Activation) -> Make:
-    return lambda gate_NF, up_NF: kernels.gate(gate_NF, up_NF, activation)
+    return Make(lambda gate_NF, up_NF: kernels.gate(gate_NF, up_NF, activation))
 
 
 class _Gated(torch.autograd.Function):

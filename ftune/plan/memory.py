@@ -34,9 +34,10 @@ __all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
 
-RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 600 * 2**20}
+RUNTIME_BYTES = {"cpu": 560 * 2**20, "cuda": 80 * 2**20}
 """CPU: Python with torch, transformers, peft and accelerate imported, after a first update (measured on Linux).
-CUDA: the context and the workspaces of cuBLAS (an allowance, not measured)."""
+CUDA: the workspaces of cuBLAS, of which PyTorch's allocator knows (on an H100). The context is not the allocator's:
+what a device has left is counted without it (``ftune.available``)."""
 
 PEFT_BYTES = 56 * 2**20
 """What importing PEFT takes of that: adapters of our own do without. GaLore imports bitsandbytes in its place, and the
@@ -191,7 +192,9 @@ def estimate(
 
 
 def _loss_bytes(shape: ModelShape, target_tokens: int, compute: int, device_type: str, trained: bool) -> int:
-    """Bytes of one chunk's logits, as the head gives them and in fp32, and of all hidden states and their gradient.
+    """Bytes of one chunk's logits, and of all hidden states and their gradient.
+
+    On CUDA one kernel puts the gradient in the logits' place, elsewhere there are fp32 logits beside them.
 
     trained: whether the head trains, whole.
     """
@@ -199,7 +202,8 @@ def _loss_bytes(shape: ModelShape, target_tokens: int, compute: int, device_type
 
     least = least_chunk(target_tokens, shape.vocab, shape.hidden, trained=trained)
     chunk = min(target_tokens, chunk_size(shape.vocab, device_type, least=least))
-    return chunk * shape.vocab * (4 + compute if compute < 4 else 4) + 2 * target_tokens * shape.hidden * compute
+    each = compute if device_type == "cuda" or compute == 4 else 4 + compute
+    return chunk * shape.vocab * each + 2 * target_tokens * shape.hidden * compute
 
 
 def _masked(shape: ModelShape, length: int, attention: str, device_type: str, packed: bool) -> bool:

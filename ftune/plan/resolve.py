@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftune.available import available_bytes, least_of_all
+from ftune.available import available_bytes, least_of_all, on_empty_gpu
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
@@ -231,7 +231,7 @@ def resolve(
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     # The least of all processes: they recompute the same blocks, which ZeRO-3 gathers again.
-    available = target.memory if target else least_of_all(available_bytes(device.type, processes=local), device)
+    available = on_empty_gpu(target.memory) if target else least_of_all(available_bytes(device.type, processes=local), device)
     recomputed = choose_blocks(
         training.gradient_checkpointing,
         shape.layers,

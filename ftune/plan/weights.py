@@ -43,7 +43,8 @@ def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any
 
     config = settings["config"]
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not known or getattr(type(config), "extra_files", ()) or getattr(config, "quantization_config", None) is not None:
+    elsewhere = getattr(type(config), "extra_files", None)  # unknown to transformers 5.17
+    if not known or elsewhere or getattr(config, "quantization_config", None) is not None:
         return None
     files = safetensors_files(where, revision)
     weights: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ftune.cache import cache_dir, publish
 from ftune.ops.compiled import compile_kernels
-from ftune.ops.kernels import EAGER, Kernels
+from ftune.ops.kernels import EAGER, Kernels, plain
 from ftune.plan.precision import machine
 from ftune.run.kernel_work import Work
 
@@ -64,12 +64,14 @@ def choose_kernels(
     forced = asked is True or began is True
     found = {"asked": asked, "compiled": False, "why": "eager, as the run began", "micro_batches": micro_batches}
     if asked is False or began is False:
-        return EAGER, found
+        return plain(), found
+    if not forced and plain() is not EAGER:
+        return plain(), found | {"why": "norms and gates are fused kernels already, so there is little to compile"}
     for step in (trial.promises, trial.compile, trial.gains):
         mine = step(forced)
         if not agree(mine):
             found["why"] = "eager: another process refused" if mine else trial.why
-            return EAGER, found | trial.seconds
+            return plain(), found | trial.seconds
     return trial.kernels, found | {"compiled": True, "why": trial.why} | trial.seconds
 
 
@@ -92,14 +94,14 @@ class _Trial:
     device: torch.device
     why: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    kernels: Kernels = EAGER
+    kernels: Kernels = field(default_factory=plain)
     work: Sequence[Work] = ()
 
     def promises(self, forced: bool) -> bool:
         """Time the eager kernels; whether compiling is expected to repay what it costs."""
         try:
             self.work = self.find()
-            eager = sum(self._best(work, [EAGER])[0] * work.times for work in self.work)
+            eager = sum(self._best(work, [plain()])[0] * work.times for work in self.work)
         except Exception as error:
             return self._fails("the norms and gates could not be timed", error)
         if not self.work:
@@ -131,7 +133,9 @@ class _Trial:
         """Time both kinds of kernels in turns; whether the compiled ones are faster."""
         cost = self.seconds["cost_seconds"]
         try:
-            both = [[seconds * work.times for seconds in self._best(work, [EAGER, self.kernels])] for work in self.work]
+            both = [
+                [seconds * work.times for seconds in self._best(work, [plain(), self.kernels])] for work in self.work
+            ]
             eager, compiled = (sum(seconds) for seconds in zip(*both, strict=True))
             _remember(self.work, cost, 1 - compiled / eager)
         except Exception as error:

@@ -74,10 +74,10 @@ def find_work(
     # Projections read norms of the residual stream, as the first one is; attention reads those of heads.
     widths = [call.width for call in seen if isinstance(call, _Norm)]
     read = widths.count(widths[0]) if widths else 0
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, of: torch.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, of)
+        return torch.randn(*shape, generator=generator, device=device, dtype=of)
 
     work = []
     for call in dict.fromkeys(seen):

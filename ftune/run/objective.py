@@ -53,17 +53,12 @@ class Objective(nn.Module):
         target; labels of -100 are no targets. A batch without targets gives 0 with a graph, so that ranks that ran
         out of data still take part in the gradient exchange.
         """
-        targets_BT = batch.labels[:, 1:]
-        # No targets at all: one position keeps the graph alive, and its loss is masked out below.
-        positions = (targets_BT != -100).any(dim=0).nonzero().flatten()
-        if positions.numel() == 0:
-            positions = positions.new_zeros(1)
-        targets_BK = targets_BT[:, positions]
+        targets_BK = batch.labels[:, 1:][:, batch.predicting]
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
         # Counted from the end: prompt tuning puts its own positions in front.
-        inputs["logits_to_keep"] = positions - batch.input_ids.shape[1]
+        inputs["logits_to_keep"] = batch.predicting - batch.input_ids.shape[1]
         after_head = self._measure_head(batch.input_ids.device)
         if after_head is None:
             with autocast(self.dtype, batch.input_ids.device.type):
@@ -73,12 +68,15 @@ class Objective(nn.Module):
             )
         with autocast(self.dtype, batch.input_ids.device.type), HeadTap(self.model) as tap:
             self.model(**inputs)
-        return self._loss(tap, after_head, targets_BK)
+        return self._loss(tap, after_head, targets_BK, batch.target_tokens)
 
-    def _loss(self, tap: HeadTap, after_head: AfterHead, targets_BK: Tensor) -> Tensor:
+    def _loss(self, tap: HeadTap, after_head: AfterHead, targets_BK: Tensor, target_tokens: int) -> Tensor:
         hidden_BKD, head = tap.hidden, tap.head
-        is_target_BK = targets_BK != -100
-        hidden_ND, targets_N = hidden_BKD[is_target_BK], targets_BK[is_target_BK]
+        if target_tokens == targets_BK.numel():  # as in one row; a mask's count would be waited for
+            hidden_ND, targets_N = hidden_BKD.flatten(0, 1), targets_BK.flatten()
+        else:
+            is_target_BK = targets_BK != -100
+            hidden_ND, targets_N = hidden_BKD[is_target_BK], targets_BK[is_target_BK]
         device = hidden_BKD.device.type
         if type(head) is nn.Linear:
             # As autocast would for the head's product, which has no part in the loss's own precision.

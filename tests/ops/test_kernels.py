@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftune.ops.compiled import compile_kernels
-from ftune.ops.kernels import EAGER, Kernels, current, using
+from ftune.ops.kernels import EAGER, Kernels, current, plain, using
 from ftune.ops.linear import low_rank_linear
 from ftune.ops.recompute import gated, rms_norm
 
@@ -40,7 +40,7 @@ def test_a_set_is_in_force_in_every_thread_until_its_block_ends() -> None:
     with pytest.raises(KeyError):
         fails()
     assert seen == [mine]
-    assert current() is EAGER
+    assert current() is plain()
 
 
 def test_what_began_under_a_set_ends_with_it() -> None:

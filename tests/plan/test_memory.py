@@ -227,7 +227,8 @@ def test_the_loss_takes_one_chunk_of_positions(device_type: str, method: str, po
     # under plain AdamW the peak of full fine-tuning on CUDA is the update
     settings = {"recomputed_blocks": 30, "length": 32, "optimizer": "adamw_8bit"}
     items = estimated(method, target_tokens=positions, device_type=device_type, **settings)
-    assert items.logits == chunk * 49152 * 6 + positions * 2 * 2 * 576
+    # in bf16, and beside them in fp32 where no kernel puts the gradient in their place
+    assert items.logits == chunk * 49152 * (2 if device_type == "cuda" else 6) + positions * 2 * 2 * 576
 
 
 def test_a_trained_head_gets_its_gradient_with_the_loss() -> None:

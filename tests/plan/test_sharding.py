@@ -9,6 +9,7 @@ import pytest
 import tiny
 from transformers import AutoConfig
 
+from ftune.available import on_empty_gpu
 from ftune.errors import FtuneError
 from ftune.methods import Method, ModelShape
 from ftune.methods.full import Full
@@ -235,7 +236,7 @@ def test_the_table_says_who_holds_and_sends_what(width: int, tmp_path: Path) -> 
     target = find_device("h100-80g")
     plan = resolve(recipe, world_size=8, sizes=SHAPES / "llama-2-7b", engine=EngineChoice("fsdp2"), target=target)
     summary = plan.summary()
-    assert summary["device"] == {"type": "cuda", "name": "h100-80g", "available": target.memory}
+    assert summary["device"] == {"type": "cuda", "name": "h100-80g", "available": on_empty_gpu(target.memory)}
     assert summary["fits"]
     assert summary["ranks"]["engine"] == "fsdp2"
     text = render_plan(summary, width)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ftune.artifacts.training import train
 from ftune.errors import RunFailed
 from ftune.methods import METHODS
-from ftune.ops.kernels import EAGER, Kernels, current
+from ftune.ops.kernels import EAGER, Kernels, current, plain
 from ftune.plan.lean import make_lean
 from ftune.run import compiling
 from ftune.run.compiling import choose_kernels
@@ -52,6 +52,7 @@ class Machine:
         self.compiled = self.kernels(compiled, None)
         self.error: Exception | None = None
         monkeypatch.setattr(compiling, "EAGER", self.eager)
+        monkeypatch.setattr(compiling, "plain", lambda: self.eager)
         monkeypatch.setattr(compiling, "compile_kernels", self.compile)
 
     def kernels(self, seconds: float, out: Tensor | None) -> Kernels:
@@ -286,18 +287,18 @@ def test_a_run_uses_them_and_leaves_the_eager_ones_behind(
     in_the_trial = compiler.called
     assert record["lean"]["compile"]["compiled"] is True
     assert "compile: norms and gates compiled in" in capsys.readouterr().err
-    assert current() is EAGER
+    assert current() is plain()
     assert kept(tmp_path / "run", 4) is True
 
     def fails(*_: Any) -> None:
-        assert current() is not EAGER
+        assert current() is not plain()
         raise RunFailed("no")
 
     monkeypatch.setattr(Loop, "run", fails)
     with pytest.raises(RunFailed):
         train(tiny.recipe(tmp_path, training={"compile": True}), overwrite=True)
     assert compiler.called < 2 * in_the_trial, "the loop called them"
-    assert current() is EAGER
+    assert current() is plain()
 
 
 def test_not_asked_for_is_not_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
