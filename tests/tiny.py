@@ -108,11 +108,12 @@ def batch(rows: int = 2, length: int = 12, seed: int = 3) -> dict[str, torch.Ten
 
 
 def logits(of: torch.nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-    """Logits at the positions of the inputs: prompt tuning puts its own in front."""
+    """Logits at the positions of the inputs, on the CPU: prompt tuning puts its own in front."""
     of.eval()
-    inputs = inputs or batch()
+    device = of.get_input_embeddings().weight.device
+    inputs = {name: tensor.to(device) for name, tensor in (inputs or batch()).items()}
     with torch.no_grad():
-        return of(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
+        return of(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :].cpu()
 
 
 def disturb(adapted: torch.nn.Module, scale: float = 0.1) -> None:

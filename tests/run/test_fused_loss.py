@@ -277,6 +277,9 @@ def test_all_processes_take_the_same_and_a_run_what_it_began_with(
     assert artifacts_objective._takes_fused(objective, plan, accelerator, loss) == expected
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="of a run on a CPU: with CUDA it runs there, and Liger is asked for"
+)
 def test_on_the_cpu_nothing_is_asked_or_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_loss, "_forward", lambda: pytest.fail("asked for"))
     assert train(tiny.recipe(tmp_path))["lean"]["loss"] == CHUNKED
