@@ -149,3 +149,12 @@ def test_divergence_of_known_distributions() -> None:
     assert found.kl == pytest.approx(expected)
     same = divergence([a], [a])
     assert (same.max_error, same.kl, same.top1) == (0.0, 0.0, 1.0)
+
+
+def test_a_divergence_below_fp32_s_rounding_is_still_one() -> None:
+    a = torch.randn(100, 300, generator=torch.Generator().manual_seed(0))
+    b = a + 1e-5 * torch.randn(100, 300, generator=torch.Generator().manual_seed(1))
+    # For a small difference d of logits, half the variance of d under the model's own distribution.
+    p, d = a.double().softmax(-1), b.double() - a.double()
+    expected = float(((p * d**2).sum(-1) - (p * d).sum(-1) ** 2).mean()) / 2
+    assert divergence([a], [b]).kl == pytest.approx(expected, rel=1e-3)
