@@ -37,6 +37,21 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.equal(a[name], b[name]), name
 
 
+def assert_near(a: Any, b: Any) -> None:
+    """Hold that tensors, however nested, are apart by a ten-thousandth of their size at most."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_near(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for pair in zip(a, b, strict=True):
+            assert_near(*pair)
+    elif isinstance(a, torch.Tensor):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    else:
+        assert a == b
+
+
 def losses(run: Path) -> list[float]:
     return [event["loss"] for event in tiny.events(run, "step")]
 
@@ -77,11 +92,19 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: py
     assert "--resume" in (stopped.value.help or "")
     assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "interrupted"
     train(parts, resume=True)
-    assert_equal(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    trained = [weights(tmp_path / run, 6) for run in ("whole", "parts")]
     optimizers = [
         torch.load(tmp_path / run / "checkpoints/step-6/optimizer.pt", weights_only=True) for run in ("whole", "parts")
     ]
+    if name == "prefix" and torch.cuda.is_available():
+        # Behind a prefix attention takes a mask, and with a mask the kernel whose backward pass adds what blocks of
+        # keys contribute in the order in which they are done: not even two whole runs are equal to the last bit.
+        assert_near(*trained)
+        assert_near(*optimizers)
+        assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-4)
+        return
+    assert_equal(*trained)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
 
 
