@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import AutoTokenizer
 
 from ftune.cache import cache_dir
 from ftune.methods import Method
@@ -162,6 +163,22 @@ def test_the_kept_tokenizer_and_what_it_saves_are_the_same(
     kept.save_pretrained(tmp_path / "kept")
     for path in (tmp_path / "plain").iterdir():
         assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_last_token_is_the_file_s(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = AutoTokenizer.from_pretrained
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        found = read(*args, **kwargs)
+        found.eos_token = found.bos_token  # as transformers 5.17 reads a GGUF file
+        return found
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", mistaken)
+    plain = without_cache(monkeypatch, lambda: load_tokenizer(spec))
+    made, found = load_tokenizer(spec), load_tokenizer(spec)
+    for tokenizer in (plain, made, found):
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+        assert tokenizer.eos_token == "<|im_end|>"
 
 
 def replace(path: Path, content: bytes) -> None:
