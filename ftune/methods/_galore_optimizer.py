@@ -1,7 +1,7 @@
 """AdamW whose moments of chosen matrices live in a subspace of the gradient: the optimizer of GaLore.
 
 Its state is tensors only, so that ``torch.load(weights_only=True)`` reads it back. What is random depends on
-(seed, update, index of the parameter) alone, so no random state is kept.
+(seed, update, index of the parameter) and the kind of device alone, so no random state is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ftune.ops.galore import (
     Basis,
     adam_direction,
     captured_energy,
+    coarse_products,
     from_8bit,
     lift,
     project,
@@ -112,14 +113,18 @@ class GaLoreAdamW(Optimizer):
         group, state = self.param_groups[place], self.state[parameter]
         assert parameter.grad is not None
         # Where a process has only a part: a subspace is one of the whole gradient. The state is whole everywhere.
-        grad = whole(parameter.grad).float()
+        grad = whole(parameter.grad)
+        # A gradient of 16 bits is exact in TF32, and the weight's own rounding is coarser.
+        coarse = grad.is_cuda and grad.dtype.itemsize == parameter.dtype.itemsize == 2
+        grad = grad.float()
         done = int(state["step"]) if state else 0
         basis = None
         if group["rank"] is not None:
             if done % self.update_every == 0:
                 self._renew(state, grad, group, done, index)
             basis = self._read(state, "basis")
-            grad = project(grad, basis)
+            with coarse_products(coarse):
+                grad = project(grad, basis)
         if not done:
             state["step"] = torch.zeros(())
             self._write(state, "exp_avg", torch.zeros_like(grad))
@@ -130,7 +135,8 @@ class GaLoreAdamW(Optimizer):
         self._write(state, "exp_avg_sq", second)
         state["step"] += 1
         if basis is not None:
-            direction = lift(direction, basis).mul_(self.scale)
+            with coarse_products(coarse):
+                direction = lift(direction, basis).mul_(self.scale)
         rate, decay = group["lr"], group["weight_decay"]
         if parameter.dtype == torch.float32:
             parameter.mul_(1 - rate * decay).add_(part_like(direction, parameter), alpha=-rate)
@@ -141,7 +147,7 @@ class GaLoreAdamW(Optimizer):
 
     def _renew(self, state: dict[str, Any], grad_MN: Tensor, group: dict[str, Any], done: int, index: int) -> None:
         """Compute the subspace of this gradient, and take the moments into it where that is asked."""
-        generator = self._generator("basis", index, done, torch.device("cpu"))
+        generator = self._generator("basis", index, done, grad_MN.device)
         basis_Sr = subspace(grad_MN, group["rank"], self.basis, generator)
         if distributed.is_available() and distributed.is_initialized():
             # The gradients are equal, but other hardware may turn near-equal singular vectors into each other.

@@ -7,8 +7,10 @@ as its matrix does, and everything here finds the side from the shape alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ __all__ = [
     "Basis",
     "adam_direction",
     "captured_energy",
+    "coarse_products",
     "from_8bit",
     "lift",
     "project",
@@ -49,7 +52,7 @@ def subspace(grad_MN: Tensor, rank: int, how: Basis, generator: torch.Generator 
             directions whose singular value is below about 3e-4 of the largest drown in rounding, and carry less
             than 1e-7 of the energy. ``randomized``: a sketch with one power iteration (Halko, Martinsson and Tropp,
             arXiv:0909.4061, algorithms 4.4 and 5.1), cheapest and least exact.
-        generator: On the CPU; the sketch is drawn from it.
+        generator: The sketch is drawn from it, on its device. On another kind of device it is another sketch.
 
     Returns:
         (S, r) in fp32, columns orthonormal, the leading one first. The largest element of each is positive: a
@@ -69,7 +72,8 @@ def subspace(grad_MN: Tensor, rank: int, how: Basis, generator: torch.Generator 
         basis_Sr = _leading(tall_LS.T @ tall_LS, rank)
     else:
         width = min(rank + _OVERSAMPLING, tall_LS.shape[1])
-        noise = torch.randn(tall_LS.shape[0], width, generator=generator)
+        device = tall_LS.device if generator is None else generator.device
+        noise = torch.randn(tall_LS.shape[0], width, generator=generator, device=device)
         range_Sq = torch.linalg.qr(tall_LS.T @ noise.to(tall_LS.device)).Q
         range_Sq = torch.linalg.qr(tall_LS.T @ (tall_LS @ range_Sq)).Q
         within_Lq = tall_LS @ range_Sq
@@ -93,6 +97,26 @@ def project(grad_MN: Tensor, basis_Sr: Tensor) -> Tensor:
 def lift(low: Tensor, basis_Sr: Tensor) -> Tensor:
     """Back from the subspace: (M, r) or (r, N) to (M, N), of rank r at most."""
     return low @ basis_Sr.T if low.shape[0] >= low.shape[1] else basis_Sr @ low
+
+
+@contextlib.contextmanager
+def coarse_products(coarse: bool = True) -> Iterator[None]:
+    """Inside, fp32 products on CUDA round their factors to TF32: 10 bits behind the leading one, where bf16 has 7.
+
+    Args:
+        coarse: Else nothing changes.
+    """
+    if not coarse:
+        yield
+        return
+    # Not by `allow_tf32`, which is the old way: torch raises where the two are mixed.
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def captured_energy(grad_MN: Tensor, low: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from ftune.ops.galore import (
     adam_direction,
     captured_energy,
+    coarse_products,
     from_8bit,
     lift,
     project,
@@ -72,6 +73,39 @@ def test_a_sketch_is_drawn_from_its_generator_and_captures_a_little_less() -> No
     assert (first.T @ first - torch.eye(8)).abs().max() <= 1e-5
     exact, sketched = (float(captured_energy(grad, project(grad, b))) for b in (subspace(grad, 8, "svd"), first))
     assert 0.9 * exact < sketched < exact
+
+
+def test_a_sketch_is_drawn_on_the_device_of_its_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, draw = [], torch.randn
+
+    def watched(*size: int, **settings: Any) -> torch.Tensor:
+        devices.append(settings["device"])
+        return draw(*size, **settings)
+
+    grad, source = torch.ones(6, 4), generator()
+    monkeypatch.setattr(torch, "randn", watched)
+    subspace(grad, 2, "randomized", source)
+    subspace(grad, 2, "randomized")
+    assert devices == [source.device, grad.device]
+
+
+def test_products_are_coarse_inside_only() -> None:
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    assert before != "tf32"
+    with coarse_products(False):
+        assert products.fp32_precision == before
+    inside = []
+
+    def fails() -> None:
+        with coarse_products():
+            inside.append(products.fp32_precision)
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fails)
+    assert inside == ["tf32"]
+    assert products.fp32_precision == before
+    assert not products.allow_tf32  # which torch refuses to say where the two settings differ
 
 
 @pytest.mark.parametrize("how", ["eigh", "svd", "randomized"])
