@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -354,7 +355,9 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
         raise RunFailed(f"the result of this run could not be saved: {error}") from error
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     one = trained + plan.recipe.method.optimizer_bytes(plan.shape, plan.recipe.optimizer.name)
-    needed = one * (plan.recipe.checkpoint.keep + 1) + trained
+    every = plan.recipe.checkpoint.every_steps or plan.total_steps
+    saves = math.ceil(plan.total_steps / every)  # the last at the end; a run that is stopped before saves no more
+    needed = one * min(plan.recipe.checkpoint.keep + 1, saves) + trained
     free = shutil.disk_usage(run.root).free
     if needed > free:
         raise RunFailed(

@@ -17,13 +17,23 @@ from ftune.plan.resolve import build, resolve
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_checkpoints_are_counted_in_the_dtype_of_what_trains(tmp_path: Path, monkeypatch) -> None:
-    recipe = tiny.recipe(tmp_path, "galore", model={"dtype": "bfloat16"}, checkpoint={"keep": 1}).recipe
+# Of 4 updates: every third, and the last.
+@pytest.mark.parametrize(
+    ("every", "keep", "copies"),
+    [(None, 1, 1), (None, 5, 1), (4, 1, 1), (1, 1, 2), (1, 2, 3), (1, 9, 4), (3, 1, 2), (3, 9, 2)],
+)
+def test_checkpoints_are_counted_in_the_dtype_of_what_trains(
+    every: int | None, keep: int, copies: int, tmp_path: Path, monkeypatch
+) -> None:
+    settings = {"keep": keep} | ({"every_steps": every} if every else {})
+    recipe = tiny.recipe(tmp_path, "galore", model={"dtype": "bfloat16"}, checkpoint=settings).recipe
     recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"weights": "bfloat16"})})
     plan = resolve(recipe)
+    assert plan.total_steps == 4
     model, _ = build(plan)
     state = recipe.method.optimizer_bytes(plan.shape, "adamw")
-    needed = 3 * 2 * plan.shape.parameters + 2 * state  # bf16: two checkpoints for a moment, and the model
+    # bf16: checkpoints, one more than are kept for a moment if so many are written, and the model
+    needed = (copies + 1) * 2 * plan.shape.parameters + copies * state
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     for free, fits in ((needed, True), (needed - 1, False)):
