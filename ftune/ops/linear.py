@@ -122,7 +122,9 @@ class _LowRank(torch.autograd.Function):
             _rows(out).addmm_(_rows(xa_NR), b_RO)
         else:
             assert base_NO is not None
-            out = torch.addmm(_rows(base_NO), _rows(xa_NR), b_RO).view(base_NO.shape)
+            # Not a view: DoRA scales it in place.
+            out = torch.empty(base_NO.shape, dtype=base_NO.dtype, device=base_NO.device)
+            torch.addmm(_rows(base_NO), _rows(xa_NR), b_RO, out=_rows(out))
         ctx.save_for_backward(weight_OI, a_RI, b_OR, xa_NR, *parts)
         ctx.scale, ctx.make = scale, make
         return out

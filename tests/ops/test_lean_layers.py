@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update
+from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update, scale_directions
 from ftune.ops.recompute import Activation, gated, rms_norm
 
 N, D, R = 11, 8, 3
@@ -126,3 +126,10 @@ def test_an_input_that_was_changed_in_place_is_kept_itself() -> None:
     inner = F.rms_norm(x, (D,), gain, 1e-5) * 3
     expected = inner @ weight.T + (inner @ a.T) @ b.T
     same(low_rank_linear(changed, weight, None, a, b, 1.0), expected, [x, gain, a, b], tolerance=1e-4)
+
+
+def test_directions_are_scaled_in_place_of_an_update_beside_a_layer() -> None:
+    x, base, a, b, magnitude = leaves((2, N, D), (2, N, D), (R, D), (D, R), (D,))
+    norms = torch.full((D,), 3.0)
+    mine = scale_directions(low_rank_update(x, base, a, b, 2.0), magnitude, norms)
+    same(mine, (base + 2.0 * (x @ a.T) @ b.T) * (magnitude / norms), [x, base, a, b, magnitude])
