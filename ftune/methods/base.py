@@ -415,7 +415,7 @@ class Method(BaseModel):
 
     @property
     def trains_head(self) -> bool:
-        """Whether an adapter method trains the output head whole."""
+        """Whether an adapter method trains the output head whole, where it is tied to the embedding."""
         return False
 
     def mask_cells(self, length: int, packed: bool) -> int:

@@ -219,12 +219,14 @@ def _logits(
 
 
 def _log_softmax(logits_CV: Tensor) -> Tensor:
-    """In the place of the logits on the CPU, whose kernel reads an element last where it writes it.
+    """In the place of the logits: on the CPU the kernel reads an element last where it writes it.
 
     No other device's kernel was looked at for that.
     """
     if logits_CV.device.type != "cpu":
-        return torch.log_softmax(logits_CV, dim=-1)
+        for at in range(0, len(logits_CV), 64):
+            logits_CV[at : at + 64] -= logits_CV[at : at + 64].logsumexp(-1, keepdim=True)
+        return logits_CV
     torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=logits_CV)
     return logits_CV
 

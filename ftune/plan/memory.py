@@ -152,7 +152,7 @@ def estimate(
     step = LAST_STEP * tokens * shape.intermediate * dtype_bytes + _dequantized_bytes(
         method, shape, stored, dtype_bytes
     )
-    trained = whole or method.trains_head
+    trained = whole or (method.trains_head and not shape.head)
     loss = _loss_bytes(shape, target_tokens, dtype_bytes, device_type, trained)
     # The gradient of a trained head is made with the loss, and scaled at the start of the backward pass.
     head = shape.extra["head_elements"] if trained else 0

@@ -231,7 +231,9 @@ def resolve(
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     # The least of all processes: they recompute the same blocks, which ZeRO-3 gathers again.
-    available = on_empty_gpu(target.memory) if target else least_of_all(available_bytes(device.type, processes=local), device)
+    available = (
+        on_empty_gpu(target.memory) if target else least_of_all(available_bytes(device.type, processes=local), device)
+    )
     recomputed = choose_blocks(
         training.gradient_checkpointing,
         shape.layers,

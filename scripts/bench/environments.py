@@ -80,7 +80,7 @@ def versions(bin_directory: Path) -> dict[str, str]:
 
 
 def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
-    """Environment variables that every tool is given: threads, no network, caches below the directory, no CUDA holes."""
+    """Environment variables that every tool is given: threads, caches, no network, and no holes in a GPU's memory."""
     cache = str(directory / "cache")
     return {
         "OMP_NUM_THREADS": str(threads),

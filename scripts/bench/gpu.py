@@ -61,7 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PEER=PATH",
         help="interpreters that have a peer already, for a machine without a package index; nothing is installed",
     )
-    parser.add_argument("--tokenizer", default=work.GGUF, help="the model's, as a recipe's model.id (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer", default=work.GGUF, help="the model's, as a recipe's model.id (default: %(default)s)"
+    )
     parser.add_argument("--directory", type=Path, default=work.ROOT / "build/bench", help="model and environments")
     parser.add_argument("--runs", type=Path, help="where runs write; default: in the directory")
     parser.add_argument("--figures", type=Path, help="default: docs/figures/gpu.json; on a CPU, in the directory")
@@ -103,7 +105,14 @@ class Bench:
         """In a process of its own: a child's peak counts from its parent's, so this one must stay small."""
         script = str(Path(__file__).with_name("random_model.py"))
         context = str(max(self.args.lengths))
-        command = [sys.executable, script, str(self.args.sizes.resolve()), str(self.model), context, self.args.tokenizer]
+        command = [
+            sys.executable,
+            script,
+            str(self.args.sizes.resolve()),
+            str(self.model),
+            context,
+            self.args.tokenizer,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return facts

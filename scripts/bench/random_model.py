@@ -75,6 +75,7 @@ def write(
         "dtype": "bfloat16",
         "std": STD,
         "seed": SEED,
+        "drawn_on": _device(),
     }
     stamp = directory / STAMP
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != facts:
@@ -129,8 +130,16 @@ def draw(name: str, shape: tuple[int, ...]) -> Any:
     if len(shape) == 1:
         return (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=torch.bfloat16)
     digest = hashlib.blake2b(f"{SEED}/{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest))
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, STD, generator=generator)
+    device = _device()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, STD, generator=generator).cpu()
+
+
+def _device() -> str:
+    """Where the numbers are drawn: those of a GPU are others than those of a CPU, and there sooner."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def words(tokenizer: Any, count: int = WORD_COUNT) -> list[str]:
