@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ftune.errors import RunFailed
 from ftune.ops.galore import (
+    BLOCK,
     Basis,
     adam_direction,
     captured_energy,
@@ -32,7 +33,11 @@ from ftune.ops.galore import (
 )
 from ftune.ops.sharded import part_like, whole
 
-__all__ = ["GaLoreAdamW"]
+__all__ = ["PIECE", "GaLoreAdamW"]
+
+PIECE = 2**24
+"""Elements that are updated together where no subspace ties them. The embedding of a large vocabulary has hundreds of
+millions, and an update takes nine times as much in fp32. A multiple of the blocks in which states are quantized."""
 
 _SCALES = "_scales"
 """Ending of the entry that holds the block scales of a quantized state."""
@@ -114,6 +119,9 @@ class GaLoreAdamW(Optimizer):
         assert parameter.grad is not None
         # Where a process has only a part: a subspace is one of the whole gradient. The state is whole everywhere.
         grad = whole(parameter.grad)
+        if group["rank"] is None and grad is parameter.grad and parameter.is_contiguous():
+            self._update_in_pieces(parameter, grad, state, group, index)
+            return
         # A gradient of 16 bits is exact in TF32, and the weight's own rounding is coarser.
         coarse = grad.is_cuda and grad.dtype.itemsize == parameter.dtype.itemsize == 2
         grad = grad.float()
@@ -144,6 +152,35 @@ class GaLoreAdamW(Optimizer):
             moved = whole(parameter).float().mul_(1 - rate * decay).add_(direction, alpha=-rate)
             rounded = round_to_bfloat16(moved, self._generator("rounding", index, done, parameter.device))
             parameter.copy_(part_like(rounded, parameter))
+
+    def _update_in_pieces(
+        self, parameter: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        """AdamW of a parameter that is not projected and lies here whole, ``PIECE`` elements at a time."""
+        if not state:
+            state["step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._write_zeros(state, key, grad)
+        done = int(state["step"])
+        factor, rate = 1 - group["lr"] * group["weight_decay"], group["lr"]
+        generator = None
+        if parameter.dtype != torch.float32:
+            generator = self._generator("rounding", index, done, parameter.device)
+        weights, grads = parameter.view(-1), grad.flatten()
+        for start in range(0, len(weights), PIECE):
+            here = slice(start, start + PIECE)
+            part = {key: _piece(value, key, here) for key, value in state.items()}
+            first, second = self._read(part, "exp_avg"), self._read(part, "exp_avg_sq")
+            direction = adam_direction(first, second, grads[here].float(), group["betas"], group["eps"], done + 1)
+            for key, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+                if state[key].dtype == torch.uint8:
+                    self._write_piece(part, key, moment)
+            if generator is None:
+                weights[here].mul_(factor).add_(direction, alpha=-rate)
+            else:
+                moved = weights[here].float().mul_(factor).add_(direction, alpha=-rate)
+                weights[here].copy_(round_to_bfloat16(moved, generator))
+        state["step"] += 1
 
     def _renew(self, state: dict[str, Any], grad_MN: Tensor, group: dict[str, Any], done: int, index: int) -> None:
         """Compute the subspace of this gradient, and take the moments into it where that is asked."""
@@ -183,10 +220,22 @@ class GaLoreAdamW(Optimizer):
         if self.bits == 32 or values.ndim < 2:
             state[key] = values
             return
-        # Of the second moment the root: it spans as many orders of magnitude as the first moment, so whatever is
-        # too small for its codes is so in both.
-        root = key == "exp_avg_sq"
-        state[key], state[key + _SCALES] = to_8bit(values.sqrt() if root else values, signed=not root)
+        state[key], state[key + _SCALES] = _quantized(key, values)
+
+    def _write_zeros(self, state: dict[str, Any], key: str, like: Tensor) -> None:
+        """Begin a state, without quantizing as many zeros."""
+        if self.bits == 32 or like.ndim < 2:
+            state[key] = torch.zeros_like(like, dtype=torch.float32)
+            return
+        code = _quantized(key, torch.zeros(1))[0]
+        state[key] = torch.full_like(like, int(code), dtype=torch.uint8)
+        state[key + _SCALES] = like.new_zeros(-(-like.numel() // BLOCK), dtype=torch.float32)
+
+    @staticmethod
+    def _write_piece(part: dict[str, Any], key: str, values: Tensor) -> None:
+        codes, scales = _quantized(key, values)
+        part[key].copy_(codes)
+        part[key + _SCALES].copy_(scales)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state as it was saved: torch's own would cast it to the dtype of each parameter."""
@@ -235,6 +284,25 @@ class GaLoreAdamW(Optimizer):
         norms = [self._norms[parameter] for parameter in parameters if parameter in self._norms]
         self._norms.clear()
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def _quantized(key: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a moment.
+
+    Of the second moment the root: it spans as many orders of magnitude as the first moment, so whatever is too small
+    for its codes is so in both.
+    """
+    root = key == "exp_avg_sq"
+    return to_8bit(values.sqrt() if root else values, signed=not root)
+
+
+def _piece(value: Tensor, key: str, here: slice) -> Tensor:
+    """The part of a state that belongs to these elements."""
+    if not value.ndim:
+        return value
+    if key.endswith(_SCALES):
+        return value[here.start // BLOCK : -(-here.stop // BLOCK)]
+    return value.view(-1)[here]
 
 
 @torch.no_grad()

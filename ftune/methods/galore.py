@@ -339,9 +339,18 @@ class GaLore(Method):
         return total
 
     def update_bytes(self, shape: ModelShape, optimizer: str) -> int:
-        """Temporaries of one parameter's update: direction; moments in fp32 and indices; weight, gradient, noise."""
-        copies = 1 + 4 * (_bits(optimizer) == 8) + 3 * (self.weights == "bfloat16")
-        return copies * 4 * self._largest(shape)
+        """Temporaries in fp32 of one update: of a piece that is not projected, or of the largest matrix that is.
+
+        Of both direction; weight, gradient and noise; moments and their indices, which a subspace has fewer of.
+        """
+        from ftune.methods._galore_optimizer import PIECE
+
+        narrow, low = 3 * (self.weights == "bfloat16"), 5 * (_bits(optimizer) == 8)
+        projected = self._projected(shape.linears)
+        plain = max(shape.embedding, shape.head, *(each.elements for each in shape.linears if each not in projected), 0)
+        within = max((self.rank * max(each.in_features, each.out_features) for each in projected), default=0)
+        largest = max((each.elements for each in projected), default=0)
+        return 4 * max((1 + narrow + low) * min(PIECE, plain), (2 + narrow) * largest + low * within)
 
     def _largest(self, shape: ModelShape) -> int:
         """Elements of the largest parameter."""

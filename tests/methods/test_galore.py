@@ -14,11 +14,12 @@ import tiny
 import torch
 from plan.architectures import tiny_config
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RunFailed
-from ftune.methods import METHODS, Method, OptimizerSpec
+from ftune.methods import METHODS, Method, OptimizerSpec, _galore_optimizer
 from ftune.methods._galore_optimizer import GaLoreAdamW
 from ftune.plan.memory import estimate
 from ftune.plan.shapes import read_shape, shape_of
@@ -128,6 +129,50 @@ def test_what_is_not_projected_gets_torch_s_adamw() -> None:
         ours.step()
         theirs.step()
     assert all((a - b).abs().max() <= 1e-6 for a, b in zip(mine, dense, strict=True))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_pieces_it_is_the_same_update(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, grads = (37, 50), [torch.randn(37, 50, dtype=dtype) for _ in range(4)]  # the last block of 256 is not full
+
+    def trained(piece: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        monkeypatch.setattr(_galore_optimizer, "PIECE", piece)
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 37 * 50).view(shape).to(dtype))
+        optimizer = one_group([weight], None, bits=bits, weight_decay=0.1)
+        for grad in grads:
+            weight.grad = grad.clone()
+            optimizer.step()
+        return weight.detach(), optimizer.state[weight]
+
+    (whole, state), (parts, state_of_parts) = trained(2**24), trained(512)
+    if dtype == torch.float32:
+        assert torch.equal(whole, parts)
+    else:  # rounded up or down by other random numbers
+        assert (whole.float() - parts.float()).abs().max() <= 4 * 2**-8
+    assert state.keys() == state_of_parts.keys()
+    assert all(torch.equal(state[key], state_of_parts[key]) for key in state)
+
+
+def test_an_update_of_a_large_embedding_takes_no_copy_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_galore_optimizer, "PIECE", 1024)
+    weight = torch.nn.Parameter(torch.randn(2000, 16).bfloat16())
+    optimizer = one_group([weight], None, bits=8)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                    largest = max(largest, tensor.numel())
+            return out
+
+    weight.grad = torch.randn_like(weight)
+    with Watch():
+        optimizer.step()
+    assert largest <= 1024
 
 
 def test_moments_in_a_new_subspace_are_the_old_ones_turned() -> None:
