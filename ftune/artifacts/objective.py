@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
+from ftune.ops.kernels import has_fused
 from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
@@ -44,7 +45,8 @@ def make_objective(
         loss: How the run began to compute its loss; None: try what is best (``ftune.run.fused_loss``).
 
     Returns:
-        The objective, and what was replaced (``ftune.plan.lean.make_lean``), with ``loss`` for the next time.
+        The objective, and what was replaced (``ftune.plan.lean.make_lean``), with ``loss`` for the next time and
+        ``kernels``: what computes norms, gates and the loss's softmax.
 
     Raises:
         ModelError: The rows are packed, and this architecture does not keep packed documents apart.
@@ -55,7 +57,8 @@ def make_objective(
     flat = _lies_flat(plan, accelerator, isolates and found["attention"] == PER_DOCUMENT)
     objective = Objective(model, context.dtype, flat)
     objective.fused = _takes_fused(objective, plan, accelerator, loss)
-    return objective, found | {"loss": LIGER if objective.fused else CHUNKED}
+    found |= {"loss": LIGER if objective.fused else CHUNKED, "kernels": "fused" if has_fused() else "eager"}
+    return objective, found
 
 
 def _probe_packing(plan: Plan, model: nn.Module) -> bool:

@@ -169,6 +169,8 @@ def read_run(run: Path, case: Case) -> dict[str, Any]:
             "first_loss": steps[0]["loss"],
             "peak_bytes": record["measured"]["peak_bytes"],
             "attention": record["lean"]["attention"],
+            "kernels": record["lean"].get("kernels", ""),
+            "loss": record["lean"].get("loss", ""),
             "optimizer": record["optimizer"],
             "vitals": record["vitals_line"],
         }
