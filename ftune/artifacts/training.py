@@ -26,7 +26,7 @@ from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
-from ftune.ops.kernels import plain, using
+from ftune.ops.kernels import plain, using, why_not_fused
 from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
@@ -209,6 +209,8 @@ def _train(
             told = note_of(before["plan"]["training"], summary["training"], model) if before is not None else []
             if loss is not None and loss != record["lean"]["loss"]:
                 notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
+            if plan.context.device.type == "cuda" and (why := why_not_fused()):
+                notes.append(f"norms, gates and the loss are computed without fused kernels, which is slower: {why}")
             for line in [*(f"warning: {note}" for note in notes), *([*told, *lines] if main else ())]:
                 print(line, file=sys.stderr)
             emit(RunStart(start, plan.total_steps))

@@ -286,15 +286,21 @@ def softmax_minus_target(
     return loss_C
 
 
-def works() -> bool:
-    """Whether each kernel, in the form that most models use, runs on the current device and computes what torch does.
+def works(device: str = "cuda") -> bool:
+    """Whether each kernel, in the form that most models use, runs on a device and computes what torch does.
 
     Compiling them takes seconds, the first time on a machine.
     """
-    generator = torch.Generator("cuda").manual_seed(0)
+    # Whoever asks first may be inside no_grad or autocast.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        return _works(device)
+
+
+def _works(device: str) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
 
     x, grad, gain = random(5, 4096), random(5, 4096), random(4096) * 0.1 + 1
     out, rstd = EAGER.norm(x, gain, 1e-6, False)
@@ -307,7 +313,7 @@ def works() -> bool:
         (FUSED.gate(*gate), EAGER.gate(*gate)),  # type: ignore[arg-type]
         (FUSED.gate_backward(*back_gate), EAGER.gate_backward(*back_gate)),  # type: ignore[arg-type]
     ]
-    targets = torch.tensor([0, 4095, 3, 7, 50], device="cuda")
+    targets = torch.tensor([0, 4095, 3, 7, 50], device=device)
     given = x.float().requires_grad_()
     loss = torch.nn.functional.cross_entropy(given, targets, reduction="none")
     (expected,) = torch.autograd.grad(loss.sum(), given)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["EAGER", "Activation", "Kernels", "current", "has_fused", "plain", "using"]
+__all__ = ["EAGER", "Activation", "Kernels", "current", "has_fused", "plain", "using", "why_not_fused"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -107,16 +107,21 @@ _current: Kernels | None = None
 
 
 @functools.cache
-def has_fused() -> bool:
-    """Whether the kernels of ``ftune.ops.fused`` are there and compute what the eager ones do: a second, once."""
+def why_not_fused() -> str | None:
+    """Why the kernels of ``ftune.ops.fused`` are not used; None where they are. Takes a second, once."""
     if not torch.cuda.is_available():
-        return False
+        return "no CUDA device"
     try:
         from ftune.ops.fused import works
 
-        return works()
-    except Exception:  # of triton's import, of its compiler, of the driver: each has its own
-        return False
+        return None if works() else "they compute something else here"
+    except Exception as error:  # of triton's import, of its compiler, of the driver: each has its own
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def has_fused() -> bool:
+    """Whether the kernels of ``ftune.ops.fused`` are there and compute what the eager ones do."""
+    return why_not_fused() is None
 
 
 def plain() -> Kernels:

@@ -55,6 +55,14 @@ def test_they_are_used_where_there_is_a_gpu() -> None:
     assert has_fused() == CUDA
 
 
+@pytest.mark.parametrize("state", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_whoever_asks_first_is_told_the_same(fused: Any, state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA:  # the interpreter cuts off instead of rounding
+        monkeypatch.setattr(fused, "_close", lambda *_: True)
+    with state(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert fused.works(DEVICE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gain_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [False, True])
