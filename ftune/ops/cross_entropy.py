@@ -29,6 +29,9 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Bytes of a chunk's fp32 logits: enough rows for fast products, little beside a model's activations. Every chunk
 reads the whole weight, for which a GPU needs many more rows."""
 
+STEP = 16
+"""On the CPU 16-bit products are of a multiple of so many positions: oneDNN keeps a kernel for every shape."""
+
 
 def chunk_size(vocab: int, device_type: str = "cpu", *, least: int = 32) -> int:
     """Positions in a chunk: ``CHUNK_BYTES`` of fp32 logits, in multiples of 8, at least ``least``."""
@@ -103,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, low_CV = make(hidden_CD, targets_C, cast_VD, bias_V, scale, softcap, buffers, wants, grad_bias)
             total += loss
             if grad_hidden is not None:
-                torch.mm(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
+                buffers.product(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
             if grad_weight is not None:
                 grad_weight += low_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -135,10 +138,30 @@ class _Buffers:
     """
 
     def __init__(self, hidden_ND: Tensor, vocab: int, chunk: int, *, both: bool) -> None:
-        rows = min(chunk, len(hidden_ND))
+        self._step = STEP if hidden_ND.device.type == "cpu" and hidden_ND.dtype != torch.float32 else 1
+        rows = self._rounded(min(chunk, len(hidden_ND)))
         self.low_CV = self.high_CV = hidden_ND.new_empty(rows, vocab)
         if both and hidden_ND.dtype != torch.float32:
             self.high_CV = self.low_CV.new_empty(rows, vocab, dtype=torch.float32)
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self._step) * self._step
+
+    def logits(self, hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+        """``hidden @ weight.T`` in ``low_CV``, as of a rounded number of rows."""
+        rows = self._rounded(len(hidden_CD))
+        wide_CD = hidden_CD if rows == len(hidden_CD) else F.pad(hidden_CD, (0, 0, 0, rows - len(hidden_CD)))
+        torch.mm(wide_CD, weight_VD.T, out=self.low_CV[:rows])
+        return self.low_CV[: len(hidden_CD)]
+
+    def product(self, grad_CV: Tensor, weight_VD: Tensor, out: Tensor) -> None:
+        """``grad @ weight`` into ``out``; the gradient lies in one of the buffers."""
+        rows = self._rounded(len(grad_CV))
+        if rows == len(grad_CV):
+            torch.mm(grad_CV, weight_VD, out=out)
+            return
+        self.low_CV[len(grad_CV) : rows].zero_()
+        out.copy_(torch.mm(self.low_CV[:rows], weight_VD)[: len(out)])
 
 
 def _fused_chunk(
@@ -155,8 +178,7 @@ def _fused_chunk(
     """As ``_chunk`` without the gradient of a bias; the logits become their gradient in one kernel."""
     from ftune.ops.fused import softmax_minus_target
 
-    low_CV = buffers.low_CV[: len(hidden_CD)]
-    torch.mm(hidden_CD, weight_VD.T, out=low_CV)
+    low_CV = buffers.logits(hidden_CD, weight_VD)
     if bias_V is not None:
         low_CV += bias_V.to(low_CV.dtype)
     return softmax_minus_target(low_CV, targets_C, scale, softcap, wants_grad=wants).sum(), low_CV
@@ -203,8 +225,7 @@ def _logits(
     buffers: _Buffers,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The chunk's logits in fp32, the slope of the cap where there is one, and room in the dtype of the product."""
-    low_CV, logits_CV = (buffer[: len(hidden_CD)] for buffer in (buffers.low_CV, buffers.high_CV))
-    torch.mm(hidden_CD, weight_VD.T, out=low_CV)
+    low_CV, logits_CV = buffers.logits(hidden_CD, weight_VD), buffers.high_CV[: len(hidden_CD)]
     if bias_V is not None:
         low_CV += bias_V.to(low_CV.dtype)
     if buffers.high_CV is not buffers.low_CV:
@@ -219,15 +240,17 @@ def _logits(
 
 
 def _log_softmax(logits_CV: Tensor) -> Tensor:
-    """In the place of the logits: on the CPU the kernel reads an element last where it writes it.
-
-    No other device's kernel was looked at for that.
-    """
-    if logits_CV.device.type != "cpu":
-        for at in range(0, len(logits_CV), 64):
-            logits_CV[at : at + 64] -= logits_CV[at : at + 64].logsumexp(-1, keepdim=True)
+    """In the place of the logits, in as many positions at once as a copy of them is little."""
+    if logits_CV.device.type == "cpu":
+        # Its kernel reads an element last where it writes it; no other device's was looked at for that.
+        torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=logits_CV)
         return logits_CV
-    torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=logits_CV)
+    return _log_softmax_by_rows(logits_CV)
+
+
+def _log_softmax_by_rows(logits_CV: Tensor) -> Tensor:
+    for at in range(0, len(logits_CV), 64):
+        logits_CV[at : at + 64] -= logits_CV[at : at + 64].logsumexp(-1, keepdim=True)
     return logits_CV
 
 

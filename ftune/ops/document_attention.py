@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["document_attention"]
 
@@ -30,6 +31,10 @@ BLOCK = 64
 
 LONG = 1024
 """Tokens beyond which the fused kernel, in the dtype of its input, is faster."""
+
+STEP = 16
+"""Documents are computed as if they had a multiple of so many tokens: behind them lies what none of their queries sees.
+For every shape of a product in 16 bits oneDNN keeps a kernel of some 0.2 MiB, among the tensors of a step."""
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -64,7 +69,7 @@ class _DocumentAttention(torch.autograd.Function):
         out_LHD = query_HLD.new_empty(length, heads, dim)
         logsumexps_HT: list[Tensor] = []  # of the long documents
         for start, end in zip(borders, borders[1:], strict=False):
-            query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
+            query, key, value = (_document(x, start, end) for x in (query_HLD, key_KLD, value_KLD))
             out = out_LHD[start:end].transpose(0, 1)
             # Autocast would round the scores to 16 bits.
             with torch.autocast("cpu", enabled=False):
@@ -86,7 +91,7 @@ class _DocumentAttention(torch.autograd.Function):
             for x in (query_HLD, key_KLD, value_KLD)
         ]
         for start, end in zip(ctx.borders, ctx.borders[1:], strict=False):
-            query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
+            query, key, value = (_document(x, start, end) for x in (query_HLD, key_KLD, value_KLD))
             out, grad_out = (x[start:end].transpose(0, 1) for x in (out_LHD, grad_LHD))
             into = tuple(grad[:, start:end] for grad in grads)
             if end - start <= LONG:
@@ -94,6 +99,13 @@ class _DocumentAttention(torch.autograd.Function):
             else:
                 _fused_backward_into(query, key, value, out, grad_out, next(logsumexps), ctx.scale, into)
         return (*grads, None, None)
+
+
+def _document(x_HLD: Tensor, start: int, end: int) -> Tensor:
+    """A document, and behind it what makes its length a multiple of ``STEP``: the next one's tokens, or zeros."""
+    wide = end if end - start > LONG else start + -(-(end - start) // STEP) * STEP
+    missing = wide - x_HLD.shape[1]
+    return functional.pad(x_HLD[:, start:], (0, 0, 0, missing)) if missing > 0 else x_HLD[:, start:wide]
 
 
 # --- by blocks of queries ----------------------------------------------------------------------------------
@@ -120,13 +132,15 @@ def _shares(query_KRD: Tensor, key_KDE: Tensor, queries: int, scale: float) -> T
 
 
 def _by_blocks(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, out_HTD: Tensor) -> None:
+    """Attend, and keep as many of the outputs as ``out_HTD`` has room for."""
     key_heads, length, dim = key_KTD.shape
     key_KDT = key_KTD.float().transpose(1, 2)
     for start, end in _blocks(length):
         query_KRD = query_HTD[:, start:end].reshape(key_heads, -1, dim)
         shares_KRE = _shares(query_KRD, key_KDT[:, :, :end], end - start, scale)
         found_KRD = torch.bmm(shares_KRE.to(value_KTD.dtype), value_KTD[:, :end])
-        out_HTD[:, start:end] = found_KRD.view(-1, end - start, dim)
+        into = out_HTD[:, start:end]
+        into.copy_(found_KRD.view(-1, end - start, dim)[:, : into.shape[1]])
 
 
 def _by_blocks_backward(
@@ -137,14 +151,16 @@ def _by_blocks_backward(
     scale: float,
     into: tuple[Tensor, ...],
 ) -> None:
-    key_heads, length, dim = key_KTD.shape
+    """Put the gradients of as many tokens as ``grad_HTD`` has into ``into``; those of outputs behind them are zero."""
+    (key_heads, length, dim), tokens = key_KTD.shape, grad_HTD.shape[1]
     grad_query_HTD, grad_key_KTD, grad_value_KTD = into
     key_KDT, value_KDT = key_KTD.float().transpose(1, 2), value_KTD.transpose(1, 2)
     # Sums over blocks, in fp32: (K, T, D)
     sum_key, sum_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key_KTD, value_KTD))
     for start, end in _blocks(length):
         query_KRD = query_HTD[:, start:end].reshape(key_heads, -1, dim)
-        grad_KRD = grad_HTD[:, start:end].reshape(key_heads, -1, dim)
+        grad = functional.pad(grad_HTD[:, start:end], (0, 0, 0, max(0, end - max(start, tokens))))
+        grad_KRD = grad.reshape(key_heads, -1, dim)
         shares_KRE = _shares(query_KRD, key_KDT[:, :, :end], end - start, scale)
         sum_value[:, :end] += torch.bmm(shares_KRE.to(grad_KRD.dtype).transpose(1, 2), grad_KRD)
         grad_shares_KRE = torch.bmm(grad_KRD, value_KDT[:, :, :end]).float()
@@ -152,10 +168,11 @@ def _by_blocks_backward(
         grad_scores_KRE = torch.ops.aten._softmax_backward_data(grad_shares_KRE, shares_KRE, -1, torch.float32)
         grad_scores_KRE = grad_scores_KRE.to(query_HTD.dtype)
         found_KRD = torch.bmm(grad_scores_KRE, key_KTD[:, :end])
-        torch.mul(found_KRD.view(-1, end - start, dim), scale, out=grad_query_HTD[:, start:end])
+        into_query = grad_query_HTD[:, start:end]
+        torch.mul(found_KRD.view(-1, end - start, dim)[:, : into_query.shape[1]], scale, out=into_query)
         sum_key[:, :end] += torch.bmm(grad_scores_KRE.transpose(1, 2), query_KRD)
-    grad_key_KTD.copy_(sum_key.mul_(scale))
-    grad_value_KTD.copy_(sum_value)
+    grad_key_KTD.copy_(sum_key[:, :tokens].mul_(scale))
+    grad_value_KTD.copy_(sum_value[:, :tokens])
 
 
 # --- longer ones: the fused kernel -------------------------------------------------------------------------

@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ftune.ops.cross_entropy import _log_softmax, chunk_size, chunked_cross_entropy, linear_cross_entropy
+from ftune.ops.cross_entropy import (
+    _log_softmax,
+    _log_softmax_by_rows,
+    chunk_size,
+    chunked_cross_entropy,
+    linear_cross_entropy,
+)
 
 N, D, V = 37, 12, 50
 
@@ -108,7 +115,34 @@ def test_an_evaluation_computes_no_gradient_of_a_trained_head() -> None:
     assert float(loss) == float(linear_cross_entropy(*given).detach())
 
 
-def test_only_on_the_cpu_are_logits_overwritten() -> None:
-    for device, in_place in (("cpu", True), ("meta", False)):
-        logits = torch.zeros(2, 8, device=device)
-        assert (_log_softmax(logits) is logits) == in_place
+@pytest.mark.parametrize("way", [_log_softmax, _log_softmax_by_rows])
+def test_logits_are_overwritten(way: Any) -> None:
+    logits = torch.randn(130, 8)
+    expected = torch.log_softmax(logits, dim=-1)
+    found = way(logits)
+    assert found is logits
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("positions", [1, 15, 16, 33, 170])
+def test_on_the_cpu_products_in_bf16_have_few_shapes(positions: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(positions, 8).bfloat16().requires_grad_()
+    weight, targets = torch.randn(50, 8), torch.arange(positions) % 50
+    rows: set[int] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten.mm:
+                rows.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        loss = linear_cross_entropy(hidden, weight, targets, chunk=48)
+    assert rows
+    assert all(each % 16 == 0 for each in rows)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    wide = hidden.detach().float().requires_grad_()
+    expected = F.cross_entropy(wide @ weight.bfloat16().float().T, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    torch.testing.assert_close(grad.float(), torch.autograd.grad(expected, wide)[0], rtol=0.1, atol=0.05)

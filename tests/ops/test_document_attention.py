@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftune.ops.document_attention import BLOCK, LONG, document_attention
 
@@ -43,3 +46,21 @@ def test_autocast_rounds_no_score() -> None:
     alone = document_attention(query, key, value, (0, 100))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(document_attention(query, key, value, (0, 100)), alone)
+
+
+def test_products_in_bf16_have_few_shapes() -> None:
+    shapes: set[int] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten.bmm and args[0].dtype == torch.bfloat16:
+                shapes.update((*args[0].shape[1:], args[1].shape[2]))
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    for length in range(1, 60):
+        query, key, value = (torch.randn(heads, 96, 32).bfloat16().requires_grad_() for heads in (4, 2, 2))
+        with Watch():
+            document_attention(query, key, value, (0, length, 96)).float().sum().backward()
+    assert shapes
+    assert all(each % 16 == 0 for each in shapes)
