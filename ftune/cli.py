@@ -51,7 +51,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 def main() -> NoReturn:
     """Run the command line; exits 0, 1 (failed), 2 (the user's mistake), 130 or 143 (interrupted)."""
     # Rows of many lengths would cut a GPU's memory into pieces. Read when the first tensor goes there.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     try:
         code = app(standalone_mode=False, prog_name="ftune")

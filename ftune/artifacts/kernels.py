@@ -34,7 +34,7 @@ def kernels_of_run(
         plan: The plan.
         accelerator: Whose processes must agree.
         start: Updates made so far.
-        lean: What was replaced; ``compile`` is added: what was decided and why.
+        lean: What was replaced; ``compile`` is added: what was decided and why, and ``kernels`` is changed by it.
         progress: What the run keeps with its checkpoints; ``compile`` is set: whether the kernels are compiled.
 
     Returns:
@@ -52,6 +52,8 @@ def kernels_of_run(
         began,
     )
     lean["compile"], progress["compile"] = found, found["compiled"]
+    if found["compiled"]:
+        lean["kernels"] = "compiled"
     lines = [f"compile: {found['why']}"] if plan.recipe.training.compile else []
     if began and not found["compiled"]:
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
-from ftune.ops.kernels import has_fused
+from ftune.ops.kernels import has_fused, refuse_fused
 from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
@@ -52,6 +52,8 @@ def make_objective(
         ModelError: The rows are packed, and this architecture does not keep packed documents apart.
     """
     recipe, context = plan.recipe, plan.context
+    if not agreed(accelerator, has_fused()) and has_fused():
+        refuse_fused("another process cannot use them")
     found = make_lean(model, recipe.method, context, recipe.model.attention)
     isolates = _probe_packing(plan, model)
     flat = _lies_flat(plan, accelerator, isolates and found["attention"] == PER_DOCUMENT)

@@ -31,7 +31,7 @@ from ftune.ops.galore import (
     subspace,
     to_8bit,
 )
-from ftune.ops.sharded import part_like, whole
+from ftune.ops.sharded import local, part_like, whole
 
 __all__ = ["PIECE", "GaLoreAdamW"]
 
@@ -119,8 +119,8 @@ class GaLoreAdamW(Optimizer):
         assert parameter.grad is not None
         # Where a process has only a part: a subspace is one of the whole gradient. The state is whole everywhere.
         grad = whole(parameter.grad)
-        if group["rank"] is None and grad is parameter.grad and parameter.is_contiguous():
-            self._update_in_pieces(parameter, grad, state, group, index)
+        if group["rank"] is None and grad.ndim:
+            self._update_in_pieces(parameter, grad.contiguous(), state, group, index)
             return
         # A gradient of 16 bits is exact in TF32, and the weight's own rounding is coarser.
         coarse = grad.is_cuda and grad.dtype.itemsize == parameter.dtype.itemsize == 2
@@ -156,7 +156,7 @@ class GaLoreAdamW(Optimizer):
     def _update_in_pieces(
         self, parameter: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
     ) -> None:
-        """AdamW of a parameter that is not projected and lies here whole, ``PIECE`` elements at a time."""
+        """AdamW of a parameter that is not projected, ``PIECE`` elements at a time; ``grad`` is the whole gradient."""
         if not state:
             state["step"] = torch.zeros(())
             for key in ("exp_avg", "exp_avg_sq"):
@@ -166,7 +166,8 @@ class GaLoreAdamW(Optimizer):
         generator = None
         if parameter.dtype != torch.float32:
             generator = self._generator("rounding", index, done, parameter.device)
-        weights, grads = parameter.view(-1), grad.flatten()
+        full = whole(parameter.detach())
+        weights, grads = full.contiguous().view(-1), grad.view(-1)
         for start in range(0, len(weights), PIECE):
             here = slice(start, start + PIECE)
             part = {key: _piece(value, key, here) for key, value in state.items()}
@@ -180,6 +181,8 @@ class GaLoreAdamW(Optimizer):
             else:
                 moved = weights[here].float().mul_(factor).add_(direction, alpha=-rate)
                 weights[here].copy_(round_to_bfloat16(moved, generator))
+        if weights.data_ptr() != local(parameter).data_ptr():  # gathered, or copied to lie in one piece
+            parameter.copy_(part_like(weights.view(full.shape), parameter))
         state["step"] += 1
 
     def _renew(self, state: dict[str, Any], grad_MN: Tensor, group: dict[str, Any], done: int, index: int) -> None:

@@ -272,6 +272,8 @@ def _updated(self: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, sc
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
         return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, bias, a, b, scale)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(dtype)  # a trained norm's output is fp32, and a 4-bit layer answers in the dtype it is asked in
     out = base(x)
     if bias is None and base.bias is not None:
         out = out - base.bias.to(out.dtype)

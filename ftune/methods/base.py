@@ -414,6 +414,11 @@ class Method(BaseModel):
         return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
 
     @property
+    def whole_state(self) -> bool:
+        """Whether each of many processes keeps the whole optimizer state, even where weights lie in parts."""
+        return False
+
+    @property
     def trains_head(self) -> bool:
         """Whether an adapter method trains the output head whole, where it is tied to the embedding."""
         return False

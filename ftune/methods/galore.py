@@ -338,6 +338,11 @@ class GaLore(Method):
             total += _tensor_bytes(self.rank * min(linear.in_features, linear.out_features), bits)
         return total
 
+    @property
+    def whole_state(self) -> bool:
+        """A subspace is one of a whole gradient."""
+        return True
+
     def update_bytes(self, shape: ModelShape, optimizer: str) -> int:
         """Temporaries in fp32 of one update: of a piece that is not projected, or of the largest matrix that is.
 

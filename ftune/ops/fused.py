@@ -99,7 +99,7 @@ def _norm_again(x_ND: Tensor, rstd_N: Tensor, weight_D: Tensor, offset: bool) ->
 
 
 def _launch_norm(x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, eps: float, offset: bool, *, again: bool) -> Tensor:
-    x_ND = x_ND.contiguous()
+    x_ND, weight_D, rstd_N = x_ND.contiguous(), weight_D.contiguous(), rstd_N.contiguous()
     width = x_ND.shape[-1]
     dtype = x_ND.dtype if offset else torch.promote_types(x_ND.dtype, weight_D.dtype)
     out_ND = torch.empty_like(x_ND, dtype=dtype)
@@ -118,6 +118,7 @@ def _norm_backward(
     if not (wants_x or wants_weight):
         return None, None
     grad_ND, x_ND = grad_ND.contiguous(), x_ND.contiguous()
+    weight_D, rstd_N = weight_D.contiguous(), rstd_N.contiguous()
     width = x_ND.shape[-1]
     rows = x_ND.numel() // width
     # As many programs as run at once, each with a sum of its own: the order of sums is always the same.
@@ -232,7 +233,11 @@ def _softmax_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab
     target = tl.load(targets_ptr + row)
-    largest = float("-inf")
+    # Before the first loop, whose sums all threads wait for: the second one overwrites it.
+    logit = tl.load(logits_ptr + target).to(tl.float32) * scale
+    if CAPPED:
+        logit = cap * _tanh(logit / cap)
+    largest = -3.0e38  # not -inf, from which -inf cannot be taken
     total = 0.0
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -243,9 +248,6 @@ def _softmax_kernel(
         largest = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), 0)
     log_total = largest + tl.log(total)
-    logit = tl.load(logits_ptr + target).to(tl.float32) * scale
-    if CAPPED:
-        logit = cap * _tanh(logit / cap)
     tl.store(loss_ptr + row, log_total - logit)
     if WANTS_GRAD:
         for start in range(0, vocab, BLOCK):
@@ -276,7 +278,7 @@ def softmax_minus_target(
         (C,) fp32.
     """
     rows, vocab = logits_CV.shape
-    loss_C = logits_CV.new_empty(rows, dtype=torch.float32)
+    targets_C, loss_C = targets_C.contiguous(), logits_CV.new_empty(rows, dtype=torch.float32)
     block = min(SOFTMAX_BLOCK, _power(vocab))
     with _on(logits_CV):
         _softmax_kernel[(rows,)](

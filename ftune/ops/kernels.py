@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["EAGER", "Activation", "Kernels", "current", "has_fused", "plain", "using", "why_not_fused"]
+__all__ = ["EAGER", "Activation", "Kernels", "current", "has_fused", "plain", "refuse_fused", "using", "why_not_fused"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -106,9 +106,22 @@ EAGER = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward)
 _current: Kernels | None = None
 
 
-@functools.cache
+_refused: str | None = None
+
+
+def refuse_fused(why: str) -> None:
+    """From now on this process goes without the kernels of ``ftune.ops.fused``."""
+    global _refused
+    _refused = why
+
+
 def why_not_fused() -> str | None:
     """Why the kernels of ``ftune.ops.fused`` are not used; None where they are. Takes a second, once."""
+    return _refused or _trial()
+
+
+@functools.cache
+def _trial() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:

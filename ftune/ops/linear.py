@@ -51,6 +51,8 @@ class _CastLinear(torch.autograd.Function):
     ) -> Tensor:
         low_NI = x_NI.to(dtype)
         if ctx.needs_input_grad[1]:
+            if make is not None:
+                make.will_be_asked()
             ctx.save_for_backward(weight_OI, *((low_NI,) if make is None else parts))
         else:
             ctx.save_for_backward(weight_OI)
@@ -125,6 +127,8 @@ class _LowRank(torch.autograd.Function):
             # Not a view: DoRA scales it in place.
             out = torch.empty(base_NO.shape, dtype=base_NO.dtype, device=base_NO.device)
             torch.addmm(_rows(base_NO), _rows(xa_NR), b_RO, out=_rows(out))
+        if make is not None and ctx.needs_input_grad[4]:
+            make.will_be_asked()
         ctx.save_for_backward(weight_OI, a_RI, b_OR, xa_NR, *parts)
         ctx.scale, ctx.make = scale, make
         return out

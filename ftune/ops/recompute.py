@@ -30,8 +30,8 @@ class Make:
         self._readers = 0
         self._made: Tensor | None = None
 
-    def is_read(self) -> None:
-        """Count one more that will ask."""
+    def will_be_asked(self) -> None:
+        """Count one more that will ask, in its backward pass."""
         self._readers += 1
 
     def __call__(self, *parts: Tensor) -> Tensor:
@@ -54,10 +54,7 @@ def keep(x: Tensor) -> Kept:
         return None, (x,)
     make, parts, versions = made
     # A tensor that was changed in place is no longer what its makings make.
-    if versions != _versions(x, *parts):
-        return None, (x,)
-    make.is_read()
-    return make, parts
+    return (make, parts) if versions == _versions(x, *parts) else (None, (x,))
 
 
 def kept_again(make: Make | None, parts: tuple[Tensor, ...]) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["found_weights", "kept_config", "kept_tokenizer", "kept_weights"]
 
-_FORMAT = 1  # raise it when what is kept is made in another way
+_FORMAT = 2  # raise it when what is kept is made in another way
 _MANIFEST = "entry.json"
 
 

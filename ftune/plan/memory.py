@@ -110,6 +110,7 @@ def estimate(
     packed: bool,
     engine: str = "ddp",
     processes: int = 1,
+    fused_loss: bool = True,
 ) -> MemoryEstimate:
     """Estimate the peak memory of training, on one device: that of one rank, where there are several.
 
@@ -127,6 +128,7 @@ def estimate(
         packed: Whether rows hold several documents, which takes a mask to keep apart.
         engine: How processes share what they hold (``ftune.plan.sharding``).
         processes: How many there are.
+        fused_loss: On CUDA, whether one kernel puts the gradient of logits in their place (``ftune.ops.fused``).
     """
     arguments = dict(locals())
     length += method.virtual_positions
@@ -153,7 +155,7 @@ def estimate(
         method, shape, stored, dtype_bytes
     )
     trained = whole or (method.trains_head and not shape.head)
-    loss = _loss_bytes(shape, target_tokens, dtype_bytes, device_type, trained)
+    loss = _loss_bytes(shape, target_tokens, dtype_bytes, device_type, trained, fused_loss)
     # The gradient of a trained head is made with the loss, and scaled at the start of the backward pass.
     head = shape.extra["head_elements"] if trained else 0
     head_in_loss = head * (4 + 2 * (dtype_bytes if dtype_bytes < 4 else 0))
@@ -191,18 +193,18 @@ def estimate(
     return MemoryEstimate(**items, total=sum(items.values()), loading=loading, arguments=arguments)
 
 
-def _loss_bytes(shape: ModelShape, target_tokens: int, compute: int, device_type: str, trained: bool) -> int:
+def _loss_bytes(
+    shape: ModelShape, target_tokens: int, compute: int, device_type: str, trained: bool, fused: bool
+) -> int:
     """Bytes of one chunk's logits, and of all hidden states and their gradient.
 
-    On CUDA one kernel puts the gradient in the logits' place, elsewhere there are fp32 logits beside them.
-
-    trained: whether the head trains, whole.
+    trained: whether the head trains, whole; fused: without fp32 logits beside them, on CUDA.
     """
     from ftune.ops.cross_entropy import chunk_size, least_chunk
 
     least = least_chunk(target_tokens, shape.vocab, shape.hidden, trained=trained)
     chunk = min(target_tokens, chunk_size(shape.vocab, device_type, least=least))
-    each = compute if device_type == "cuda" or compute == 4 else 4 + compute
+    each = compute if (device_type == "cuda" and fused) or compute == 4 else 4 + compute
     return chunk * shape.vocab * each + 2 * target_tokens * shape.hidden * compute
 
 

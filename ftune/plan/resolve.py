@@ -212,6 +212,9 @@ def resolve(
         update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
         regrouped = min(max(training.micro_batch_tokens, max(lengths)), update)
 
+    # Tried here only: of a device that is not, it is taken for granted.
+    fused = target is not None or device.type != "cuda" or _has_fused()
+
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
         return estimate(
             recipe.method,
@@ -227,6 +230,7 @@ def resolve(
             packed=any(len(row) > 1 for row in rows),
             engine=engine.name,
             processes=world_size,
+            fused_loss=fused,
         )
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -341,6 +345,12 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     if context.recomputed_blocks:
         enable_checkpointing(model, context.recomputed_blocks)
     return model, recipe.method.optimizer(model, recipe.optimizer)
+
+
+def _has_fused() -> bool:
+    from ftune.ops.kernels import has_fused
+
+    return has_fused()
 
 
 def _budget(recipe: Recipe, available: int) -> int:

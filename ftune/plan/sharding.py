@@ -84,7 +84,7 @@ def per_rank(
     gathered = GATHERED_BLOCKS * blocks // shape.layers
     shared["weights"] = -(-blocks // processes) + items["weights"] - blocks
     if whole:
-        share("gradients", "optimizer")
+        share("gradients", *([] if method.whole_state else ["optimizer"]))
     shared["buffers"] = items["buffers"] + gathered
     if engine == "fsdp2-offload" and device_type != "cpu":
         shared["weights"] = items["weights"] - blocks
@@ -141,7 +141,9 @@ def on_host(
 
 def shares_state(method: Method, engine: str) -> bool:
     """Whether each rank keeps the optimizer state of its share alone, and updates that."""
-    return engine.startswith("deepspeed") or (engine.startswith("fsdp2") and method.artifact == "model")
+    if engine.startswith("deepspeed"):
+        return True
+    return engine.startswith("fsdp2") and method.artifact == "model" and not method.whole_state
 
 
 def communication(

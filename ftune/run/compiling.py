@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ftune.cache import cache_dir, publish
 from ftune.ops.compiled import compile_kernels
-from ftune.ops.kernels import EAGER, Kernels, plain
+from ftune.ops.kernels import EAGER, Kernels, has_fused, plain
 from ftune.plan.precision import machine
 from ftune.run.kernel_work import Work
 
@@ -62,7 +62,7 @@ def choose_kernels(
     """
     trial = _Trial(work, micro_batches, device)
     forced = asked is True or began is True
-    found = {"asked": asked, "compiled": False, "why": "eager, as the run began", "micro_batches": micro_batches}
+    found = {"asked": asked, "compiled": False, "why": f"{_plain()}, as the run began", "micro_batches": micro_batches}
     if asked is False or began is False:
         return plain(), found
     if not forced and plain() is not EAGER:
@@ -70,9 +70,14 @@ def choose_kernels(
     for step in (trial.promises, trial.compile, trial.gains):
         mine = step(forced)
         if not agree(mine):
-            found["why"] = "eager: another process refused" if mine else trial.why
+            found["why"] = f"{_plain()}: another process refused" if mine else trial.why
             return plain(), found | trial.seconds
     return trial.kernels, found | {"compiled": True, "why": trial.why} | trial.seconds
+
+
+def _plain() -> str:
+    """What the kernels are called that were not compiled for the run."""
+    return "fused" if has_fused() else "eager"
 
 
 @dataclass
@@ -105,13 +110,13 @@ class _Trial:
         except Exception as error:
             return self._fails("the norms and gates could not be timed", error)
         if not self.work:
-            self.why = "eager: no norm and no gate of this model was replaced, so there is nothing to compile"
+            self.why = f"{_plain()}: no norm and no gate of this model was replaced, so there is nothing to compile"
             return False
         cost, saved = _remembered(self.work)
         gain = eager * saved * self.micro_batches
         self.seconds = {"eager_seconds": eager, "expected_cost_seconds": cost, "expected_gain_seconds": gain}
         if gain <= cost and not forced:
-            self.why = f"eager: compiling takes about {cost:.0f} s and would save about {gain:.1f} s of this run"
+            self.why = f"{_plain()}: compiling takes about {cost:.0f} s and would save about {gain:.1f} s of this run"
             return False
         return True
 
@@ -126,7 +131,7 @@ class _Trial:
         finally:
             self.seconds["cost_seconds"] = time.perf_counter() - began
         if wrong:
-            self.why = f"eager: compiled, {' and '.join(dict.fromkeys(wrong))} compute something else"
+            self.why = f"{_plain()}: compiled, {' and '.join(dict.fromkeys(wrong))} compute something else"
         return not wrong
 
     def gains(self, forced: bool) -> bool:
@@ -142,16 +147,16 @@ class _Trial:
             return self._fails("the compiled kernels could not be timed", error)
         gain = (eager - compiled) * self.micro_batches
         self.seconds |= {"eager_seconds": eager, "compiled_seconds": compiled, "gain_seconds": gain}
-        each = f"{1e3 * eager:.1f} ms of a micro-batch eager, {1e3 * compiled:.1f} ms compiled"
+        each = f"{1e3 * eager:.1f} ms of a micro-batch {_plain()}, {1e3 * compiled:.1f} ms compiled"
         if gain <= 0 and not forced:
-            self.why = f"eager: the norms and gates take {each}"
+            self.why = f"{_plain()}: the norms and gates take {each}"
             return False
         self.why = f"norms and gates compiled in {cost:.0f} s: they take {each}, {abs(gain):.1f} s "
         self.why += f"{'less' if gain > 0 else 'more'} in this run"
         return True
 
     def _fails(self, what: str, error: Exception) -> bool:
-        self.why = f"eager: {what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        self.why = f"{_plain()}: {what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         return False
 
     def _same(self, work: Work) -> bool:

@@ -32,6 +32,7 @@ def compute() -> dict[str, Any]:
     """Every row's bytes, item by item, and whether they fit."""
     from transformers import AutoConfig
 
+    from ftune.available import on_empty_gpu
     from ftune.methods import METHODS
     from ftune.plan.memory import estimate
     from ftune.plan.shapes import read_shape
@@ -60,7 +61,7 @@ def compute() -> dict[str, Any]:
                 "method": method,
                 "optimizer": optimizer,
                 "bytes": memory.as_dict(),
-                "fits": memory.total <= DEVICE_BYTES,
+                "fits": memory.total <= on_empty_gpu(DEVICE_BYTES),
             }
         )
     return {"device_bytes": DEVICE_BYTES, "rank": RANK, "length": LENGTH, "rows": rows}

@@ -73,6 +73,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.python = {name: Path(path).absolute() for name, path in (given.split("=", 1) for given in args.python)}
     if unknown := [name for name in args.peers if name not in gpu_peers.TOOLS]:
         parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(gpu_peers.TOOLS)}")
+    if others := [str(path) for path in args.python.values() if path.name != "python"]:
+        parser.error(f"--python: {', '.join(others)}: an interpreter named `python`, in a directory of its own")
     if args.updates < 2:
         parser.error("--updates: the first update is not counted, so there must be two")
     if args.device == "cuda" and shutil.which("nvidia-smi") is None:

@@ -141,8 +141,7 @@ class Bench:
                 for name, tool in self.tools.items()
             },
             "check": checked,
-            "absent": ABSENT
-            | {title: f"{note}; `--device cuda` takes it in, not run yet" for title, note in later.items()},
+            "absent": ABSENT | {title: f"{note}; `--device cuda` takes it in" for title, note in later.items()},
         }
 
     def rounds(self, names: list[str]) -> Iterator[list[dict[str, Any]]]:

@@ -154,6 +154,22 @@ def test_in_pieces_it_is_the_same_update(bits: int, dtype: torch.dtype, monkeypa
     assert all(torch.equal(state[key], state_of_parts[key]) for key in state)
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_what_is_not_projected_may_have_any_shape_and_layout(bits: int) -> None:
+    torch.manual_seed(0)
+    starts = [torch.tensor(0.5), torch.randn(8, 12).T, torch.randn(12, 8)]
+    grads = [torch.tensor(-2.0), torch.randn(12, 8), torch.randn(8, 12).T]
+    mine, dense = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    ours = one_group(mine, None, bits=bits)
+    theirs = torch.optim.AdamW(dense, lr=1e-2, betas=BETAS, eps=EPS, weight_decay=0.0)
+    for _ in range(3):
+        for parameters, optimizer in ((mine, ours), (dense, theirs)):
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+    assert all((a - b).abs().max() <= (1e-6 if bits == 32 else 3e-3) for a, b in zip(mine, dense, strict=True))
+
+
 def test_an_update_of_a_large_embedding_takes_no_copy_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_galore_optimizer, "PIECE", 1024)
     weight = torch.nn.Parameter(torch.randn(2000, 16).bfloat16())

@@ -482,3 +482,15 @@ def test_what_is_trained_whole_is_loaded_in_fp32_over_a_16_bit_base(tmp_path: Pa
     assert inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
     with autocast(torch.bfloat16, "cpu"):
         assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_over_a_4_bit_base_it_trains_in_bf16(tmp_path: Path) -> None:
+    # Trained norms are fp32, and so is what a 4-bit layer answers when it is asked in fp32.
+    recipe = tiny.recipe(
+        tmp_path,
+        "longlora",
+        method={"quantization": {"type": "nf4"}},
+        model={"dtype": "bfloat16"},
+        training={"max_steps": 2},
+    )
+    assert "embedding moved" in train(recipe)["vitals_line"]

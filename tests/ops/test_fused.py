@@ -109,6 +109,15 @@ def test_softmax_minus_target(fused: Any, dtype: torch.dtype, scale: float, cap:
     assert_close(logits, grad.to(dtype))
 
 
+def test_logits_of_minus_infinity_and_what_does_not_lie_in_one_piece(fused: Any) -> None:
+    logits, targets = random(2, 20_000), torch.tensor([[19_000, 0], [9_000, 0]], device=DEVICE)[:, 0]
+    logits[:, :8192] = -torch.inf
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    assert_close(fused.softmax_minus_target(logits, targets, 1.0, None, wants_grad=False), expected)
+    x, gain = random(3, 128)[:, ::2], random(128, seed=1)[::2]
+    assert_close(fused.FUSED.norm(x, gain, 1e-6, False), EAGER.norm(x, gain, 1e-6, False))
+
+
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ftune.ops.kernels import EAGER, using
 from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update, scale_directions
 from ftune.ops.recompute import Activation, gated, rms_norm
 
@@ -133,3 +136,34 @@ def test_directions_are_scaled_in_place_of_an_update_beside_a_layer() -> None:
     norms = torch.full((D,), 3.0)
     mine = scale_directions(low_rank_update(x, base, a, b, 2.0), magnitude, norms)
     same(mine, (base + 2.0 * (x @ a.T) @ b.T) * (magnitude / norms), [x, base, a, b, magnitude])
+
+
+@pytest.mark.parametrize("trained", [3, 1])
+def test_what_several_layers_read_is_made_again_once_and_let_go(trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def again(*arguments: Any) -> Tensor:
+        out = EAGER.norm_again(*arguments)
+        made.append(weakref.ref(out))
+        return out
+
+    torch.manual_seed(0)
+    x, gain = torch.randn(N, D, requires_grad=True), torch.ones(D)
+    with using(replace(EAGER, norm_again=again)):
+        normed = rms_norm(x, gain, 1e-5)
+        outs = [
+            low_rank_linear(
+                normed,
+                torch.randn(D, D),
+                None,
+                torch.randn(2, D, requires_grad=reader < trained),
+                torch.randn(D, 2, requires_grad=True),
+                1.0,
+            )
+            for reader in range(3)
+        ]
+        loss = sum(out.sum() for out in outs)
+        loss.backward(retain_graph=True)  # type: ignore[union-attr]
+        assert len(made) == 1
+        assert made[0]() is None, "held though nobody will ask again"
+        loss.backward()  # type: ignore[union-attr]  # whoever asks again gets it again
