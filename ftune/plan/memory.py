@@ -44,11 +44,13 @@ PEFT_BYTES = 56 * 2**20
 holes of a whole model in training were fitted with it."""
 
 HOLES = 0.88
+HOLES_WHOLE = 1.5
 HOLES_RECOMPUTED = 0.22
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
-activations live until the backward pass, and of recomputed ones, between which they are given back
-(``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens. With every block
-mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they vanish, for a third more time."""
+activations live until the backward pass (where the whole model trains, gradients and cast weights come and go among
+them), and of recomputed ones, between which they are given back (``ftune.run.memory.trim_between_blocks``). Fitted to
+SmolLM2-135M with rows of 512 and 2048 tokens. With every block mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they
+vanish, for a third more time."""
 
 LAST_STEP = 4
 """Tensors of the feed-forward's width that the backward pass of one gated feed-forward takes for itself."""
@@ -161,21 +163,24 @@ def estimate(
     head_in_loss = head * (4 + 2 * (dtype_bytes if dtype_bytes < 4 else 0))
 
     updated_by = processes if shares_state(method, engine) else 1
+    # Of a head that is a trained embedding the gradients count the part that waits for the embedding's own.
+    waiting = 4 * head if not whole else 0
     # (activations, logits, buffers) at each moment that may be the peak
     update = method.update_bytes(shape, optimizer) // updated_by
     if device_type != "cuda" or (engine == "fsdp2-offload" and processes > 1 and whole):
         update = 0
     moments = [
-        (held, loss, masks * left + head_in_loss),
-        (held, 0, masks * left + (8 * head)),
-        (held, 0, masks * left + 4 * head + step),
+        (held, loss, masks * left + head_in_loss - waiting),
+        (held, 0, masks * left + 8 * head - waiting),
+        (held, 0, masks * left + 4 * head - waiting + step),
         (0, 0, update),
     ]
     if recomputed_blocks:
         moments.append((inputs + kept // layers, 0, masks + step))
     activations, logit_bytes, buffers = max(moments, key=sum)
     if device_type == "cpu":
-        buffers += int(kept * (HOLES * left + HOLES_RECOMPUTED * recomputed_blocks) / layers)
+        holes = HOLES_WHOLE if whole else HOLES
+        buffers += int(kept * (holes * left + HOLES_RECOMPUTED * recomputed_blocks) / layers)
     items = {
         "weights": method.base_bytes(shape, stored),
         "adapters": method.adapter_bytes(shape),
