@@ -100,11 +100,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         wants = wants_hidden or wants_weight or wants_bias
-        make = _fused_chunk if weight_VD.is_cuda and not wants_bias and has_fused() else _chunk
-        buffers = _Buffers(hidden_ND, len(weight_VD), chunk, both=make is _chunk)
+        fused = weight_VD.is_cuda and not wants_bias and has_fused()
+        buffers = _Buffers(hidden_ND, len(weight_VD), chunk, both=not fused)
         for hidden_CD, targets_C, at in _chunks(hidden_ND, targets_N, chunk):
-            loss, low_CV = make(hidden_CD, targets_C, cast_VD, bias_V, scale, softcap, buffers, wants, grad_bias)
-            total += loss
+            low_CV = buffers.logits(hidden_CD, cast_VD, bias_V)
+            if fused:
+                total += _fused_loss(low_CV, targets_C, scale, softcap, wants)
+            else:
+                high_CV = buffers.in_fp32(low_CV)
+                loss, low_CV = _loss_and_gradient(high_CV, targets_C, low_CV, scale, softcap, wants, grad_bias)
+                total += loss
             if grad_hidden is not None:
                 buffers.product(low_CV, cast_VD, out=grad_hidden[at : at + len(targets_C)])
             if grad_weight is not None:
@@ -147,12 +152,21 @@ class _Buffers:
     def _rounded(self, rows: int) -> int:
         return -(-rows // self._step) * self._step
 
-    def logits(self, hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-        """``hidden @ weight.T`` in ``low_CV``, as of a rounded number of rows."""
+    def logits(self, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        """``hidden @ weight.T + bias`` in ``low_CV``, as of a rounded number of rows."""
         rows = self._rounded(len(hidden_CD))
         wide_CD = hidden_CD if rows == len(hidden_CD) else F.pad(hidden_CD, (0, 0, 0, rows - len(hidden_CD)))
         torch.mm(wide_CD, weight_VD.T, out=self.low_CV[:rows])
-        return self.low_CV[: len(hidden_CD)]
+        low_CV = self.low_CV[: len(hidden_CD)]
+        if bias_V is not None:
+            low_CV += bias_V.to(low_CV.dtype)
+        return low_CV
+
+    def in_fp32(self, low_CV: Tensor) -> Tensor:
+        """The same logits in ``high_CV``."""
+        if self.high_CV is self.low_CV:
+            return low_CV
+        return self.high_CV[: len(low_CV)].copy_(low_CV)
 
     def product(self, grad_CV: Tensor, weight_VD: Tensor, out: Tensor) -> None:
         """``grad @ weight`` into ``out``; the gradient lies in one of the buffers."""
@@ -164,42 +178,28 @@ class _Buffers:
         out.copy_(torch.mm(self.low_CV[:rows], weight_VD)[: len(out)])
 
 
-def _fused_chunk(
-    hidden_CD: Tensor,
-    targets_C: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    buffers: _Buffers,
-    wants: bool,
-    _: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As ``_chunk`` without the gradient of a bias; the logits become their gradient in one kernel."""
+def _fused_loss(logits_CV: Tensor, targets_C: Tensor, scale: float, softcap: float | None, wants: bool) -> Tensor:
+    """The loss of a chunk; where ``wants``, one kernel puts the gradient of the logits in their place."""
     from ftune.ops.fused import softmax_minus_target
 
-    low_CV = buffers.logits(hidden_CD, weight_VD)
-    if bias_V is not None:
-        low_CV += bias_V.to(low_CV.dtype)
-    return softmax_minus_target(low_CV, targets_C, scale, softcap, wants_grad=wants).sum(), low_CV
+    return softmax_minus_target(logits_CV, targets_C, scale, softcap, wants_grad=wants).sum()
 
 
-def _chunk(
-    hidden_CD: Tensor,
+def _loss_and_gradient(
+    logits_CV: Tensor,
     targets_C: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
+    low_CV: Tensor,
     scale: float,
     softcap: float | None,
-    buffers: _Buffers,
     wants: bool,
     grad_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a chunk, and where ``wants`` the gradient of its logits in the dtype of the product.
 
-    What the bias gets is added to ``grad_bias``.
+    The logits, in fp32, are overwritten; ``low_CV`` is room for the gradient. What the bias gets is added to
+    ``grad_bias``.
     """
-    logits_CV, slope_CV, low_CV = _logits(hidden_CD, weight_VD, bias_V, scale, softcap, buffers)
+    logits_CV, slope_CV = _scaled(logits_CV, scale, softcap)
     log_CV = _log_softmax(logits_CV)
     loss = -log_CV.gather(1, targets_C[:, None]).sum()
     if not wants:
@@ -213,30 +213,18 @@ def _chunk(
         grad_CV.mul_(scale)
     if grad_bias is not None:
         grad_bias += grad_CV.sum(0)
-    return loss, grad_CV if hidden_CD.dtype == torch.float32 else low_CV.copy_(grad_CV)
+    return loss, grad_CV if low_CV.dtype == torch.float32 else low_CV.copy_(grad_CV)
 
 
-def _logits(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    buffers: _Buffers,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The chunk's logits in fp32, the slope of the cap where there is one, and room in the dtype of the product."""
-    low_CV, logits_CV = buffers.logits(hidden_CD, weight_VD), buffers.high_CV[: len(hidden_CD)]
-    if bias_V is not None:
-        low_CV += bias_V.to(low_CV.dtype)
-    if buffers.high_CV is not buffers.low_CV:
-        logits_CV.copy_(low_CV)
+def _scaled(logits_CV: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and cap a chunk's logits in place; returns them, and the slope of the cap where there is one."""
     if scale != 1.0:
         logits_CV *= scale
     if softcap is None:
-        return logits_CV, None, low_CV
+        return logits_CV, None
     tanh_CV = logits_CV.div_(softcap).tanh_()
     slope_CV = 1 - tanh_CV * tanh_CV
-    return tanh_CV.mul_(softcap), slope_CV, low_CV
+    return tanh_CV.mul_(softcap), slope_CV
 
 
 def _log_softmax(logits_CV: Tensor) -> Tensor:
