@@ -119,32 +119,29 @@ class GaLoreAdamW(Optimizer):
         assert parameter.grad is not None
         # Where a process has only a part: a subspace is one of the whole gradient. The state is whole everywhere.
         grad = whole(parameter.grad)
-        if group["rank"] is None and grad.ndim:
+        if group["rank"] is None:
             self._update_in_pieces(parameter, grad.contiguous(), state, group, index)
             return
         # A gradient of 16 bits is exact in TF32, and the weight's own rounding is coarser.
         coarse = grad.is_cuda and grad.dtype.itemsize == parameter.dtype.itemsize == 2
         grad = grad.float()
         done = int(state["step"]) if state else 0
-        basis = None
-        if group["rank"] is not None:
-            if done % self.update_every == 0:
-                self._renew(state, grad, group, done, index)
-            basis = self._read(state, "basis")
-            with coarse_products(coarse):
-                grad = project(grad, basis)
+        if done % self.update_every == 0:
+            self._renew(state, grad, group, done, index)
+        basis = self._read(state, "basis")
+        with coarse_products(coarse):
+            grad = project(grad, basis)
         if not done:
             state["step"] = torch.zeros(())
-            self._write(state, "exp_avg", torch.zeros_like(grad))
-            self._write(state, "exp_avg_sq", torch.zeros_like(grad))
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._write_zeros(state, key, grad)
         first, second = self._read(state, "exp_avg"), self._read(state, "exp_avg_sq")
         direction = adam_direction(first, second, grad, group["betas"], group["eps"], done + 1)
         self._write(state, "exp_avg", first)
         self._write(state, "exp_avg_sq", second)
         state["step"] += 1
-        if basis is not None:
-            with coarse_products(coarse):
-                direction = lift(direction, basis).mul_(self.scale)
+        with coarse_products(coarse):
+            direction = lift(direction, basis).mul_(self.scale)
         rate, decay = group["lr"], group["weight_decay"]
         if parameter.dtype == torch.float32:
             parameter.mul_(1 - rate * decay).add_(part_like(direction, parameter), alpha=-rate)
@@ -301,7 +298,7 @@ def _quantized(key: str, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _piece(value: Tensor, key: str, here: slice) -> Tensor:
     """The part of a state that belongs to these elements."""
-    if not value.ndim:
+    if key == "step":
         return value
     if key.endswith(_SCALES):
         return value[here.start // BLOCK : -(-here.stop // BLOCK)]
