@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def lean_base(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Replace RMS norms, gated feed-forwards and trained linear layers.
+    """Replace RMS norms, gated feed-forwards, rotary positions and trained linear layers.
 
     Args:
         model: The adapted model.
@@ -46,7 +47,7 @@ def lean_base(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     """
     import torch
 
-    counts = {"norms": 0, "gates": 0, "linears": 0}
+    counts = {"norms": 0, "gates": 0, "rotary": 0, "linears": 0}
     head = cast(Any, model).get_output_embeddings()
     forward: Callable[..., Any] | None
     for module in model.modules():
@@ -55,6 +56,8 @@ def lean_base(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
             forward = next((form for form in forms if _same_norm(module, form, dtype)), None)
         elif _activation(module) is not None:
             kind, forward = "gates", _gated_forward if _same_gate(module, dtype) else None
+        elif _turns(module):
+            kind, forward = "rotary", _rotating(type(module).forward)
         elif type(module) is torch.nn.Linear and module is not head and _casts(module, dtype):
             kind, forward = "linears", _cast_forward
         else:
@@ -153,6 +156,72 @@ def _same_gate(module: Any, dtype: torch.dtype) -> bool:
             return torch.equal(module(x), _gated_forward(module, x))
     finally:
         module.train(was_training)
+
+
+# --- rotary positions --------------------------------------------------------------------------------------
+
+_ROTARY = "apply_rotary_pos_emb"
+"""What the function is called in the module of every architecture that has the usual one."""
+
+
+def _turns(module: nn.Module) -> bool:
+    """Whether a layer's forward calls its module's function by name, and that function is the usual one."""
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if code is None or _ROTARY not in code.co_names or forward.__closure__ is not None:
+        return False
+    original = forward.__globals__.get(_ROTARY)
+    return inspect.isfunction(original) and _same_rotary(original)
+
+
+@functools.cache
+def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward, that finds ftune's function where it looks for its module's: no other model is touched."""
+    original = forward.__globals__[_ROTARY]
+
+    @functools.wraps(original)
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _rotary(q, k, cos, sin) if _usual(q, cos, args, kwargs) else original(q, k, cos, sin, *args, **kwargs)
+
+    found = FunctionType(
+        forward.__code__, {**forward.__globals__, _ROTARY: rotary}, forward.__name__, forward.__defaults__
+    )
+    found.__kwdefaults__ = forward.__kwdefaults__
+    return functools.update_wrapper(found, forward)
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    from ftune.ops.rotary import rotate
+
+    return rotate(q, k, cos, sin)
+
+
+def _usual(q: Tensor, cos: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether heads (B, H, L, D) are turned as a whole, and nothing is asked for besides."""
+    return not args and not kwargs and q.ndim == 4 and cos.shape[1:] == (*q.shape[2:],) and not cos.requires_grad
+
+
+@functools.cache
+def _same_rotary(original: Callable[..., Any]) -> bool:
+    """Whether a function turns as ``_rotary`` does, to the bit."""
+    import torch
+
+    from ftune.ops.kernels import EAGER, using
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+    )
+    with torch.no_grad(), using(EAGER):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = [x.to(dtype) for x in (q, k, cos, sin)]
+            try:
+                theirs = original(*given)
+            except Exception:  # one of the same name that takes or does something else, and fails in its own way
+                return False
+            if len(theirs) != 2 or not all(map(torch.equal, theirs, _rotary(*given))):
+                return False
+    return True
 
 
 # --- trained linear layers ---------------------------------------------------------------------------------
@@ -272,12 +341,35 @@ def _updated(self: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, sc
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
         return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, bias, a, b, scale)
+    if _is_4bit(base, dtype):
+        bias = None if bias is None else bias.to(dtype)
+        dense = functools.partial(_dequantized, state=base.weight.quant_state, dtype=dtype)
+        return low_rank_linear(x if x.dtype == dtype else x.to(dtype), base.weight, bias, a, b, scale, dense)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(dtype)  # a trained norm's output is fp32, and a 4-bit layer answers in the dtype it is asked in
     out = base(x)
     if bias is None and base.bias is not None:
         out = out - base.bias.to(out.dtype)
     return low_rank_update(x if x.dtype == out.dtype else x.to(out.dtype), out, a, b, scale)
+
+
+def _is_4bit(base: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer multiplies with a 4-bit weight (O, I) in a dtype, and does nothing else."""
+    state = getattr(base.weight, "quant_state", None)
+    return (
+        type(base).__name__ == "Linear4bit"
+        and state is not None
+        and tuple(state.shape) == (base.out_features, base.in_features)
+        and base.compute_dtype in (None, dtype)
+        # the layout of inference on a CPU
+        and not getattr(state, "packing_format_for_cpu", False)
+    )
+
+
+def _dequantized(packed: Tensor, *, state: Any, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return cast("Tensor", dequantize_4bit(packed, state)).to(dtype)
 
 
 class _Norms(NamedTuple):

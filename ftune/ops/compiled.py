@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftune.ops.kernels import EAGER, Kernels
+from ftune.ops.kernels import EAGER, Kernels, plain
 
 __all__ = ["compile_kernels"]
+
+COMPILED = ("norm", "norm_again", "norm_backward", "gate", "gate_backward")
+"""Of ``Kernels``: what takes tokens and one more dimension."""
 
 
 def compile_kernels(calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Kernels:
@@ -33,10 +36,10 @@ def compile_kernels(calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Kernels:
     Raises:
         Exception: Whatever the compiler raises, such as where no C++ compiler is installed.
     """
-    made = {field.name: _Compiled(getattr(EAGER, field.name)) for field in fields(Kernels)}
+    compiled = {name: _Compiled(getattr(EAGER, name)) for name in COMPILED}
     for name, arguments in calls:
-        made[name].prepare(*arguments)
-    return Kernels(**made)
+        compiled[name].prepare(*arguments)
+    return replace(plain(), **compiled)
 
 
 class _Compiled:

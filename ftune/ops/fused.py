@@ -219,7 +219,59 @@ def _gate_backward(
     return grad_gate, grad_up
 
 
-FUSED = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward)
+# --- rotary positions --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, heads, tokens, half, x_row, x_head, x_token, row, token, BACK: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    at = tl.arange(0, HALF)
+    inside = (head < heads)[:, None] & (at < half)[None, :]
+    x_ptr += (place // tokens) * x_row + (place % tokens) * x_token
+    low = tl.load(x_ptr + head[:, None] * x_head + at[None, :], mask=inside, other=0.0)
+    high = tl.load(x_ptr + head[:, None] * x_head + at[None, :] + half, mask=inside, other=0.0)
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    angle = (place // tokens) * row + (place % tokens) * token + at
+    low_cos = tl.load(cos_ptr + angle, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    high_cos = tl.load(cos_ptr + angle + half, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    low_sin = tl.load(sin_ptr + angle, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    high_sin = tl.load(sin_ptr + angle + half, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    dtype = out_ptr.dtype.element_ty
+    if BACK:
+        crossed_low, crossed_high = high * high_sin, -low * low_sin
+    else:
+        crossed_low, crossed_high = -high * low_sin, low * high_sin
+    new_low = (low * low_cos).to(dtype).to(tl.float32) + crossed_low.to(dtype).to(tl.float32)
+    new_high = (high * high_cos).to(dtype).to(tl.float32) + crossed_high.to(dtype).to(tl.float32)
+    out_ptr += (place * heads + head[:, None]) * 2 * half + at[None, :]
+    tl.store(out_ptr, new_low.to(dtype), mask=inside)
+    tl.store(out_ptr + half, new_high.to(dtype), mask=inside)
+
+
+def _rotate(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor, back: bool) -> Tensor:
+    if not _there(x_BHLD):
+        return EAGER.rotate(x_BHLD, cos_BLD, sin_BLD, back)
+    if x_BHLD.stride(-1) != 1:
+        x_BHLD = x_BHLD.contiguous()
+    cos_BLD, sin_BLD = cos_BLD.contiguous(), sin_BLD.contiguous()
+    rows, heads, tokens, width = x_BHLD.shape
+    half = width // 2
+    # As projections make their outputs and take their gradients: (B, L, H, D) in memory.
+    out = x_BHLD.new_empty(rows, tokens, heads, width, dtype=torch.promote_types(x_BHLD.dtype, cos_BLD.dtype))
+    block = min(_power(heads), max(1, 2 * BLOCK // _power(half)))
+    with _on(x_BHLD):
+        _rotate_kernel[(rows * tokens, triton.cdiv(heads, block))](
+            x_BHLD, cos_BLD, sin_BLD, out, heads, tokens, half, *x_BHLD.stride()[:3],
+            cos_BLD.stride(0) if len(cos_BLD) > 1 else 0, width, back, block, _power(half),
+        )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+FUSED = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward, _rotate)
 
 
 # --- the loss ----------------------------------------------------------------------------------------------
@@ -315,6 +367,8 @@ def _works(device: str) -> bool:
         (FUSED.gate(*gate), EAGER.gate(*gate)),  # type: ignore[arg-type]
         (FUSED.gate_backward(*back_gate), EAGER.gate_backward(*back_gate)),  # type: ignore[arg-type]
     ]
+    heads, cos, sin = random(2, 5, 3, 128).transpose(1, 2), random(1, 5, 128), random(1, 5, 128)
+    pairs += [(FUSED.rotate(heads, cos, sin, back), EAGER.rotate(heads, cos, sin, back)) for back in (False, True)]
     targets = torch.tensor([0, 4095, 3, 7, 50], device=device)
     given = x.float().requires_grad_()
     loss = torch.nn.functional.cross_entropy(given, targets, reduction="none")

@@ -1,11 +1,12 @@
-"""The elementwise arithmetic of norms and gates as pure functions, in a set that can be exchanged for a run.
+"""The elementwise arithmetic of norms, gates and rotary positions as pure functions, in a set that a run can exchange.
 
 ``EAGER`` is the arithmetic itself, one torch operation after another. Another set computes the same up to rounding:
 ``plain`` is what a process uses unless told otherwise (on CUDA ``ftune.ops.fused``), and any set, such as that of
 ``ftune.ops.compiled``, is in force inside ``using``. A module of autograd that begins with one set ends with it:
 ``ftune.ops.recompute`` keeps the set of the forward pass for the backward pass.
 
-Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-forward.
+Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-forward; in ``rotate`` B rows, H heads,
+L tokens of a row, D width of a head.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Kernels:
             gain, None where one is not wanted.
         gate: ``(gate_NF, up_NF, activation)``: ``activation(gate) * up``.
         gate_backward: ``(grad_NF, gate_NF, up_NF, activation, wants_gate, wants_up)``: the gradients of gate and up.
+        rotate: ``(x_BHLD, cos_BLD, sin_BLD, back)``: heads turned by their positions; ``back``: the gradient of ``x``
+            from that of the result. In the dtype that ``x`` and ``cos`` promote to.
     """
 
     norm: Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
@@ -43,6 +46,7 @@ class Kernels:
     norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor | None, Tensor | None]]
     gate: Callable[[Tensor, Tensor, Activation], Tensor]
     gate_backward: Callable[[Tensor, Tensor, Tensor, Activation, bool, bool], tuple[Tensor | None, Tensor | None]]
+    rotate: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def _norm(x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
@@ -100,7 +104,22 @@ def _gate_backward(
     return grad_gate, grad_up
 
 
-EAGER = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward)
+def _rotate(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor, back: bool) -> Tensor:
+    cos, half = cos_BLD[:, None], x_BHLD.shape[-1] // 2
+    low_sin, high_sin = sin_BLD[:, None, :, :half], sin_BLD[:, None, :, half:]
+    low, high = x_BHLD[..., :half], x_BHLD[..., half:]
+    out = x_BHLD * cos
+    # Rounded as often as where halves are exchanged, a sign turned and two products added: to the same bits.
+    if back:
+        out[..., :half] += high * high_sin
+        out[..., half:] -= low * low_sin
+    else:
+        out[..., :half] -= high * low_sin
+        out[..., half:] += low * high_sin
+    return out
+
+
+EAGER = Kernels(_norm, _norm_again, _norm_backward, _gate, _gate_backward, _rotate)
 
 # Not a context variable: blocks that are recomputed run forwards in autograd's own thread.
 _current: Kernels | None = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ftune.ops.kernels import EAGER, Activation, Kernels, using
+from ftune.ops.kernels import EAGER, Activation, using
 from ftune.plan.resolve import Plan
 from ftune.run.head import autocast
 
@@ -120,7 +120,7 @@ def _watch(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[_
         seen.append(_Gate(gate.shape[-1], gate.dtype, activation))
         return EAGER.gate(gate, up, activation)
 
-    watching = Kernels(norm, EAGER.norm_again, EAGER.norm_backward, gate, EAGER.gate_backward)
+    watching = replace(EAGER, norm=norm, gate=gate)
     was_training = model.training
     model.eval()
     try:

@@ -94,6 +94,21 @@ def test_gates(fused: Any, dtype: torch.dtype, activation: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "heads", "width"), [(1, 3, 64), (2, 40, 128), (2, 1, 6)])
+def test_rotary_positions(
+    fused: Any, dtype: torch.dtype, angle_dtype: torch.dtype, rows: int, heads: int, width: int
+) -> None:
+    x = random(2, 7, heads, width, dtype=dtype)
+    cos, sin = (random(rows, 7, width, dtype=angle_dtype, seed=seed) for seed in (1, 2))
+    for heads_first in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+        for back in (False, True):
+            mine = fused.FUSED.rotate(heads_first, cos, sin, back)
+            assert_close(mine, EAGER.rotate(heads_first, cos, sin, back))
+            assert mine.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
 def test_softmax_minus_target(fused: Any, dtype: torch.dtype, scale: float, cap: float | None) -> None:
     logits, targets = random(6, 20_000, dtype=dtype) * 4, torch.tensor([0, 19_999, 5, 8191, 8192, 77], device=DEVICE)

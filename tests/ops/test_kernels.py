@@ -11,6 +11,7 @@ from ftune.ops.compiled import compile_kernels
 from ftune.ops.kernels import EAGER, Kernels, current, plain, using
 from ftune.ops.linear import low_rank_linear
 from ftune.ops.recompute import gated, rms_norm
+from ftune.ops.rotary import rotate
 
 
 def counting() -> tuple[Kernels, dict[str, int]]:
@@ -50,8 +51,10 @@ def test_what_began_under_a_set_ends_with_it() -> None:
     with using(mine):
         normed = low_rank_linear(rms_norm(x, gain, 1e-5), weight, None, a, b, 1.0)
         out = low_rank_linear(gated(normed, normed, "silu"), weight, None, a, b, 1.0)
-    out.sum().backward()  # type: ignore[no-untyped-call]
-    assert calls == {"norm": 1, "norm_again": 1, "norm_backward": 1, "gate": 2, "gate_backward": 1}
+        heads, cos, sin = out.view(1, 1, 6, 8), torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+        query, key = rotate(heads, heads, cos, sin)
+    (query + key).sum().backward()  # type: ignore[no-untyped-call]
+    assert calls == {"norm": 1, "norm_again": 1, "norm_backward": 1, "gate": 2, "gate_backward": 1, "rotate": 4}
     rms_norm(x, gain, 1e-5)
     assert calls["norm"] == 1
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ftune.ops.kernels import EAGER, using
 from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update, scale_directions
 from ftune.ops.recompute import Activation, gated, rms_norm
+from ftune.ops.rotary import rotate
 
 N, D, R = 11, 8, 3
 
@@ -63,6 +64,37 @@ def test_gated(activation: Activation) -> None:
     gate, up = leaves((N, D), (N, D))
     activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=activation[5:] or "none")
     same(gated(gate, up, activation), activated * up, [gate, up])
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers has it."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotate(rows: int) -> None:
+    query, key = leaves((2, 4, N, D), (2, 1, N, D))
+    cos, sin = torch.randn(rows, N, D), torch.randn(rows, N, D)
+    query, key = query.double().detach().requires_grad_(), key.double().detach().requires_grad_()
+    cos, sin = cos.double(), sin.double()
+    mine = torch.cat([x.flatten() for x in rotate(query, key, cos, sin)])
+    same(mine, torch.cat([turned(x, cos, sin).flatten() for x in (query, key)]), [query, key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])
+def test_rotate_rounds_where_the_usual_form_does(dtype: torch.dtype, angle_dtype: torch.dtype) -> None:
+    query, key = (torch.randn(2, N, heads, D, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    cos, sin = torch.randn(1, N, D, dtype=angle_dtype), torch.randn(1, N, D, dtype=angle_dtype)
+    for mine, x in zip(rotate(query, key, cos, sin), (query, key), strict=True):
+        expected = turned(x, cos, sin)
+        assert torch.equal(mine, expected)
+        assert mine.stride() == x.stride()
+        grad = torch.randn_like(expected)
+        (mine_x,), (x_grad,) = (torch.autograd.grad(out, x, grad, retain_graph=True) for out in (mine, expected))
+        assert mine_x.dtype == dtype
+        torch.testing.assert_close(mine_x, x_grad, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("behind", ["nothing", "norm", "gate"])

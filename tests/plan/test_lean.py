@@ -69,7 +69,7 @@ def test_a_lean_model_has_the_loss_and_the_gradients_of_the_plain_one(name: str)
     lean, _ = adapted(name)
     found = make_lean(lean, method, context(), "sdpa")
     assert found["norms"] >= 5
-    assert found["gates"] == 2
+    assert found["gates"] == found["rotary"] == 2
     assert found["attention"] == (PER_DOCUMENT if name != "longlora" else "sdpa")
     if name in ("lora", "qlora", "dora", "adalora"):
         assert found["low_rank"] == 14
@@ -100,6 +100,34 @@ def test_a_norm_and_a_gate_that_compute_otherwise_stay() -> None:
             )
     found = make_lean(model, method, context(), "sdpa")
     assert (found["norms"], found["gates"]) == (0, 0)
+
+
+def test_positions_that_are_turned_otherwise_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        return q * cos.unsqueeze(unsqueeze_dim), k
+
+    usual = modeling_llama.apply_rotary_pos_emb
+    model, method = adapted("lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", half)
+        assert make_lean(model, method, context(), "sdpa")["rotary"] == 0
+    assert make_lean(model, method, context(), "sdpa")["rotary"] == 2
+    assert modeling_llama.apply_rotary_pos_emb is usual
+
+
+def test_a_part_of_the_width_is_turned_by_the_models_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftune.methods import _lean
+
+    monkeypatch.setattr(_lean, "_rotary", None)
+    forward = _lean._rotating(tiny.model().model.layers[0].self_attn.forward.__func__)
+    turn = forward.__globals__["apply_rotary_pos_emb"]
+    q, cos = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
+    for arguments, kwargs in (((q, q, cos, cos), {"unsqueeze_dim": 1}), ((q, q, cos[0], cos[0]), {"unsqueeze_dim": 0})):
+        assert turn(*arguments, **kwargs)[0].shape == q.shape
+    with pytest.raises(RuntimeError, match="size of tensor"):  # the model's own words
+        turn(q, q, cos[..., :4], cos[..., :4])
 
 
 def test_what_stands_below_the_first_trained_layer_keeps_nothing() -> None:
