@@ -79,7 +79,7 @@ class LowRank(Method):
 
     def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
         """And the adapted projections."""
-        from ftune.methods._lean import lean_low_rank
+        from ftune.methods._lean_low_rank import lean_low_rank
 
         return super().lean(model, context) | {"low_rank": lean_low_rank(model)}
 

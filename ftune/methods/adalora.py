@@ -176,7 +176,7 @@ class AdaLora(Method):
 
     def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
         """And the adapted projections."""
-        from ftune.methods._lean import lean_adalora
+        from ftune.methods._lean_low_rank import lean_adalora
 
         return super().lean(model, context) | {"low_rank": lean_adalora(model)}
 

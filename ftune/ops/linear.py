@@ -8,8 +8,8 @@ Shape suffixes: N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ftune.ops.recompute import Make, keep, kept_again
 
-__all__ = ["cast_linear", "direction_norms", "low_rank_linear", "low_rank_update", "scale_directions"]
+__all__ = ["Adapted", "cast_linear", "direction_norms", "low_rank_linears", "low_rank_update", "scale_directions"]
 
 
 def cast_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -74,111 +74,143 @@ class _CastLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def low_rank_linear(
-    x_NI: Tensor,
-    weight: Tensor,
-    bias_O: Tensor | None,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scale: float,
-    dense: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``x W^T + b + scale * (x A^T) B^T`` over a frozen weight; keeps ``x`` and ``x A^T`` only.
-
-    The product with W is added to the update where it is computed: one pass less over the output, and in 16 bits the
-    sum is rounded once.
+class Adapted(NamedTuple):
+    """A frozen linear layer with a low-rank update: ``x W^T + b + scale * (x A^T) B^T``.
 
     Source: LoRA (Hu et al., arXiv:2106.09685), sec. 4.1.
 
-    Args:
-        x_NI: Input, in the dtype in which all products are computed.
-        weight: The frozen W (O, I) in that dtype, or what ``dense`` makes it of.
-        bias_O: Its frozen bias.
+    Attributes:
+        weight: W (O, I) in the dtype of the input, or what ``dense`` makes it of; None: no W.
+        bias_O: The frozen bias, in that dtype.
         a_RI: A, of any dtype.
         b_OR: B, of any dtype.
         scale: Factor of the update.
-        dense: Makes W; called forwards and backwards, so that W is not kept. None: ``weight`` is W.
+        dense: Makes W of ``weight``; called forwards and backwards, so that W is not kept. None: ``weight`` is W.
+    """
+
+    weight: Tensor | None
+    bias_O: Tensor | None
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    dense: Callable[[Tensor], Tensor] | None = None
+
+    def whole(self) -> Tensor:
+        """W."""
+        assert self.weight is not None
+        return self.weight if self.dense is None else self.dense(self.weight)
+
+
+def low_rank_linears(x_NI: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """What adapted layers make of one input, which is read once for all of their A; keeps it and ``x A^T`` only.
+
+    The product with W is added to the update where it is computed, and the input's gradients of all layers to each
+    other: some passes less over what is large, and in 16 bits a sum is rounded once.
+
+    Args:
+        x_NI: Input, in the dtype in which all products are computed.
+        layers: The layers.
 
     Returns:
-        (N, O) in the input's dtype.
+        (N, O) of each, in the input's dtype.
     """
     make, parts = keep(x_NI)
-    out: Tensor = _LowRank.apply(x_NI, None, weight, bias_O, a_RI, b_OR, scale, dense, make, parts)  # type: ignore[no-untyped-call]
-    return out
+    tensors = [tensor for layer in layers for tensor in layer[:4]]
+    rest = [(layer.scale, layer.dense) for layer in layers]
+    outs: tuple[Tensor, ...] = _LowRank.apply(x_NI, rest, make, *tensors, *parts)  # type: ignore[no-untyped-call]
+    return outs
 
 
 def low_rank_update(x_NI: Tensor, base_NO: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """``base + scale * (x A^T) B^T`` beside a layer that computed ``base`` by itself."""
-    make, parts = keep(x_NI)
-    out: Tensor = _LowRank.apply(x_NI, base_NO, None, None, a_RI, b_OR, scale, None, make, parts)  # type: ignore[no-untyped-call]
-    return out
+    (update_NO,) = low_rank_linears(x_NI, [Adapted(None, None, a_RI, b_OR, scale)])
+    return update_NO.add_(base_NO)
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_NI: Tensor,
-        base_NO: Tensor | None,
-        weight: Tensor | None,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scale: float,
-        dense: Callable[[Tensor], Tensor] | None,
-        make: Make | None,
-        parts: tuple[Tensor, ...],
-    ) -> Tensor:
+        ctx: Any, x: Tensor, rest: list[tuple[float, Any]], make: Make | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        layers = _layers(tensors, rest)
+        x_NI = _rows(x)
         # A carries the scale here and below: it is smaller than the input, and B's gradient comes out scaled.
-        xa_NR = x_NI @ _low(a_RI, x_NI.dtype, scale).T
-        b_RO = b_OR.to(x_NI.dtype).T
-        # Not a view: DoRA scales it in place.
-        out = x_NI.new_empty(*x_NI.shape[:-1], len(b_OR))
-        if weight is not None:
-            weight_OI = weight if dense is None else dense(weight)
-            if bias_O is None:
-                torch.mm(_rows(xa_NR), b_RO, out=_rows(out))
+        xa_NR = x_NI @ _scaled_a(layers, x.dtype).T
+        outs = []
+        for layer, at_NR in zip(layers, _by_layer(xa_NR, layers), strict=True):
+            # Not a view: DoRA scales it in place.
+            out = x.new_empty(*x.shape[:-1], len(layer.b_OR))
+            b_RO = layer.b_OR.to(x.dtype).T
+            if layer.bias_O is None:
+                torch.mm(at_NR, b_RO, out=_rows(out))
             else:
-                torch.addmm(bias_O, _rows(xa_NR), b_RO, out=_rows(out))
-            _rows(out).addmm_(_rows(x_NI), weight_OI.T)
-        else:
-            assert base_NO is not None
-            torch.addmm(_rows(base_NO), _rows(xa_NR), b_RO, out=_rows(out))
-        if make is not None and ctx.needs_input_grad[4]:
+                torch.addmm(layer.bias_O, at_NR, b_RO, out=_rows(out))
+            if layer.weight is not None:
+                _rows(out).addmm_(x_NI, layer.whole().T)
+            outs.append(out)
+        if make is not None and any(layer.a_RI.requires_grad for layer in layers):
             make.will_be_asked()
-        ctx.save_for_backward(weight, a_RI, b_OR, xa_NR, *parts)
-        ctx.scale, ctx.dense, ctx.make = scale, dense, make
-        return out
+        ctx.save_for_backward(xa_NR, *tensors)
+        ctx.rest, ctx.make, ctx.shape = rest, make, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, a_RI, b_OR, xa_NR, *parts = ctx.saved_tensors
-        wants_x, wants_base, _, _, wants_a, wants_b = ctx.needs_input_grad[:6]
-        grad_NO = _rows(grad)
-        grad_x = grad_a = grad_b = None
-        grad_xa_NR = grad_NO @ b_OR.to(grad.dtype) if wants_x or wants_a else None
-        if wants_b:
-            grad_b = _product(grad_NO.T, _rows(xa_NR), b_OR.dtype)
-        if wants_a:
-            assert grad_xa_NR is not None
-            x_NI = _rows(kept_again(ctx.make, tuple(parts)))
-            grad_a = _product(grad_xa_NR.T, x_NI, a_RI.dtype)
-            if ctx.scale != 1.0:
-                grad_a.mul_(ctx.scale)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        xa_NR, *tensors = ctx.saved_tensors
+        layers = _layers(tensors, ctx.rest)
+        wants_x, _, _, *wanted = ctx.needs_input_grad
+        grads_NO = [None if grad is None else _rows(grad) for grad in grads]
+        found: list[Tensor | None] = [None] * len(tensors)
+        # What reaches x A^T; zeros from an output that nobody used.
+        all_used = all(grad is not None for grad in grads)
+        grad_xa_NR = torch.empty_like(xa_NR) if all_used else torch.zeros_like(xa_NR)
+        for i, (layer, grad_NO, xa, grad_xa) in enumerate(
+            zip(layers, grads_NO, _by_layer(xa_NR, layers), _by_layer(grad_xa_NR, layers), strict=True)
+        ):
+            if grad_NO is not None:
+                torch.mm(grad_NO, layer.b_OR.to(grad_NO.dtype), out=grad_xa)
+                if wanted[4 * i + 3]:
+                    found[4 * i + 3] = _product(grad_NO.T, xa, layer.b_OR.dtype)
+        if any(wanted[2 : 4 * len(layers) : 4]):
+            x_NI = _rows(kept_again(ctx.make, tuple(tensors[4 * len(layers) :])))
+            grad_a = _product(grad_xa_NR.T, x_NI, layers[0].a_RI.dtype)
+            for i, (layer, part) in enumerate(zip(layers, torch.split(grad_a, _ranks(layers)), strict=True)):
+                found[4 * i + 2] = part if layer.scale == 1.0 else part.mul_(layer.scale)
+        grad_x = None
         if wants_x:
-            assert grad_xa_NR is not None
-            grad_x = grad_xa_NR @ _low(a_RI, grad.dtype, ctx.scale)
-            if weight is not None:
-                grad_x.addmm_(grad_NO, weight if ctx.dense is None else ctx.dense(weight))
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
-        return grad_x, grad if wants_base else None, None, None, grad_a, grad_b, None, None, None, None
+            grad_x = grad_xa_NR @ _scaled_a(layers, xa_NR.dtype)
+            for layer, grad_NO in zip(layers, grads_NO, strict=True):
+                if layer.weight is not None and grad_NO is not None:
+                    grad_x.addmm_(grad_NO, layer.whole())
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, *found
 
 
-def _low(weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """``scale * weight`` in a dtype, by one operation."""
-    if scale == 1.0:
-        return weight.to(dtype)
-    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
+def _layers(tensors: Sequence[Any], rest: list[tuple[float, Any]]) -> list[Adapted]:
+    found = []
+    for i, (scale, dense) in enumerate(rest):
+        weight, bias_O, a_RI, b_OR = tensors[4 * i : 4 * i + 4]
+        found.append(Adapted(weight, bias_O, a_RI, b_OR, scale, dense))
+    return found
+
+
+def _ranks(layers: list[Adapted]) -> list[int]:
+    return [len(layer.a_RI) for layer in layers]
+
+
+def _by_layer(stacked_NR: Tensor, layers: list[Adapted]) -> tuple[Tensor, ...]:
+    return torch.split(stacked_NR, _ranks(layers), dim=1)
+
+
+def _scaled_a(layers: list[Adapted], dtype: torch.dtype) -> Tensor:
+    """``scale * A`` of all layers below each other, (R, I)."""
+    ranks = _ranks(layers)
+    stacked_RI = layers[0].a_RI.new_empty(sum(ranks), layers[0].a_RI.shape[1], dtype=dtype)
+    for layer, part_RI in zip(layers, torch.split(stacked_RI, ranks), strict=True):
+        # A multiplication that casts its result would copy it once more on a CPU.
+        part_RI.copy_(layer.a_RI if layer.scale == 1.0 else layer.a_RI * layer.scale)
+    return stacked_RI
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

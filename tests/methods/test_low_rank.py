@@ -159,7 +159,7 @@ def test_dora_in_bfloat16_starts_as_its_base(tmp_path: Path) -> None:
 
 
 def lean_dora() -> Any:
-    from ftune.methods._lean import lean_low_rank
+    from ftune.methods._lean_low_rank import lean_low_rank
 
     model = adapted(tiny.method("dora")).train()
     tiny.disturb(model)
@@ -201,7 +201,7 @@ def plain_norms(model: Any) -> list[torch.Tensor]:
 
 
 def kept_norms(model: Any) -> list[torch.Tensor]:
-    from ftune.methods._lean import _NORMS
+    from ftune.methods._lean_low_rank import _NORMS
 
     return [_NORMS[m].norms for m in model.modules() if hasattr(m, "lora_A")]
 

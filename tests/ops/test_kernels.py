@@ -9,7 +9,7 @@ import torch
 
 from ftune.ops.compiled import compile_kernels
 from ftune.ops.kernels import EAGER, Kernels, current, plain, using
-from ftune.ops.linear import low_rank_linear
+from ftune.ops.linear import Adapted, low_rank_linears
 from ftune.ops.recompute import gated, rms_norm
 from ftune.ops.rotary import rotate
 
@@ -49,8 +49,9 @@ def test_what_began_under_a_set_ends_with_it() -> None:
     x, gain, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (8,), (2, 8), (8, 2)))
     weight = torch.randn(8, 8)
     with using(mine):
-        normed = low_rank_linear(rms_norm(x, gain, 1e-5), weight, None, a, b, 1.0)
-        out = low_rank_linear(gated(normed, normed, "silu"), weight, None, a, b, 1.0)
+        layers = [Adapted(weight, None, a, b, 1.0)]
+        (normed,) = low_rank_linears(rms_norm(x, gain, 1e-5), layers)
+        (out,) = low_rank_linears(gated(normed, normed, "silu"), layers)
         heads, cos, sin = out.view(1, 1, 6, 8), torch.randn(1, 6, 8), torch.randn(1, 6, 8)
         query, key = rotate(heads, heads, cos, sin)
     (query + key).sum().backward()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ftune.ops.kernels import EAGER, using
-from ftune.ops.linear import cast_linear, low_rank_linear, low_rank_update, scale_directions
+from ftune.ops.linear import Adapted, cast_linear, low_rank_linears, low_rank_update, scale_directions
 from ftune.ops.recompute import Activation, gated, rms_norm
 from ftune.ops.rotary import rotate
 
@@ -95,6 +95,32 @@ def test_rotate_rounds_where_the_usual_form_does(dtype: torch.dtype, angle_dtype
         (mine_x,), (x_grad,) = (torch.autograd.grad(out, x, grad, retain_graph=True) for out in (mine, expected))
         assert mine_x.dtype == dtype
         torch.testing.assert_close(mine_x, x_grad, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def low_rank_linear(x: Tensor, *layer: Any) -> Tensor:
+    return low_rank_linears(x, [Adapted(*layer)])[0]
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)])
+@pytest.mark.parametrize("behind", ["nothing", "norm"])
+def test_layers_of_one_input_and_outputs_that_nobody_uses(behind: str, used: tuple[int, ...]) -> None:
+    x, gain = leaves((2, N, D), (D,))
+    sizes, scales = ((D, R), (6, R + 1), (4, 2)), (2.0, 1.0, 0.5)
+    trained = [leaves((rank, D), (out, rank)) for out, rank in sizes]
+    frozen = [[p.detach() for p in leaves((out, D), (out,))] for out, _ in sizes]
+    layers = [
+        Adapted(weight, bias if scale == 1.0 else None, a, b, scale)
+        for (weight, bias), (a, b), scale in zip(frozen, trained, scales, strict=True)
+    ]
+    given = x * 1 if behind == "nothing" else rms_norm(x, gain, 1e-5)
+    plain = x if behind == "nothing" else F.rms_norm(x, (D,), gain, 1e-5)
+    mine = low_rank_linears(given, layers)
+    expected = [
+        F.linear(plain, layer.weight, layer.bias_O) + layer.scale * plain @ layer.a_RI.T @ layer.b_OR.T
+        for layer in layers
+    ]
+    wanted = [x, *(parameter for i in used for parameter in trained[i])] + ([gain] if behind == "norm" else [])
+    same(*(torch.cat([outs[i].flatten() for i in used]) for outs in (mine, expected)), wanted)
 
 
 @pytest.mark.parametrize("behind", ["nothing", "norm", "gate"])
