@@ -148,6 +148,68 @@ def test_dora_keeps_the_norms_it_starts_from_and_moves_them(tmp_path: Path) -> N
     assert record["vitals"]["magnitude_change_mean"] > 1e-4
 
 
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of the function of all of them took."""
+    from ftune.ops import linear
+
+    found: list[int] = []
+    compute = linear.low_rank_linears
+
+    def counted(x: torch.Tensor, layers: Any) -> Any:
+        found.append(len(layers))
+        return compute(x, layers)
+
+    monkeypatch.setattr(linear, "low_rank_linears", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_neighbours_that_read_one_input_are_computed_together(name: str, products: list[int]) -> None:
+    from ftune.methods._lean_low_rank import lean_low_rank
+
+    plain, lean = (adapted(tiny.method(name)).train() for _ in range(2))
+    for model in (plain, lean):
+        tiny.disturb(model)
+    lean_low_rank(lean)
+    expected, loss = loss_of(plain), loss_of(lean)
+    assert products == [3, 1, 2, 1] * 2
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    for mine, other in zip(lean.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        if mine.grad is not None and other.grad is not None:
+            assert (mine.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
+
+
+def test_neighbours_that_do_not_read_one_input_are_left_alone(products: list[int]) -> None:
+    from ftune.methods import _lean_low_rank
+
+    model = adapted(tiny.method("lora")).train()
+    tiny.disturb(model)
+    layer = model.base_model.model.model.layers[0].self_attn
+    names = ("q_proj", "k_proj", "v_proj")
+    given = [torch.randn(1, 5, layer.q_proj.in_features) for _ in names]
+    expected = [getattr(layer, name)(x) for name, x in zip(names, given, strict=True)]
+    _lean_low_rank.lean_low_rank(model)
+    for _ in range(_lean_low_rank.LEFT + 2):
+        for name, x, out in zip(names, given, expected, strict=True):
+            torch.testing.assert_close(getattr(layer, name)(x), out)
+    assert products[:3] == [3, 3, 3]
+    assert products[-6:] == [1] * 6
+    # Changed in place an input is another one.
+    other = model.base_model.model.model.layers[1].self_attn
+    x = given[0].clone()
+    before = other.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(other.k_proj(x), 2 * other.k_proj(given[0]))
+    with torch.no_grad():
+        assert not other.q_proj(x).requires_grad
+    assert other.k_proj(x).requires_grad
+    torch.testing.assert_close(other.q_proj(x), 2 * before)
+
+
 def test_dora_in_bfloat16_starts_as_its_base(tmp_path: Path) -> None:
     from ftune.run.objective import autocast
 
