@@ -56,13 +56,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        positions = self.position_ids
+        import torch
+
+        def moved(x: Tensor) -> Tensor:
+            # Out of memory that may be swapped a copy waits for all that the GPU was given to do.
+            pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
+            return pinned.to(device, non_blocking=True)
+
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=positions if positions is None else positions.to(device, non_blocking=True),
-            predicting=self.predicting.to(device, non_blocking=True),
+            input_ids=moved(self.input_ids),
+            labels=moved(self.labels),
+            position_ids=None if self.position_ids is None else moved(self.position_ids),
+            predicting=moved(self.predicting),
         )
 
 

@@ -122,9 +122,10 @@ def _updated(module: Any, x: Tensor) -> Tensor:
     shared = None if readers is None else readers.product(module, x)
     if shared is not None:
         return shared
-    adapted = _adapted(module, x)
+    dtype = _dtype(module, x)
+    adapted = _adapted(module, dtype)
     if adapted is not None:
-        return low_rank_linears(x.to(_dtype(module, x)), [adapted])[0]
+        return low_rank_linears(x.to(dtype), [adapted])[0]
     base = module.get_base_layer()
     if _autocasts(x):
         x = x.to(
@@ -153,13 +154,13 @@ def _dtype(module: Any, x: Tensor) -> torch.dtype:
     return cast("torch.dtype", getattr(a, "weight", a).dtype)
 
 
-def _adapted(module: Any, x: Tensor) -> Adapted | None:
-    """The layer for ``ftune.ops.linear``; None where only its base layer itself knows how to multiply."""
+def _adapted(module: Any, dtype: torch.dtype) -> Adapted | None:
+    """The layer for ``ftune.ops.linear`` where it computes in a dtype; None where only its base layer can multiply."""
     import torch
 
     from ftune.ops.linear import Adapted
 
-    base, dtype = module.get_base_layer(), _dtype(module, x)
+    base = module.get_base_layer()
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
         bias, a, b, scale = _update_of(module)
         return Adapted(base.weight, bias, a, b, scale)
@@ -224,9 +225,9 @@ class _Readers:
         modules = [reference() for reference in self._modules]
         if any(each is None or _is_off(each) or _is_gathered_alone(each) for each in modules):
             return None
-        layers = [_adapted(each, x) for each in modules]
         dtype = _dtype(module, x)
-        if any(layer is None or _dtype(each, x) != dtype for layer, each in zip(layers, modules, strict=True)):
+        layers = [_adapted(each, dtype) for each in modules]
+        if None in layers:
             return None
         from ftune.ops.linear import low_rank_linears
 
@@ -257,7 +258,7 @@ def _is_gathered_alone(module: Any) -> bool:
     """Whether a layer's weights are there only while it is called itself (DeepSpeed's ZeRO-3)."""
     from ftune.ops.sharded import is_sharded
 
-    return any(is_sharded(parameter) for parameter in module.parameters())
+    return is_sharded(module.get_base_layer().weight)
 
 
 # --- DoRA --------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def build_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> Optimi
         group["base_lr"] = group["lr"]
     common: dict[str, Any] = {"betas": spec.betas, "eps": spec.eps}
     if spec.name == "adamw":
-        return torch.optim.AdamW(groups, **common)
+        # One pass over a parameter, its gradient and its moments instead of a dozen, and no copy of any.
+        return torch.optim.AdamW(groups, **common, fused=True)
     try:
         optim = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:

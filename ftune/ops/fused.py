@@ -12,6 +12,8 @@ Shape suffixes: N tokens, D width, C positions of a chunk, V vocabulary.
 """
 
 # Triton reads the annotations of kernels at run time: no `from __future__ import annotations` here.
+import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -399,8 +401,16 @@ def _fits(x_ND: Tensor) -> bool:
 
 
 def _on(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device)
+    """Triton launches on the current device, which need not be the tensor's; to ask and to set it takes a while."""
+    return torch.cuda.device(x.device) if _devices() > 1 else _HERE
+
+
+_HERE = contextlib.nullcontext()
+
+
+@functools.cache
+def _devices() -> int:
+    return torch.cuda.device_count()
 
 
 def _power(width: int) -> int:
@@ -413,4 +423,9 @@ def _warps(width: int) -> int:
 
 
 def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _processors_of(x.device)
+
+
+@functools.cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -95,8 +95,13 @@ class Adapted(NamedTuple):
     scale: float
     dense: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a_RI.shape[0]
+
     def whole(self) -> Tensor:
-        """W."""
+        """W, where there is one."""
         assert self.weight is not None
         return self.weight if self.dense is None else self.dense(self.weight)
 
@@ -115,9 +120,8 @@ def low_rank_linears(x_NI: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, .
         (N, O) of each, in the input's dtype.
     """
     make, parts = keep(x_NI)
-    tensors = [tensor for layer in layers for tensor in layer[:4]]
-    rest = [(layer.scale, layer.dense) for layer in layers]
-    outs: tuple[Tensor, ...] = _LowRank.apply(x_NI, rest, make, *tensors, *parts)  # type: ignore[no-untyped-call]
+    trained = [parameter for layer in layers for parameter in (layer.a_RI, layer.b_OR)]
+    outs: tuple[Tensor, ...] = _LowRank.apply(x_NI, layers, make, parts, *trained)  # type: ignore[no-untyped-call]
     return outs
 
 
@@ -130,87 +134,70 @@ def low_rank_update(x_NI: Tensor, base_NO: Tensor, a_RI: Tensor, b_OR: Tensor, s
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rest: list[tuple[float, Any]], make: Make | None, *tensors: Tensor | None
+        ctx: Any, x: Tensor, layers: Sequence[Adapted], make: Make | None, parts: tuple[Tensor, ...], *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        layers = _layers(tensors, rest)
-        x_NI = _rows(x)
-        # A carries the scale here and below: it is smaller than the input, and B's gradient comes out scaled.
-        xa_NR = x_NI @ _scaled_a(layers, x.dtype).T
+        a_RI = _scaled_a(layers, x.dtype)
+        bs_OR = [layer.b_OR.to(x.dtype) for layer in layers]
+        x_NI, xa_NR = _rows(x), F.linear(x, a_RI)
         outs = []
-        for layer, at_NR in zip(layers, _by_layer(xa_NR, layers), strict=True):
-            # Not a view: DoRA scales it in place.
-            out = x.new_empty(*x.shape[:-1], len(layer.b_OR))
-            b_RO = layer.b_OR.to(x.dtype).T
-            if layer.bias_O is None:
-                torch.mm(at_NR, b_RO, out=_rows(out))
-            else:
-                torch.addmm(layer.bias_O, at_NR, b_RO, out=_rows(out))
+        for layer, at_NR, b_OR in zip(layers, _by_layer(xa_NR, layers, -1), bs_OR, strict=True):
+            out = F.linear(at_NR, b_OR, layer.bias_O)
             if layer.weight is not None:
-                _rows(out).addmm_(x_NI, layer.whole().T)
+                _rows(out).addmm_(x_NI, layer.whole().t())
             outs.append(out)
-        if make is not None and any(layer.a_RI.requires_grad for layer in layers):
+        if make is not None and any(ctx.needs_input_grad[4::2]):
             make.will_be_asked()
-        ctx.save_for_backward(xa_NR, *tensors)
-        ctx.rest, ctx.make, ctx.shape = rest, make, x.shape
+        # Of A and B what was computed with: to cast them again costs as much time as a product with them.
+        ctx.save_for_backward(xa_NR, a_RI, *bs_OR, *parts)
+        ctx.layers, ctx.make, ctx.shape = layers, make, x.shape
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        xa_NR, *tensors = ctx.saved_tensors
-        layers = _layers(tensors, ctx.rest)
-        wants_x, _, _, *wanted = ctx.needs_input_grad
+        layers, count = ctx.layers, len(ctx.layers)
+        xa, a_RI, *saved = ctx.saved_tensors
+        bs_OR, parts = saved[:count], saved[count:]
+        wanted = ctx.needs_input_grad[4:]
         grads_NO = [None if grad is None else _rows(grad) for grad in grads]
-        found: list[Tensor | None] = [None] * len(tensors)
+        found: list[Tensor | None] = [None] * (2 * count)
         # What reaches x A^T; zeros from an output that nobody used.
+        xa_NR = _rows(xa)
         all_used = all(grad is not None for grad in grads)
         grad_xa_NR = torch.empty_like(xa_NR) if all_used else torch.zeros_like(xa_NR)
-        for i, (layer, grad_NO, xa, grad_xa) in enumerate(
-            zip(layers, grads_NO, _by_layer(xa_NR, layers), _by_layer(grad_xa_NR, layers), strict=True)
-        ):
+        by_layer = zip(_by_layer(xa_NR, layers, 1), _by_layer(grad_xa_NR, layers, 1), strict=True)
+        for i, (at_NR, grad_at_NR) in enumerate(by_layer):
+            grad_NO = grads_NO[i]
             if grad_NO is not None:
-                torch.mm(grad_NO, layer.b_OR.to(grad_NO.dtype), out=grad_xa)
-                if wanted[4 * i + 3]:
-                    found[4 * i + 3] = _product(grad_NO.T, xa, layer.b_OR.dtype)
-        if any(wanted[2 : 4 * len(layers) : 4]):
-            x_NI = _rows(kept_again(ctx.make, tuple(tensors[4 * len(layers) :])))
-            grad_a = _product(grad_xa_NR.T, x_NI, layers[0].a_RI.dtype)
-            for i, (layer, part) in enumerate(zip(layers, torch.split(grad_a, _ranks(layers)), strict=True)):
-                found[4 * i + 2] = part if layer.scale == 1.0 else part.mul_(layer.scale)
+                torch.mm(grad_NO, bs_OR[i], out=grad_at_NR)
+                if wanted[2 * i + 1]:
+                    found[2 * i + 1] = _product(grad_NO.t(), at_NR, layers[i].b_OR.dtype)
+        if any(wanted[::2]):
+            x_NI = _rows(kept_again(ctx.make, tuple(parts)))
+            grad_a = _product(grad_xa_NR.t(), x_NI, layers[0].a_RI.dtype)
+            for i, (layer, part) in enumerate(zip(layers, _by_layer(grad_a, layers, 0), strict=True)):
+                found[2 * i] = part if layer.scale == 1.0 else part.mul_(layer.scale)
         grad_x = None
-        if wants_x:
-            grad_x = grad_xa_NR @ _scaled_a(layers, xa_NR.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_xa_NR, a_RI)
             for layer, grad_NO in zip(layers, grads_NO, strict=True):
-                if layer.weight is not None and grad_NO is not None:
+                if grad_NO is not None and layer.weight is not None:
                     grad_x.addmm_(grad_NO, layer.whole())
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *found
+        return grad_x, None, None, None, *found
 
 
-def _layers(tensors: Sequence[Any], rest: list[tuple[float, Any]]) -> list[Adapted]:
-    found = []
-    for i, (scale, dense) in enumerate(rest):
-        weight, bias_O, a_RI, b_OR = tensors[4 * i : 4 * i + 4]
-        found.append(Adapted(weight, bias_O, a_RI, b_OR, scale, dense))
-    return found
+def _by_layer(stacked: Tensor, layers: Sequence[Adapted], dim: int) -> Sequence[Tensor]:
+    """What belongs to each layer's rank of what lies beside or below each other."""
+    if len(layers) == 1:
+        return (stacked,)
+    return stacked.split_with_sizes([layer.rank for layer in layers], dim)
 
 
-def _ranks(layers: list[Adapted]) -> list[int]:
-    return [len(layer.a_RI) for layer in layers]
-
-
-def _by_layer(stacked_NR: Tensor, layers: list[Adapted]) -> tuple[Tensor, ...]:
-    return torch.split(stacked_NR, _ranks(layers), dim=1)
-
-
-def _scaled_a(layers: list[Adapted], dtype: torch.dtype) -> Tensor:
-    """``scale * A`` of all layers below each other, (R, I)."""
-    ranks = _ranks(layers)
-    stacked_RI = layers[0].a_RI.new_empty(sum(ranks), layers[0].a_RI.shape[1], dtype=dtype)
-    for layer, part_RI in zip(layers, torch.split(stacked_RI, ranks), strict=True):
-        # A multiplication that casts its result would copy it once more on a CPU.
-        part_RI.copy_(layer.a_RI if layer.scale == 1.0 else layer.a_RI * layer.scale)
-    return stacked_RI
+def _scaled_a(layers: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
+    """``scale * A`` of all layers below each other, (R, I): B's gradient then comes out scaled."""
+    scaled = [layer.a_RI if layer.scale == 1.0 else layer.a_RI * layer.scale for layer in layers]
+    return (scaled[0] if len(scaled) == 1 else torch.cat(scaled)).to(dtype)
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
