@@ -136,9 +136,10 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layers: Sequence[Adapted], make: Make | None, parts: tuple[Tensor, ...], *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        a_RI = _scaled_a(layers, x.dtype)
+        # A of all layers, below each other.
+        a_RI = (layers[0].a_RI if len(layers) == 1 else torch.cat([layer.a_RI for layer in layers])).to(x.dtype)
         bs_OR = [layer.b_OR.to(x.dtype) for layer in layers]
-        x_NI, xa_NR = _rows(x), F.linear(x, a_RI)
+        x_NI, xa_NR = _rows(x), _scale(F.linear(x, a_RI), layers)
         outs = []
         for layer, at_NR, b_OR in zip(layers, _by_layer(xa_NR, layers, -1), bs_OR, strict=True):
             out = F.linear(at_NR, b_OR, layer.bias_O)
@@ -172,11 +173,12 @@ class _LowRank(torch.autograd.Function):
                 torch.mm(grad_NO, bs_OR[i], out=grad_at_NR)
                 if wanted[2 * i + 1]:
                     found[2 * i + 1] = _product(grad_NO.t(), at_NR, layers[i].b_OR.dtype)
+        _scale(grad_xa_NR, layers)
         if any(wanted[::2]):
             x_NI = _rows(kept_again(ctx.make, tuple(parts)))
             grad_a = _product(grad_xa_NR.t(), x_NI, layers[0].a_RI.dtype)
-            for i, (layer, part) in enumerate(zip(layers, _by_layer(grad_a, layers, 0), strict=True)):
-                found[2 * i] = part if layer.scale == 1.0 else part.mul_(layer.scale)
+            for i, part in enumerate(_by_layer(grad_a, layers, 0)):
+                found[2 * i] = None if grads_NO[i] is None else part
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_xa_NR, a_RI)
@@ -194,10 +196,13 @@ def _by_layer(stacked: Tensor, layers: Sequence[Adapted], dim: int) -> Sequence[
     return stacked.split_with_sizes([layer.rank for layer in layers], dim)
 
 
-def _scaled_a(layers: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
-    """``scale * A`` of all layers below each other, (R, I): B's gradient then comes out scaled."""
-    scaled = [layer.a_RI if layer.scale == 1.0 else layer.a_RI * layer.scale for layer in layers]
-    return (scaled[0] if len(scaled) == 1 else torch.cat(scaled)).to(dtype)
+def _scale(xa: Tensor, layers: Sequence[Adapted]) -> Tensor:
+    """Each layer's columns times its scale, in place."""
+    if len({layer.scale for layer in layers}) == 1:
+        return xa if layers[0].scale == 1.0 else xa.mul_(layers[0].scale)
+    for layer, part in zip(layers, _by_layer(xa, layers, -1), strict=True):
+        part.mul_(layer.scale)
+    return xa
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

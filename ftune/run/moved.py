@@ -42,7 +42,7 @@ class MoveWatch:
         if not trained:
             raise RunFailed("the method left nothing to train: no parameter requires grad")
         watched = trained.keys() - at_rest if only is None else trained.keys() & set(only) - at_rest
-        self._waiting = {name: _checksum(p) for name, p in trained.items() if name in watched}
+        self._waiting = _checksums({name: p for name, p in trained.items() if name in watched})
         self._all = only is None
         self._trained = len(self._waiting)
         self._updates = 0
@@ -76,9 +76,8 @@ class MoveWatch:
                 f"{_some(outside)} got no gradient: trained in name only",
                 help="the model does not use them; narrow method.target_modules",
             )
-        self._waiting = {
-            name: before for name, before in self._waiting.items() if _checksum(parameters[name]) == before
-        }
+        now = _checksums({name: parameters[name] for name in self._waiting})
+        self._waiting = {name: before for name, before in self._waiting.items() if now[name] == before}
         resting = []
         if at_peak and self._updates >= PATIENCE:
             resting = [name for name in self._waiting if self._should_show(parameters[name], learning_rate)]
@@ -105,15 +104,30 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more parameters"
 
 
+PIECE = 2**20
+"""Elements that are summed at once: as 64-bit integers a whole embedding would take twice its memory."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @torch.no_grad()
-def _checksum(parameter: Tensor) -> int:
-    """A sum of the parameter's bits, each element's times an odd number of its own, modulo 2^64."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    # Not of a part: a process may have rows of an embedding that no token uses.
-    bits = whole(parameter).contiguous().view(integers[parameter.element_size()]).flatten()
-    total = 0
-    # In pieces: as 64-bit integers a whole embedding would take twice its memory.
-    for piece in torch.split(bits, 2**20):
-        factors = torch.arange(piece.numel(), device=piece.device).mul_(0x1E3779B97F4A7C15).bitwise_or_(1)
-        total = (total * 31 + int((piece.long() * factors).sum())) % 2**64
-    return total
+def _checksums(parameters: dict[str, Tensor]) -> dict[str, int]:
+    """Of each parameter a sum of its bits, each element's times an odd number of its own, modulo 2^64."""
+    # Asked for together, by device: every question waits for all that a GPU was given to do.
+    sums: dict[torch.device, dict[str, Tensor]] = {}
+    factors: dict[torch.device, Tensor] = {}
+    for name, parameter in parameters.items():
+        # Not of a part: a process may have rows of an embedding that no token uses.
+        bits = whole(parameter).contiguous().view(_INTEGERS[parameter.element_size()]).flatten()
+        device, length = bits.device, min(PIECE, len(bits))
+        if device not in factors or len(factors[device]) < length:
+            factors[device] = torch.arange(length, device=device).mul_(0x1E3779B97F4A7C15).bitwise_or_(1)
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for piece in torch.split(bits, PIECE):
+            total = total * 31 + (piece * factors[device][: len(piece)]).sum()
+        sums.setdefault(device, {})[name] = total
+    found = {
+        name: total
+        for of_device in sums.values()
+        for name, total in zip(of_device, torch.stack(list(of_device.values())).tolist(), strict=True)
+    }
+    return {name: found[name] for name in parameters}

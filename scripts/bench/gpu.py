@@ -50,7 +50,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768], help="tokens in a row")
     parser.add_argument("--peers", default=",".join(gpu_peers.TOOLS), help="separated by commas, or none")
-    parser.add_argument("--updates", type=int, default=4, help="of each run; the first is not counted (default 4)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=4,
+        help="of each run (short rows: times 4); the first is not counted (default 4)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--threads", type=int, default=measure.physical_cores(), help="default: physical cores")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that a run may take")
@@ -192,7 +197,7 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         rows, log = out / "rows.jsonl", out / "log.txt"
-        write_rows(rows, self.words, case, self.args.updates)
+        write_rows(rows, self.words, case, case.updates(self.args.updates))
         result: dict[str, Any] = {"tool": tool, "case": asdict(case), "checkpointing": checkpointing}
         try:
             command = self._command(tool, case, bool(checkpointing), rows, out)
@@ -215,11 +220,12 @@ class Bench:
     def _command(self, tool: str, case: Case, checkpointing: bool, rows: Path, out: Path) -> list[str]:
         if tool == OURS:
             hidden = self.facts["sizes"]["hidden_size"]
-            settings = recipe(case, self.model, rows, self.args.updates, hidden, out / "run", recompute=checkpointing)
+            updates = case.updates(self.args.updates)
+            settings = recipe(case, self.model, rows, updates, hidden, out / "run", recompute=checkpointing)
             path = out / "recipe.yaml"
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             return [sys.executable, "-m", "ftune", "train", str(path)]
-        job = Job(self.model, out, rows.stem, self.args.updates, BATCH, 1, case.length, self.cuda, out)
+        job = Job(self.model, out, rows.stem, case.updates(self.args.updates), BATCH, 1, case.length, self.cuda, out)
         return gpu_peers.command(tool, case, checkpointing, job, rows, self.bins[tool])
 
     def _clean(self, text: str) -> str:

@@ -15,6 +15,7 @@ from job import ALPHA, LEARNING_RATE, RANK, SEED
 
 BATCH = 2  # rows in an update, one in a forward pass: gradients lie in memory during the second
 DOCUMENTS = 4  # in a packed row
+SHORT = 2048  # tokens: rows that a GPU is done with about as fast as Python can launch its kernels
 PAPER = "qlora-paper"
 PAPER_LENGTH = 512
 TITLES = {"s2": "lora over S2-Attn", PAPER: "qlora, the paper's setting"}
@@ -46,6 +47,10 @@ class Case:
     def key(self) -> str:
         """A name for files."""
         return f"{self.method}-{self.length}x{self.documents}-{self.attention}{'-recompute' * self.recompute}"
+
+    def updates(self, least: int) -> int:
+        """How many updates are made: of short rows four times as many, since what a process does in Python counts."""
+        return least if self.length > SHORT else 4 * least
 
     @property
     def has_peers(self) -> bool:

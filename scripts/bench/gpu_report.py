@@ -24,11 +24,12 @@ HEAD = """
 
 {device}, {date}; `make bench-gpu`. The model has the sizes of {name} ({parameters:,} parameters) and **random**
 weights (normal, standard deviation {std}, in bf16): time and memory do not depend on them, and no quality is claimed.
-An update is {batch} rows of so many tokens, one after another; half of each is in the loss. {updates} updates, of
-which the first is not counted. LoRA of rank {rank} on all linear layers but the head, unless said. Memory is what the
-allocator gave out at most from the first update on; `used` is the growth of what nvidia-smi reports, which has the
-context and what the allocator keeps as well. The prediction is compared without the state of a paged optimizer, which
-the allocator does not see. Cases of `make bench-gpu` that have no row here were not run.
+An update is {batch} rows of so many tokens, one after another; half of each is in the loss. {updates} updates, four
+times as many of rows of 2,048 tokens or fewer, of which the first is not counted. LoRA of rank {rank} on all linear
+layers but the head, unless said. Memory is what the allocator gave out at most from the first update on; `used` is the
+growth of what nvidia-smi reports, which has the context and what the allocator keeps as well. The prediction is
+compared without the state of a paged optimizer, which the allocator does not see. Cases of `make bench-gpu` that have
+no row here were not run.
 
 """
 

@@ -92,8 +92,9 @@ class _DeviceMemory:
         return int(subprocess.run(query, check=True, capture_output=True, text=True).stdout) * 2**20
 
     def _watch(self) -> None:
-        # Each question is a process that asks the driver, which the measured one needs too.
-        while not self._stop.wait(1.0):
+        # Each question is a process that asks the driver, which the measured one needs too. Allocators keep what they
+        # once had, so seldom is enough.
+        while not self._stop.wait(4.0):
             self._peak = max(self._peak, self._used())
 
     def stop(self) -> None:
