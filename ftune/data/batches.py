@@ -60,7 +60,7 @@ class Batch:
 
         def moved(x: Tensor) -> Tensor:
             # Out of memory that may be swapped a copy waits for all that the GPU was given to do.
-            pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
+            pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
             return pinned.to(device, non_blocking=True)
 
         return replace(

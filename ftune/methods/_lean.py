@@ -162,6 +162,8 @@ def _same_gate(module: Any, dtype: torch.dtype) -> bool:
 _ROTARY = "apply_rotary_pos_emb"
 """What the function is called in the module of every architecture that has the usual one."""
 
+_MADE: set[Callable[..., Any]] = set()
+
 
 def _turns(module: nn.Module) -> bool:
     """Whether a layer's forward calls its module's function by name, and that function is the usual one."""
@@ -175,17 +177,24 @@ def _turns(module: nn.Module) -> bool:
 
 @functools.cache
 def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same forward, that finds ftune's function where it looks for its module's: no other model is touched."""
+    """The same forward, that finds ftune's function where it looks for its module's: no other model is touched.
+
+    All else it finds as its module had it just now.
+    """
+    if forward in _MADE:
+        return forward
     original = forward.__globals__[_ROTARY]
 
     @functools.wraps(original)
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _rotary(q, k, cos, sin) if _usual(q, cos, args, kwargs) else original(q, k, cos, sin, *args, **kwargs)
+        usual = not args and not kwargs and _usual(q, k, cos, sin)
+        return _rotary(q, k, cos, sin) if usual else original(q, k, cos, sin, *args, **kwargs)
 
     found = FunctionType(
         forward.__code__, {**forward.__globals__, _ROTARY: rotary}, forward.__name__, forward.__defaults__
     )
     found.__kwdefaults__ = forward.__kwdefaults__
+    _MADE.add(found)
     return functools.update_wrapper(found, forward)
 
 
@@ -195,9 +204,10 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return rotate(q, k, cos, sin)
 
 
-def _usual(q: Tensor, cos: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether heads (B, H, L, D) are turned as a whole, and nothing is asked for besides."""
-    return not args and not kwargs and q.ndim == 4 and cos.shape[1:] == (*q.shape[2:],) and not cos.requires_grad
+def _usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether heads (B, H, L, D) are turned as a whole."""
+    whole = q.ndim == k.ndim == 4 and q.shape[2:] == k.shape[2:] == cos.shape[1:] == sin.shape[1:]
+    return whole and not cos.requires_grad and not sin.requires_grad
 
 
 @functools.cache
@@ -212,15 +222,22 @@ def _same_rotary(original: Callable[..., Any]) -> bool:
         torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
     )
     with torch.no_grad(), using(EAGER):
-        for dtype in (torch.float32, torch.bfloat16):
-            given = [x.to(dtype) for x in (q, k, cos, sin)]
+        # Some answer in the dtype of the queries, whatever that of the cosines is.
+        for dtype, angles in ((torch.float32, torch.float32), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)):
+            given = [q.to(dtype), k.to(dtype), cos.to(angles), sin.to(angles)]
             try:
                 theirs = original(*given)
             except Exception:  # one of the same name that takes or does something else, and fails in its own way
                 return False
-            if len(theirs) != 2 or not all(map(torch.equal, theirs, _rotary(*given))):
+            if len(theirs) != 2 or not all(map(_equal, theirs, _rotary(*given))):
                 return False
     return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 # --- trained linear layers ---------------------------------------------------------------------------------

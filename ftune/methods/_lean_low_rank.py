@@ -1,12 +1,13 @@
 """PEFT's LoRA, DoRA and AdaLoRA layers computed by ``ftune.ops.linear``, the same and keeping less.
 
-Neighbours that read one input, such as the projections to queries, keys and values, are computed together.
+Layers that read one input, such as the projections to queries, keys and values, are computed together.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["lean_adalora", "lean_low_rank"]
 
 
-def lean_low_rank(model: nn.Module) -> int:
-    """Let PEFT's LoRA and DoRA layers without dropout compute through one autograd function; returns how many."""
+def lean_low_rank(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Let PEFT's LoRA and DoRA layers without dropout compute through one autograd function; returns how many.
+
+    Args:
+        model: The adapted model.
+        dtype: What it computes in; None: fp32.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
     found = []
@@ -34,12 +40,15 @@ def lean_low_rank(model: nn.Module) -> int:
                 _NORMS[module] = _Norms(_squares(module).clone())
                 _updates()
             found.append(module)
-    _let_share(model, found)
+    _let_share(model, found, dtype)
     return len(found)
 
 
-def lean_adalora(model: nn.Module) -> int:
-    """Let PEFT's AdaLoRA layers without dropout compute as LoRA does over ``diag(E) A``; returns how many."""
+def lean_adalora(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Let PEFT's AdaLoRA layers without dropout compute as LoRA does over ``diag(E) A``; returns how many.
+
+    The arguments are those of ``lean_low_rank``.
+    """
     import torch
     from peft.tuners.adalora import AdaLoraLayer
 
@@ -54,7 +63,7 @@ def lean_adalora(model: nn.Module) -> int:
         ):
             with_forward(module, _low_rank_forward)
             found.append(module)
-    _let_share(model, found)
+    _let_share(model, found, dtype)
     return len(found)
 
 
@@ -118,8 +127,7 @@ def _updated(module: Any, x: Tensor) -> Tensor:
     """``x W^T + scale * x A^T B^T``, plus the bias if it is wanted."""
     from ftune.ops.linear import low_rank_linears, low_rank_update
 
-    readers = _READERS.get(module)
-    shared = None if readers is None else readers.product(module, x)
+    shared = _product_of_all(module, x)
     if shared is not None:
         return shared
     dtype = _dtype(module, x)
@@ -128,9 +136,8 @@ def _updated(module: Any, x: Tensor) -> Tensor:
         return low_rank_linears(x.to(dtype), [adapted])[0]
     base = module.get_base_layer()
     if _autocasts(x):
-        x = x.to(
-            _dtype(module, x)
-        )  # a trained norm's output is fp32, and a 4-bit layer answers in the dtype it is asked in
+        # A trained norm's output is fp32, and a 4-bit layer answers in the dtype that it is asked in.
+        x = x.to(dtype)
     bias, a, b, scale = _update_of(module)
     out = base(x)
     if bias is None and base.bias is not None:
@@ -166,14 +173,14 @@ def _adapted(module: Any, dtype: torch.dtype) -> Adapted | None:
         return Adapted(base.weight, bias, a, b, scale)
     if _is_4bit(base, dtype):
         bias, a, b, scale = _update_of(module)
-        dense = functools.partial(_dequantized, state=base.weight.quant_state, dtype=dtype)
+        dense = functools.partial(_dequantized, state=_quant_state(base), dtype=dtype)
         return Adapted(base.weight, None if bias is None else bias.to(dtype), a, b, scale, dense)
     return None
 
 
 def _is_4bit(base: Any, dtype: torch.dtype) -> bool:
     """Whether a layer multiplies with a 4-bit weight (O, I) in a dtype, and does nothing else."""
-    state = getattr(base.weight, "quant_state", None)
+    state = _quant_state(base)
     return (
         type(base).__name__ == "Linear4bit"
         and state is not None
@@ -184,6 +191,11 @@ def _is_4bit(base: Any, dtype: torch.dtype) -> bool:
     )
 
 
+def _quant_state(base: Any) -> Any:
+    """Of the layer, where its weight is one that FSDP2 put together."""
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+
+
 def _dequantized(packed: Tensor, *, state: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -192,66 +204,87 @@ def _dequantized(packed: Tensor, *, state: Any, dtype: torch.dtype) -> Tensor:
 
 # --- layers that read one input ----------------------------------------------------------------------------
 
-_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Neighbours that read the same tensor, one after another, in most architectures; in others they are left alone."""
+_READERS: WeakKeyDictionary[Any, tuple[weakref.ref[Any], ...]] = WeakKeyDictionary()
+"""Of each adapted layer that reads the same tensor as others: all of them, in the order in which they are called."""
 
 
-class _Readers:
-    """Adapted layers that read one input: the first that is asked for its product makes those of all.
+class _Products(NamedTuple):
+    """What the first of some layers made for those behind it.
 
-    A product that its layer did not ask for is dropped with the next input. Where that happens time and again, the
-    layers do not read one input after all, and each makes its own from then on.
+    ``of`` is the input, and the state of torch that it was read in: in another one products would have no graph.
     """
 
-    def __init__(self, modules: list[Any]) -> None:
-        self._modules = [weakref.ref(module) for module in modules]  # which are the keys to this
-        self._of: tuple[Any, ...] = ()
-        self._made: dict[int, Tensor] = {}
-        self._left = 0
+    of: tuple[Any, ...]
+    made: dict[int, Tensor]
 
-    def product(self, module: Any, x: Tensor) -> Tensor | None:
-        """``_updated`` of one of the layers; None where it has to make that itself."""
-        import torch
 
-        if self._left > LEFT or x.is_inference():
+# One at a time: what a failed pass left is gone as soon as another one begins.
+_products: _Products | None = None
+
+
+def _let_share(model: Any, adapted: list[Any], dtype: torch.dtype | None) -> None:
+    """Find the layers that read one tensor, by watching them in a forward pass of a few tokens.
+
+    It is settled before training, and so the same where a block is recomputed.
+    """
+    import torch
+
+    calls: list[tuple[Any, Tensor]] = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: calls.append((layer, given[0]))) for layer in adapted]
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
+        with torch.no_grad(), autocast:
+            model(input_ids=torch.arange(4, device=device)[None], use_cache=False)
+    except Exception:  # an architecture that wants more than tokens; it fails in its own ways
+        return
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    called = Counter(id(layer) for layer, _ in calls)
+    readers: dict[int, list[Any]] = {}
+    for layer, x in calls:
+        if called[id(layer)] == 1:
+            readers.setdefault(id(x), []).append(layer)
+    for layers in readers.values():
+        if len(layers) > 1:
+            _READERS.update(dict.fromkeys(layers, tuple(map(weakref.ref, layers))))
+
+
+def _product_of_all(module: Any, x: Tensor) -> Tensor | None:
+    """``_updated`` of a layer among those that read one input; None where it has to make that itself.
+
+    The first of them makes the products of all, whenever it is called: in a block that is recomputed as in the
+    forward pass.
+    """
+    import torch
+
+    global _products
+    readers = _READERS.get(module)
+    if readers is None or x.is_inference():
+        return None
+    state = (x._version, torch.is_grad_enabled(), _autocasts(x))
+    if readers[0]() is not module:
+        if _products is None or _products.of[0]() is not x or _products.of[1:] != state:
             return None
-        # In another state of torch the products would be others, or would have no graph.
-        state = (x._version, torch.is_grad_enabled(), _autocasts(x), module.training)
-        mine = id(module)
-        if self._of and self._of[0]() is x and self._of[1:] == state:
-            return self._made.pop(mine, None)
-        self._left += len(self._made) > 0
-        self._of, self._made = (), {}
-        modules = [reference() for reference in self._modules]
-        if any(each is None or _is_off(each) or _is_gathered_alone(each) for each in modules):
-            return None
-        dtype = _dtype(module, x)
-        layers = [_adapted(each, dtype) for each in modules]
-        if None in layers:
-            return None
-        from ftune.ops.linear import low_rank_linears
+        return _products.made.pop(id(module), None)
+    _products = None
+    modules = [reference() for reference in readers]
+    if any(each is None or _is_off(each) or _is_gathered_alone(each) for each in modules):
+        return None
+    dtype = _dtype(module, x)
+    layers = [_adapted(each, dtype) for each in modules]
+    if None in layers:
+        return None
+    from ftune.ops.linear import low_rank_linears
 
-        outs = low_rank_linears(x.to(dtype), cast("list[Adapted]", layers))
-        self._of = (weakref.ref(x), *state)
-        self._made = {id(each): out for each, out in zip(modules, outs, strict=True)}
-        return self._made.pop(mine)
-
-
-LEFT = 3
-"""Inputs after which products may be left over, such as by a pass that failed."""
-
-_READERS: WeakKeyDictionary[Any, _Readers] = WeakKeyDictionary()
-
-
-def _let_share(model: nn.Module, adapted: list[nn.Module]) -> None:
-    """Find the neighbours among adapted layers."""
-    known = set(adapted)
-    for parent in model.modules():
-        for names in _ONE_INPUT:
-            found = [child for name in names if (child := getattr(parent, name, None)) in known]
-            if len(found) > 1:
-                readers = _Readers(found)
-                _READERS.update(dict.fromkeys(found, readers))
+    mine, *others = low_rank_linears(x.to(dtype), cast("list[Adapted]", layers))
+    made = {id(each): out for each, out in zip(modules[1:], others, strict=True)}
+    _products = _Products((weakref.ref(x), *state), made)
+    return mine
 
 
 def _is_gathered_alone(module: Any) -> bool:

@@ -81,7 +81,7 @@ class LowRank(Method):
         """And the adapted projections."""
         from ftune.methods._lean_low_rank import lean_low_rank
 
-        return super().lean(model, context) | {"low_rank": lean_low_rank(model)}
+        return super().lean(model, context) | {"low_rank": lean_low_rank(model, context.dtype)}
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
@@ -123,6 +123,11 @@ class LowRank(Method):
             self.rank * (linear.in_features + linear.out_features)
             for linear in _shared.match_targets(shape.linears, self.target_modules)
         )
+
+    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
+        """A and B as they were computed with: cast, or in fp32 A below that of its neighbours."""
+        targets = _shared.match_targets(shape.linears, self.target_modules)
+        return 0 if self.dropout else _shared.lean_saved_copies(targets, self.rank, dtype_bytes)
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """``xA``, and inputs that no norm or gate makes again, in the dtype the model computes in.

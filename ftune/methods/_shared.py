@@ -508,6 +508,11 @@ def lean_saved_bytes(shape: ModelShape, targets: Sequence[Linear], rank: int, dt
     return inputs + rank * len(targets) * dtype_bytes
 
 
+def lean_saved_copies(targets: Sequence[Linear], rank: int, dtype_bytes: int) -> int:
+    """Bytes of the copies of A, and in 16 bits of B, that ``ftune.ops.linear`` keeps for the backward pass."""
+    return dtype_bytes * rank * sum(t.in_features + (t.out_features if dtype_bytes < 4 else 0) for t in targets)
+
+
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:
     """Bytes a token that the low-rank products keep for the backward pass: each distinct input, and ``xA``."""
     elements = 0

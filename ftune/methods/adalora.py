@@ -178,7 +178,7 @@ class AdaLora(Method):
         """And the adapted projections."""
         from ftune.methods._lean_low_rank import lean_adalora
 
-        return super().lean(model, context) | {"low_rank": lean_adalora(model)}
+        return super().lean(model, context) | {"low_rank": lean_adalora(model, context.dtype)}
 
     def _hold_scale(self, model: nn.Module) -> nn.Module:
         """Keep what PEFT divides by at the initial rank.
@@ -351,10 +351,11 @@ class AdaLora(Method):
         return super().optimizer_bytes(shape, optimizer) + 12 * self.trainable_parameters(shape)
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """``diag(E) A`` in fp32; with dropout in the compute dtype, and in 16 bits cast copies of A and B."""
+        """``diag(E) A`` in fp32, with dropout in the compute dtype; copies of A and B that are computed with."""
         targets = _shared.match_targets(shape.linears, self.target_modules)
         if not self.dropout:
-            return 4 * self.init_rank * sum(linear.in_features for linear in targets)
+            scaled = 4 * self.init_rank * sum(linear.in_features for linear in targets)
+            return scaled + _shared.lean_saved_copies(targets, self.init_rank, dtype_bytes)
         sizes = sum(linear.in_features + (linear.out_features if dtype_bytes < 4 else 0) for linear in targets)
         return self.init_rank * sizes * dtype_bytes
 

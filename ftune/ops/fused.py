@@ -230,7 +230,7 @@ def _rotate_kernel(
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     at = tl.arange(0, HALF)
     inside = (head < heads)[:, None] & (at < half)[None, :]
     x_ptr += (place // tokens) * x_row + (place % tokens) * x_token
@@ -393,7 +393,7 @@ def _close(mine: Any, eager: Any) -> bool:
 
 
 def _there(x: Tensor) -> bool:
-    return x.is_cuda and x.numel() > 0
+    return x.is_cuda and x.numel() > 0 and x.dtype != torch.float64
 
 
 def _fits(x_ND: Tensor) -> bool:

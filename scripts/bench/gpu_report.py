@@ -33,11 +33,6 @@ no row here were not run.
 
 """
 
-EAGER = """
-In these runs ftune's norms, gates and the softmax of its loss were torch's own operations, one after another: its
-fused kernels, which `ftune.ops.fused` has for them, were not in force.
-"""
-
 SETTINGS = f"""
 `galore` keeps weights in bf16 and moments in 8 bits, of rank a quarter of the width; `longlora` is the paper's:
 attention only, rank 8, embeddings and norms trained whole. `{TITLES["s2"]}` is `lora` in everything but attention.
@@ -48,10 +43,11 @@ time, as few as fit: where it is more than none and less than all, the peak is w
 PEERS = """
 ### Beside other tools
 
-The same rows directly after ftune's run. A tool trains without gradient checkpointing where that fits. The first loss
-must be ftune's within 1 %, and as many parameters train, else there is no ratio: with random weights every token costs
-about ln(vocabulary) and half the variance of the logits, so that shows the same rows, mean and scale, and little of the
-rest; that is what the comparison on a real model above is for. TRL keeps QLoRA's adapters in bf16, ftune in fp32.
+The same rows directly after ftune's run, where no note says otherwise. A tool trains without gradient checkpointing
+where that fits. The first loss must be ftune's within 1 %, and as many parameters train, else there is no ratio: with
+random weights every token costs about ln(vocabulary) and half the variance of the logits, so that shows the same rows,
+mean and scale, and little of the rest; that is what the comparison on a real model above is for. TRL keeps QLoRA's
+adapters in bf16, ftune in fp32.
 
 """
 
@@ -81,6 +77,7 @@ def section(arithmetic: dict[str, Any], gpu: dict[str, Any] | None) -> str:
 def _measured(gpu: dict[str, Any]) -> str:
     model, work = gpu["model"], gpu["work"]
     ours = [result for result in gpu["results"] if result["tool"] == "ftune"]
+    notes = list(dict.fromkeys(result["note"] for result in gpu["results"] if "note" in result))
     parts = [
         HEAD.format(
             device=gpu["device"],
@@ -92,15 +89,14 @@ def _measured(gpu: dict[str, Any]) -> str:
             updates=work["updates"],
             rank=work["rank"],
         ),
-        _methods(ours, gpu["cuda"]),
+        _methods(ours, gpu["cuda"], notes),
         SETTINGS,
     ]
-    if any(result.get("kernels") == "eager" for result in ours) and gpu["cuda"]:
-        parts.append(EAGER)
     if len(ours) < len(gpu["results"]):
-        parts += [PEERS, _peers(gpu)]
+        parts += [PEERS, _peers(gpu, notes)]
     if rows := _attention(ours):
         parts += [S2, table(["tokens a row", "", "over", "step time", "peak memory"], rows)]
+    parts += [f"\n({i}) {note}.\n" for i, note in enumerate(notes, start=1)]
     versions = [
         f"- {tool['title']}: {', '.join(f'{name} {version}' for name, version in tool['versions'].items())}.\n"
         for tool in gpu["tools"].values()
@@ -117,7 +113,7 @@ def ratio(result: Result, cuda: bool) -> float | None:
     return float((result["predicted"]["total"] - unseen) / result["peak_bytes"])
 
 
-def _methods(results: list[Result], cuda: bool) -> str:
+def _methods(results: list[Result], cuda: bool, notes: list[str]) -> str:
     columns = ["method", "tokens a row", "documents", "attention", "recomputed", "tokens/s", "first update s"]
     rows = []
     for result in results:
@@ -128,7 +124,7 @@ def _methods(results: list[Result], cuda: bool) -> str:
         predicted = "-" if "predicted" not in result else f"{result['predicted']['total'] / GIB:.1f} GiB predicted"
         rows.append(
             [
-                TITLES.get(case.method, case.method),
+                TITLES.get(case.method, case.method) + _mark(result, notes),
                 f"{case.length:,}",
                 str(case.documents),
                 "in shifted groups" if case.method in SHIFTED else result.get("attention", case.attention),
@@ -138,6 +134,11 @@ def _methods(results: list[Result], cuda: bool) -> str:
             ]
         )
     return table([*columns, "peak GiB", "used GiB", "predicted / measured"], rows)
+
+
+def _mark(result: Result, notes: list[str]) -> str:
+    """The number of what is to be said of a result, such as that it is older than its neighbours."""
+    return f" ({notes.index(result['note']) + 1})" if "note" in result else ""
 
 
 def _figures(result: Result) -> list[str]:
@@ -153,7 +154,7 @@ def _figures(result: Result) -> list[str]:
     ]
 
 
-def _peers(gpu: dict[str, Any]) -> str:
+def _peers(gpu: dict[str, Any], notes: list[str]) -> str:
     ours = {Case(**result["case"]): result for result in gpu["results"] if result["tool"] == "ftune"}
     rows = []
     for result in gpu["results"]:
@@ -174,7 +175,7 @@ def _peers(gpu: dict[str, Any]) -> str:
                 loss += f" (ftune {mine['first_loss']:.3f}{'' if result['agrees'] else ': DIFFERS'})"
         rows.append(
             [
-                gpu["tools"][result["tool"]]["title"],
+                gpu["tools"][result["tool"]]["title"] + _mark(result, notes),
                 TITLES.get(case.method, case.method),
                 f"{case.length:,}",
                 result.get("attention", "-"),

@@ -172,6 +172,7 @@ def test_neighbours_that_read_one_input_are_computed_together(name: str, product
     for model in (plain, lean):
         tiny.disturb(model)
     lean_low_rank(lean)
+    products.clear()
     expected, loss = loss_of(plain), loss_of(lean)
     assert products == [3, 1, 2, 1] * 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -183,31 +184,80 @@ def test_neighbours_that_read_one_input_are_computed_together(name: str, product
             assert (mine.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
 
 
-def test_neighbours_that_do_not_read_one_input_are_left_alone(products: list[int]) -> None:
-    from ftune.methods import _lean_low_rank
+def attention_of(model: Any, layer: int = 0) -> Any:
+    return model.base_model.model.model.layers[layer].self_attn
+
+
+def test_what_the_first_of_them_made_is_for_the_same_input_in_the_same_state_alone(products: list[int]) -> None:
+    from ftune.methods._lean_low_rank import lean_low_rank
 
     model = adapted(tiny.method("lora")).train()
     tiny.disturb(model)
-    layer = model.base_model.model.model.layers[0].self_attn
-    names = ("q_proj", "k_proj", "v_proj")
-    given = [torch.randn(1, 5, layer.q_proj.in_features) for _ in names]
-    expected = [getattr(layer, name)(x) for name, x in zip(names, given, strict=True)]
-    _lean_low_rank.lean_low_rank(model)
-    for _ in range(_lean_low_rank.LEFT + 2):
-        for name, x, out in zip(names, given, expected, strict=True):
-            torch.testing.assert_close(getattr(layer, name)(x), out)
-    assert products[:3] == [3, 3, 3]
-    assert products[-6:] == [1] * 6
-    # Changed in place an input is another one.
-    other = model.base_model.model.model.layers[1].self_attn
-    x = given[0].clone()
-    before = other.q_proj(x)
+    x = torch.randn(1, 5, attention_of(model).q_proj.in_features)
+    layers = [getattr(attention_of(model), name) for name in ("q_proj", "k_proj", "v_proj")]
+    expected = [layer(x) for layer in layers]
+    lean_low_rank(model)
+    products.clear()
+    for _ in range(2):  # as where a block is recomputed, whose input is the same tensor
+        for layer, out in zip(layers, expected, strict=True):
+            torch.testing.assert_close(layer(x), out)
+    assert products == [3, 3]
+    first, second, third = layers
+    first(x)
+    torch.testing.assert_close(second(2 * x), 2 * expected[1])  # another tensor
     x.mul_(2)
-    torch.testing.assert_close(other.k_proj(x), 2 * other.k_proj(given[0]))
+    torch.testing.assert_close(third(x), 2 * expected[2])  # changed in place
     with torch.no_grad():
-        assert not other.q_proj(x).requires_grad
-    assert other.k_proj(x).requires_grad
-    torch.testing.assert_close(other.q_proj(x), 2 * before)
+        assert not first(x).requires_grad
+    assert second(x).requires_grad
+    assert products == [3, 3, 3, 1, 1, 3, 1]
+    first(x)
+    attention_of(model, 1).q_proj(x)  # what was left of others is gone
+    second(x)
+    assert products[-3:] == [3, 3, 1]
+
+
+def test_layers_that_read_different_inputs_are_left_alone(products: list[int]) -> None:
+    from ftune.methods._lean_low_rank import lean_low_rank
+
+    model = adapted(tiny.method("lora")).train()
+    for layer in range(2):
+        attention_of(model, layer).k_proj.register_forward_pre_hook(lambda _, given: (given[0] + 0,))
+    lean_low_rank(model)
+    products.clear()
+    loss_of(model)
+    assert products == [2, 1, 1, 2, 1] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_without_a_norm_before_them_are_recomputed_the_same(checkpointing: bool) -> None:
+    """OLMo 2's queries, keys and values read the block's own input, the same tensor when it is recomputed."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    from ftune.methods._lean import lean_base
+    from ftune.methods._lean_low_rank import lean_low_rank
+
+    config = Olmo2Config(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+    def gradients(lean: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny.method("lora").adapt(Olmo2ForCausalLM(config).to(dtype), tiny.context(dtype=dtype)).train()
+        tiny.disturb(model)
+        if lean:
+            lean_base(model, dtype)
+            assert lean_low_rank(model, dtype) == 14
+            if checkpointing:
+                enable_checkpointing(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss_of(model).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for mine, plain in zip(gradients(True, torch.float32), gradients(False, torch.float32), strict=True):
+        assert (mine - plain).norm() <= 1e-5 * plain.norm()
+    assert gradients(True, torch.bfloat16)
 
 
 def test_dora_in_bfloat16_starts_as_its_base(tmp_path: Path) -> None:
@@ -318,6 +368,7 @@ def test_dora_s_norms_follow_whatever_changes_a_and_b(computed: list[torch.Tenso
 def test_dora_keeps_no_norms_of_parts_of_a_flat_tensor(computed: list[torch.Tensor]) -> None:
     """DeepSpeed's ZeRO-2 updates the whole of it, which no version of a part tells."""
     model = lean_dora()
+    computed.clear()
     weights = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
     flat = torch.cat([p.detach().flatten() for p in weights])
     for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):

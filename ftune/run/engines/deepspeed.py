@@ -10,7 +10,6 @@ Source: ZeRO (Rajbhandari et al., arXiv:1910.02054); deepspeed.ai's configuratio
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import logging
 import math
@@ -69,7 +68,8 @@ class DeepSpeed(Engine):
             map_large_blocks()
         # DeepSpeed puts flat parts in its optimizer's groups; the loop's keeps the model's parameters.
         defaults: dict[str, Any] = optimizer.defaults
-        groups = [copy.copy(group) for group in optimizer.param_groups]
+        # Not fused, which would want the counts of steps where the parameters are.
+        groups = [{**group, "fused": None} for group in optimizer.param_groups]
         self._inner = type(optimizer)(groups, **{key: defaults[key] for key in ("lr", "betas", "eps")})
         state = dict(optimizer.state)
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._inner, config=self._settings(groups))

@@ -125,6 +125,7 @@ def _replace(optimizer: Optimizer, by: dict[nn.Parameter, nn.Parameter], *, whol
     """
     for group in optimizer.param_groups:
         group["params"] = [by[parameter] for parameter in group["params"]]
+        group["fused"] = None  # which would want the counts of steps where the parameters are
     states = {by[cast(nn.Parameter, parameter)]: state for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     for parameter, state in states.items():
@@ -137,6 +138,8 @@ def _for_part(value: Any, parameter: Tensor, whole_state: torch.device | None) -
     """A value of the state of what is a part now."""
     if not isinstance(value, Tensor):
         return value
+    if not value.dim():
+        return value.cpu()  # a count of steps
     if whole_state is not None:
-        return value.to(whole_state) if value.dim() else value  # counts of steps stay on the CPU
+        return value.to(whole_state)
     return part_like(value, parameter) if value.shape == parameter.shape else value
