@@ -291,12 +291,13 @@ class LongLora(LowRank):
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """LoRA's, the residual stream in fp32, and attention's operands once more as groups and beside each other.
 
-        Keys and values are counted for every query head, as under a mask; without one they may be shared.
+        Keys and values are counted for every query head, as under a mask; without one they may be shared. In 16 bits
+        the projections read a cast copy of a norm's output.
         """
         fp32_residual = self.train_embeddings or self.train_norms
         norms = (4 - dtype_bytes) * shape.extra["norm_width"] * fp32_residual
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        copies = (6 if dtype_bytes < 4 else 3) * query - 2 * key
+        copies = (4 if dtype_bytes < 4 else 3) * query - 2 * key
         return int(super().saved_bytes_per_token(shape, dtype_bytes) + norms + dtype_bytes * shape.layers * copies)
 
 

@@ -43,12 +43,12 @@ PEFT_BYTES = 56 * 2**20
 """What importing PEFT takes of that: adapters of our own do without. GaLore imports bitsandbytes in its place, and the
 holes of a whole model in training were fitted with it."""
 
-HOLES = 0.88
-HOLES_WHOLE = 1.5
+HOLES = 0.7
+HOLES_WHOLE = 1.0
 HOLES_RECOMPUTED = 0.22
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
-activations live until the backward pass (where the whole model trains, gradients and cast weights come and go among
-them), and of recomputed ones, between which they are given back (``ftune.run.memory.trim_between_blocks``). Fitted to
+activations live until the backward pass (where the whole model or a tied head trains, gradients and cast weights come
+and go among them), and of recomputed ones, between which they are given back (``ftune.run.memory.trim_between_blocks``). Fitted to
 SmolLM2-135M with rows of 512 and 2048 tokens. With every block mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they
 vanish, for a third more time."""
 
@@ -179,7 +179,7 @@ def estimate(
         moments.append((inputs + kept // layers, 0, masks + step))
     activations, logit_bytes, buffers = max(moments, key=sum)
     if device_type == "cpu":
-        holes = HOLES_WHOLE if whole else HOLES
+        holes = HOLES_WHOLE if trained else HOLES
         buffers += int(kept * (holes * left + HOLES_RECOMPUTED * recomputed_blocks) / layers)
     items = {
         "weights": method.base_bytes(shape, stored),
