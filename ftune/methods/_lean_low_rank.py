@@ -171,7 +171,8 @@ def _adapted(module: Any, dtype: torch.dtype) -> Adapted | None:
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
         bias, a, b, scale = _update_of(module)
         return Adapted(base.weight, bias, a, b, scale)
-    if _is_4bit(base, dtype):
+    # Where nothing is to be trained bitsandbytes has kernels for a few tokens that never make the whole weight.
+    if torch.is_grad_enabled() and _is_4bit(base, dtype):
         bias, a, b, scale = _update_of(module)
         dense = functools.partial(_dequantized, state=_quant_state(base), dtype=dtype)
         return Adapted(base.weight, None if bias is None else bias.to(dtype), a, b, scale, dense)
