@@ -162,7 +162,8 @@ def _same_gate(module: Any, dtype: torch.dtype) -> bool:
 _ROTARY = "apply_rotary_pos_emb"
 """What the function is called in the module of every architecture that has the usual one."""
 
-_MADE: set[Callable[..., Any]] = set()
+_ROTATING: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What ``_rotating`` made of a forward; of what it made, the same."""
 
 
 def _turns(module: nn.Module) -> bool:
@@ -175,14 +176,13 @@ def _turns(module: nn.Module) -> bool:
     return inspect.isfunction(original) and _same_rotary(original)
 
 
-@functools.cache
 def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same forward, that finds ftune's function where it looks for its module's: no other model is touched.
 
     All else it finds as its module had it just now.
     """
-    if forward in _MADE:
-        return forward
+    if forward in _ROTATING:
+        return _ROTATING[forward]
     original = forward.__globals__[_ROTARY]
 
     @functools.wraps(original)
@@ -194,8 +194,9 @@ def _rotating(forward: Callable[..., Any]) -> Callable[..., Any]:
         forward.__code__, {**forward.__globals__, _ROTARY: rotary}, forward.__name__, forward.__defaults__
     )
     found.__kwdefaults__ = forward.__kwdefaults__
-    _MADE.add(found)
-    return functools.update_wrapper(found, forward)
+    functools.update_wrapper(found, forward)
+    _ROTATING[forward] = _ROTATING[found] = found
+    return found
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

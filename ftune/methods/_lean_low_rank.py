@@ -168,15 +168,13 @@ def _adapted(module: Any, dtype: torch.dtype) -> Adapted | None:
     from ftune.ops.linear import Adapted
 
     base = module.get_base_layer()
-    if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad:
-        bias, a, b, scale = _update_of(module)
-        return Adapted(base.weight, bias, a, b, scale)
+    plain = type(base) is torch.nn.Linear and base.weight.dtype == dtype and not base.weight.requires_grad
     # Where nothing is to be trained bitsandbytes has kernels for a few tokens that never make the whole weight.
-    if torch.is_grad_enabled() and _is_4bit(base, dtype):
-        bias, a, b, scale = _update_of(module)
-        dense = functools.partial(_dequantized, state=_quant_state(base), dtype=dtype)
-        return Adapted(base.weight, None if bias is None else bias.to(dtype), a, b, scale, dense)
-    return None
+    if not plain and not (torch.is_grad_enabled() and _is_4bit(base, dtype)):
+        return None
+    bias, a, b, scale = _update_of(module)
+    dense = None if plain else functools.partial(_dequantized, state=_quant_state(base), dtype=dtype)
+    return Adapted(base.weight, None if bias is None else bias.to(dtype), a, b, scale, dense)
 
 
 def _is_4bit(base: Any, dtype: torch.dtype) -> bool:

@@ -49,7 +49,7 @@ def list_linears(model: nn.Module) -> tuple[Linear, ...]:
         if isinstance(module, torch.nn.Linear):
             found.append(Linear(name, module.in_features, module.out_features))
         elif isinstance(module, Conv1D):
-            found.append(Linear(name, module.nx, module.nf))
+            found.append(Linear(name, module.nx, module.nf, transposed=True))
     return tuple(found)
 
 
@@ -509,8 +509,12 @@ def lean_saved_bytes(shape: ModelShape, targets: Sequence[Linear], rank: int, dt
 
 
 def lean_saved_copies(targets: Sequence[Linear], rank: int, dtype_bytes: int) -> int:
-    """Bytes of the copies of A, and in 16 bits of B, that ``ftune.ops.linear`` keeps for the backward pass."""
-    return dtype_bytes * rank * sum(t.in_features + (t.out_features if dtype_bytes < 4 else 0) for t in targets)
+    """Bytes of the copies of A, and in 16 bits of B, that ``ftune.ops.linear`` keeps for the backward pass.
+
+    Layers of transposed weights are PEFT's own, which keeps none.
+    """
+    lean = [linear for linear in targets if not linear.transposed]
+    return dtype_bytes * rank * sum(t.in_features + (t.out_features if dtype_bytes < 4 else 0) for t in lean)
 
 
 def low_rank_saved_bytes(linears: Sequence[Linear], targets: Targets, rank: int, dtype_bytes: int) -> int:

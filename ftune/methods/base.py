@@ -75,11 +75,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear projection of the base model: its qualified name and its two sizes."""
+    """One linear projection of the base model: its qualified name, its two sizes, and whether its weight is (I, O)."""
 
     name: str
     in_features: int
     out_features: int
+    transposed: bool = False
 
     @property
     def elements(self) -> int:

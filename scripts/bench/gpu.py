@@ -197,10 +197,11 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         rows, log = out / "rows.jsonl", out / "log.txt"
-        write_rows(rows, self.words, case, case.updates(self.args.updates))
+        updates = case.updates(self.args.updates)
+        write_rows(rows, self.words, case, updates)
         result: dict[str, Any] = {"tool": tool, "case": asdict(case), "checkpointing": checkpointing}
         try:
-            command = self._command(tool, case, bool(checkpointing), rows, out)
+            command = self._command(tool, case, updates, bool(checkpointing), rows, out)
             measured = measure.run(command, self.variables, log, self.args.timeout, self.cuda)
             text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
             said = read_run(out / "run", case) if tool == OURS else gpu_peers.read(text, case, self.cuda)
@@ -217,15 +218,14 @@ class Bench:
         shutil.rmtree(out / "run", ignore_errors=True)
         return result
 
-    def _command(self, tool: str, case: Case, checkpointing: bool, rows: Path, out: Path) -> list[str]:
+    def _command(self, tool: str, case: Case, updates: int, checkpointing: bool, rows: Path, out: Path) -> list[str]:
         if tool == OURS:
             hidden = self.facts["sizes"]["hidden_size"]
-            updates = case.updates(self.args.updates)
             settings = recipe(case, self.model, rows, updates, hidden, out / "run", recompute=checkpointing)
             path = out / "recipe.yaml"
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             return [sys.executable, "-m", "ftune", "train", str(path)]
-        job = Job(self.model, out, rows.stem, case.updates(self.args.updates), BATCH, 1, case.length, self.cuda, out)
+        job = Job(self.model, out, rows.stem, updates, BATCH, 1, case.length, self.cuda, out)
         return gpu_peers.command(tool, case, checkpointing, job, rows, self.bins[tool])
 
     def _clean(self, text: str) -> str:

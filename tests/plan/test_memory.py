@@ -121,7 +121,7 @@ def test_every_method_keeps_what_is_predicted(name: str, dtype: torch.dtype) -> 
 
 
 # Of fused query, key and value projections gpt_neox keeps one tensor where three are counted, phi3 all for the values.
-TOLERANCE = {"gpt_neox": 0.25, "phi3": 0.15, "gpt2": 0.14}
+TOLERANCE = {"gpt_neox": 0.25, "phi3": 0.15}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -238,7 +238,8 @@ def test_a_trained_head_gets_its_gradient_with_the_loss() -> None:
 
 
 def test_padded_rows_need_no_mask() -> None:
-    one, four = (estimated("ia3", rows=rows, target_tokens=512).activations for rows in (1, 4))
+    copies = METHODS["lora"]().saved_bytes(shape_named("smollm2-135m"), 2)  # of A and B, whatever the rows
+    one, four = (estimated("lora", rows=rows, target_tokens=512).activations - copies for rows in (1, 4))
     assert four == 4 * one
     # what one feed-forward's backward pass takes, and no mask
     assert estimated("lora", rows=4, target_tokens=64).buffers == 4 * (4 * 1024 * 1536 * 2)
