@@ -420,6 +420,10 @@ def test_the_page_with_measurements(bench) -> None:
     assert "the 8B model in the same setting was, at 1.10 predicted / measured" in page
     assert "Unsloth is not in the table" in page
     assert "(1)" not in page
+    assert "not in force" not in page
+    lost = figures(bench)
+    lost["results"][0]["kernels"] = "eager"
+    assert "not in force" in bench["gpu_report"].section(bench["arithmetic"].compute(), lost)
     noted = figures(bench)
     noted["results"][1]["note"] = noted["results"][-1]["note"] = "Of another day"
     page = bench["gpu_report"].section(bench["arithmetic"].compute(), noted)

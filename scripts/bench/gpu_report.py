@@ -33,6 +33,8 @@ no row here were not run.
 
 """
 
+EAGER = "ftune's fused kernels, which `ftune.ops.fused` has for norms, gates, positions and the loss, were not in force"
+
 SETTINGS = f"""
 `galore` keeps weights in bf16 and moments in 8 bits, of rank a quarter of the width; `longlora` is the paper's:
 attention only, rank 8, embeddings and norms trained whole. `{TITLES["s2"]}` is `lora` in everything but attention.
@@ -76,6 +78,7 @@ def section(arithmetic: dict[str, Any], gpu: dict[str, Any] | None) -> str:
 
 def _measured(gpu: dict[str, Any]) -> str:
     model, work = gpu["model"], gpu["work"]
+    gpu = gpu | {"results": [_noted(result, gpu["cuda"]) for result in gpu["results"]]}
     ours = [result for result in gpu["results"] if result["tool"] == "ftune"]
     notes = list(dict.fromkeys(result["note"] for result in gpu["results"] if "note" in result))
     parts = [
@@ -134,6 +137,11 @@ def _methods(results: list[Result], cuda: bool, notes: list[str]) -> str:
             ]
         )
     return table([*columns, "peak GiB", "used GiB", "predicted / measured"], rows)
+
+
+def _noted(result: Result, cuda: bool) -> Result:
+    """With a note, where it has none, that a run of ftune on a GPU went without its kernels."""
+    return {"note": EAGER} | result if cuda and result.get("kernels") == "eager" else result
 
 
 def _mark(result: Result, notes: list[str]) -> str:
