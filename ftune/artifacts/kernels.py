@@ -1,4 +1,4 @@
-"""The kernels that a run computes its norms and gates with, the same from its first update to its last."""
+"""The kernels that a run computes its norms and gates with, and whether CUDA graphs launch those of its blocks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.objective import agreed
 from ftune.ops.kernels import Kernels
+from ftune.plan.recompute import blocks_of
 from ftune.plan.resolve import Plan
 from ftune.run.compiling import choose_kernels
 from ftune.run.kernel_work import find_work, portions
 from ftune.run.objective import Objective
+from ftune.run.replay import CudaRecorder, Replay
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
-__all__ = ["kernels_of_run"]
+__all__ = ["kernels_of_run", "replay_of"]
+
+
+def replay_of(plan: Plan, model: nn.Module) -> Replay | None:
+    """What replays the model's blocks as ``training.cuda_graphs`` asks; None where they cannot be.
+
+    Several processes exchange gradients by hooks in the backward pass, which a graph has not.
+    """
+    asked, method, device = plan.recipe.training.cuda_graphs, plan.recipe.method, plan.context.device
+    if asked is False or not method.replayable or device.type != "cuda" or plan.world_size > 1:
+        return None
+    blocks = [block for block in blocks_of(model) if "forward" not in vars(block)]
+    if not blocks:
+        return None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Replay(blocks, trained, CudaRecorder(device), plan.context.dtype, always=asked is True)
 
 
 def kernels_of_run(

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["changes_of_data", "evaluation_missed", "require_same", "resolve_again", "restore"]
 
 # What may differ between start and resume: it does not change what is trained.
-_FREE_TO_CHANGE = ("checkpoint", "evaluation", "tracking", "output_dir", "training.stop_at_grad_norm")
+_FREE_TO_CHANGE = (
+    *("checkpoint", "evaluation", "tracking", "output_dir"),
+    *("training.stop_at_grad_norm", "training.cuda_graphs"),
+)
 
 
 def resolve_again(recipe: Recipe, before: dict[str, Any], world_size: int, engine: EngineChoice) -> Plan:

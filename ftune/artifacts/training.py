@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.agreement import facts_of
 from ftune.artifacts.card import write_card
-from ftune.artifacts.kernels import kernels_of_run
+from ftune.artifacts.kernels import kernels_of_run, replay_of
 from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
@@ -217,13 +217,18 @@ def _train(
             if found is not None:
                 emit(Resumed(start, found.name))
             shared = make_engine(choice, accelerator, auto_batch=asked.auto_batch)
+            replay = replay_of(plan, model)
             loop = Loop(
-                plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch
+                plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch, replay
             )
-            with using(kernels):
-                if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
-                    loop.evaluate(start)
-                loop.run(start)
+            try:
+                with using(kernels):
+                    if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
+                        loop.evaluate(start)
+                    loop.run(start)
+            finally:
+                if replay is not None:
+                    record["lean"]["graphs"] = replay.close()
             with shared.whole_adapters(model, recipe.method):
                 record["vitals"] = recipe.method.vitals(model, optimizer)
             record["vitals_line"] = recipe.method.vitals_line(record["vitals"])

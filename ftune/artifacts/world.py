@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import RunDirError
+from ftune.plan.recompute import is_random
 from ftune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -67,20 +68,10 @@ def note_of(before: dict[str, Any], now: dict[str, Any], model: nn.Module) -> li
         f"note: {_processes(now['world_size'])} now, {before['world_size']} before: {accumulation} {now[accumulation]} "
         f"instead of {before[accumulation]} keeps the global batch of {now['global_batch']} rows"
     )
-    if _drops(model):
+    if is_random(model):
         line += "; dropout differs from what it would have been, for each process draws its own"
     return [line]
 
 
 def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
-
-
-def _drops(model: nn.Module) -> bool:
-    """Whether the model drops activations or attention at random."""
-    from torch import nn
-
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "attention_dropout", 0.0)) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "room_for"]
 
 NAME = "ftune_documents_sdpa"
 """Holds "sdpa", so that transformers refuses architectures without it; not "flash", which takes another mask."""
@@ -41,7 +41,10 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The borders of the documents (documents + 1,) int32, or the mask or absence of one that ``sdpa`` takes."""
+    """The borders of the documents, or the mask or absence of one that ``sdpa`` takes.
+
+    Borders are (documents + 1,) int32; on a GPU empty documents may follow.
+    """
     from transformers.masking_utils import sdpa_mask
 
     plain = (
@@ -86,10 +89,17 @@ def _borders(sees: Any, length: int, device: Any) -> Tensor | None:
     right = seen(at, first).all() & ~seen(at[:-1], at[1:]).any() & ~seen(later, first[later] - 1).any()
     if not bool(right):
         return None
-    end = torch.full((1,), length, device=device)
-    borders = torch.cat([at[begins], end]).to(torch.int32)
+    starts = at[begins]
+    # On a GPU documents of no tokens stand behind the last one: rows of like many documents have one shape.
+    ends = 1 if torch.device(device).type == "cpu" else room_for(len(starts)) - len(starts) + 1
+    borders = torch.cat([starts, starts.new_full((ends,), length)]).to(torch.int32)
     borders._ftune_longest = int(borders.diff().max())  # type: ignore[attr-defined]  # asked once, not in every layer
     return borders
+
+
+def room_for(documents: int) -> int:
+    """For how many documents there is room in the borders of a row on a GPU."""
+    return max(8, 1 << (documents - 1).bit_length())
 
 
 def _forward(

@@ -160,6 +160,8 @@ class Method(BaseModel):
     """Whether weight decay reaches anything that trains (false where every parameter is a vector of factors)."""
     recomputable: ClassVar[bool] = True
     """Whether blocks may be recomputed in the backward pass (gradient checkpointing)."""
+    replayable: ClassVar[bool] = False
+    """Whether a block does the same work in every training step, whatever its weights are: then a GPU may replay it."""
     starts_as_base: ClassVar[bool] = True
     """Whether the adapted model computes as its base before the first update."""
     artifact: ClassVar[Literal["adapter", "model"]] = "adapter"

@@ -85,6 +85,7 @@ class Bottleneck(Method):
     not_mergeable_because: ClassVar[str] = "its layers are non-linear, so no weight of the base can hold them"
     not_lora_because: ClassVar[str] = "its layers are non-linear: no low-rank matrix computes the same"
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "ftune"
+    replayable: ClassVar[bool] = True
 
     name: Literal["bottleneck"] = Field("bottleneck", description="Bottleneck adapters.")
     variant: Literal["houlsby", "pfeiffer"] = Field(

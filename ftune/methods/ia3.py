@@ -45,6 +45,7 @@ class Ia3(Method):
     not_lora_because: ClassVar[str] = "the vectors rescale the base weights themselves; use `ftune merge`"
     quantizable: ClassVar[bool] = True
     decaying: ClassVar[bool] = False
+    replayable: ClassVar[bool] = True
 
     name: Literal["ia3"] = Field("ia3", description="Infused adapter by inhibiting and amplifying activations.")
     target_modules: str | tuple[str, ...] = Field(

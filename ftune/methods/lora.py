@@ -33,6 +33,7 @@ class Lora(LowRank):
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing, rsLoRA, LoRA+, PiSSA, OLoRA; merges exactly."
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
 
     name: Literal["lora"] = Field("lora", description="Low-rank adaptation.")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(

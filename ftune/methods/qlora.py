@@ -25,6 +25,7 @@ class QLora(LowRank):
     composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW; merges onto the dequantized base."
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
 
     name: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base.")
     quantization: Quantization = Field(Quantization(), description="How the base weights are quantized.")

@@ -44,6 +44,7 @@ class Vera(Method):
     quantizable: ClassVar[bool] = True
     decaying: ClassVar[bool] = False
     as_lora: ClassVar[Literal["exact", "approximate"] | None] = "exact"
+    replayable: ClassVar[bool] = True
 
     name: Literal["vera"] = Field("vera", description="Vector-based random matrix adaptation.")
     rank: int = Field(256, ge=1, description="Rank of the shared projections; far above LoRA's, for it is cheap.")

@@ -16,7 +16,7 @@ from ftune.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Recomputed", "blocks_of", "choose_blocks", "enable_checkpointing", "written"]
+__all__ = ["Recomputed", "blocks_of", "choose_blocks", "enable_checkpointing", "is_random", "written"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ def enable_checkpointing(model: Any, blocks: int | None = None) -> None:
         blocks: How many, counted from the first that trains anything; None: all. A model whose blocks cannot be
             told apart recomputes all.
     """
+    # The state of the random numbers cannot be asked for while a CUDA graph is recorded.
+    settings = {"use_reentrant": False, "preserve_rng_state": is_random(model)}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # its name in older versions of transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if blocks is not None:
         layers = blocks_of(model)
         first = _first_with_graph(model, layers)
@@ -102,3 +104,15 @@ def _first_with_graph(model: nn.Module, layers: list[Any]) -> int:
     if any(p.requires_grad and id(p) not in inside for p in model.parameters()):
         return 0
     return next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether anything in the model's forward pass is drawn while it trains: dropout, of attention too, or noise."""
+    from torch import nn
+
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if config is not None else {}
+    return any(
+        isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
+        for name, value in settings.items()
+    ) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

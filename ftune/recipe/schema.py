@@ -148,6 +148,11 @@ class TrainingSpec(_Block):
         description="Compile norms and gates: half a minute or more at the start. auto: only where this run is long "
         "enough to gain it back; true: always.",
     )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto",
+        description="Replay blocks from CUDA graphs, one process, where the method can. auto: only where the GPU waits "
+        "for Python; true: always.",
+    )
     memory_gib: float | None = Field(
         None, gt=0, description="Memory that the run may take, in GiB. Default: what the device has free."
     )

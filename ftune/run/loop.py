@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from ftune.data.batches import collate, epoch_order
 from ftune.errors import Interrupted, RunFailed
+from ftune.methods._documents import room_for
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan
 from ftune.run.checkpoint import Checkpoints
@@ -32,6 +33,7 @@ from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
 from ftune.run.out_of_memory import is_out_of_memory
 from ftune.run.portions import Portions
+from ftune.run.replay import Replay
 from ftune.run.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Loop:
         progress: Facts kept with every checkpoint: which parameters have not moved yet (``resting``), how often
             micro-batches were halved (``halvings``).
         auto_batch: Whether to halve micro-batches where memory runs out.
+        replay: Computes micro-batches by CUDA graphs where that pays; None: all as usual.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class Loop:
     stop: StopRequest
     progress: dict[str, Any]
     auto_batch: bool = False
+    replay: Replay | None = None
 
     @property
     def portions(self) -> Portions:
@@ -239,7 +243,12 @@ class Loop:
             try:
                 total = self._backward(step, mine, targets, wrapped)
             except Exception as error:
-                if not (self.auto_batch and is_out_of_memory(error)):
+                if not is_out_of_memory(error):
+                    raise
+                if self.replay is not None and self.replay.release("memory ran out beside the graphs"):
+                    self._drop_gradients()
+                    continue
+                if not self.auto_batch:
                     raise
                 failure = error.with_traceback(None)  # which holds the activations
             if failure is not None:
@@ -272,18 +281,23 @@ class Loop:
         method, model = self.plan.recipe.method, self.objective.model
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step, micro in enumerate(mine):
-            self._reseed(step, micro_step)
             last = micro_step == len(mine) - 1
-            # The gradients travel once an update, with the last micro-batch.
-            with nullcontext() if last else self.engine.accumulating(wrapped):
-                loss = wrapped(self._batch(micro))
-                total += loss.detach()
+            batch = self._batch(micro)
+
+            def compute(micro_step: int = micro_step, last: bool = last, batch: Batch = batch) -> Tensor:
+                self._reseed(step, micro_step)
+                summed: Tensor = wrapped(batch)
                 # Gradients are averaged over processes: the factor makes the average a sum.
-                loss = loss * (self.plan.world_size / targets)
+                loss = summed * (self.plan.world_size / targets)
                 penalty = method.penalty(model) if last else None
                 loss = loss if penalty is None else loss + penalty
                 # Not accelerator.backward: that divides by a number from the environment.
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
+                return summed.detach()
+
+            # The gradients travel once an update, with the last micro-batch.
+            with nullcontext() if last else self.engine.accumulating(wrapped):
+                total += compute() if self.replay is None else self.replay.run(step, _shape(batch), compute)
         return total
 
     def _count(self, rows: list[int]) -> tuple[int, int]:
@@ -311,6 +325,13 @@ class Loop:
             return self.stop.signal_number
         flag = torch.tensor([self.stop.signal_number], device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max())
+
+
+def _shape(batch: Batch) -> tuple[int, ...]:
+    """What decides the shapes of a model's tensors: rows, their length, and room for so many documents in them."""
+    # Padding is a document of its own.
+    documents = len(batch.rows) + (batch.tokens < batch.input_ids.numel())
+    return *batch.input_ids.shape, 0 if batch.position_ids is None else room_for(documents)
 
 
 def _due(step: int, every: int | None) -> bool:
