@@ -9,10 +9,11 @@ from ftune.artifacts.objective import agreed
 from ftune.ops.kernels import Kernels
 from ftune.plan.recompute import blocks_of
 from ftune.plan.resolve import Plan
+from ftune.run.block_graphs import CudaRecorder
 from ftune.run.compiling import choose_kernels
 from ftune.run.kernel_work import find_work, portions
 from ftune.run.objective import Objective
-from ftune.run.replay import CudaRecorder, Replay
+from ftune.run.replay import Replay
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +30,7 @@ def replay_of(plan: Plan, model: nn.Module) -> Replay | None:
     asked, method, device = plan.recipe.training.cuda_graphs, plan.recipe.method, plan.context.device
     if asked is False or not method.replayable or device.type != "cuda" or plan.world_size > 1:
         return None
-    blocks = [block for block in blocks_of(model) if "forward" not in vars(block)]
+    blocks = blocks_of(model)
     if not blocks:
         return None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -228,6 +228,8 @@ def _train(
                     loop.run(start)
             finally:
                 if replay is not None:
+                    if replay.why_not is not None:
+                        print(f"note: blocks were not replayed from CUDA graphs: {replay.why_not}", file=sys.stderr)
                     record["lean"]["graphs"] = replay.close()
             with shared.whole_adapters(model, recipe.method):
                 record["vitals"] = recipe.method.vitals(model, optimizer)

@@ -329,13 +329,14 @@ def _updates() -> list[int]:
 
 
 def _norms(self: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Norms (O,) fp32 of the rows of the adapted matrix: once for all micro-batches of an update."""
+    """Norms (O,) fp32 of the rows of the adapted matrix: once for all micro-batches of an update, unless recorded."""
     import torch
 
     from ftune.ops.linear import direction_norms
+    from ftune.ops.recording import is_recording
 
     made_of: tuple[Any, ...] | None = None
-    if all(_tells_changes(weight) for weight in (a, b)):
+    if not is_recording() and all(_tells_changes(weight) for weight in (a, b)):
         kind = x.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         states = [(id(weight), weight._version, weight.data_ptr()) for weight in (a, b)]

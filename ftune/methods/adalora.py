@@ -42,6 +42,7 @@ class AdaLora(Method):
     default_learning_rate: ClassVar[float] = 1e-3
     quantizable: ClassVar[bool] = True
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "exact"
+    replayable: ClassVar[bool] = True
 
     name: Literal["adalora"] = Field("adalora", description="Adaptive low-rank adaptation.")
     target_rank: int = Field(8, ge=1, description="Mean rank of the updates at the end of the run.")

@@ -30,6 +30,7 @@ class Dora(LowRank):
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing; merges exactly. Not convertible to LoRA."
     not_lora_because: ClassVar[str] = "the trained magnitudes rescale the base weights themselves; use `ftune merge`"
     quantizable: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
 
     name: Literal["dora"] = Field("dora", description="Weight-decomposed low-rank adaptation.")
 

@@ -38,6 +38,7 @@ class FourierFt(Method):
     default_learning_rate: ClassVar[float] = 3e-3
     decaying: ClassVar[bool] = False
     as_lora: ClassVar[Literal["exact", "approximate"] | None] = "approximate"
+    replayable: ClassVar[bool] = True
 
     name: Literal["fourierft"] = Field("fourierft", description="Fine-tuning in the discrete Fourier domain.")
     n_frequency: int = Field(1000, ge=1, description="Trained coefficients of each matrix.")

@@ -37,6 +37,7 @@ class Prompt(VirtualTokens):
     default_learning_rate: ClassVar[float] = 1e-2
     not_mergeable_because: ClassVar[str] = "it trains inputs, not weights: what it learned stands in front of every row"
     not_lora_because: ClassVar[str] = "it trains inputs, not weights: there is no update of a matrix to write"
+    replayable: ClassVar[bool] = True
 
     name: Literal["prompt"] = Field("prompt", description="Prompt tuning.")
 

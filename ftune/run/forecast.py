@@ -23,8 +23,8 @@ def predict_seconds(
     """Predict the seconds of a whole run from its first updates.
 
     Args:
-        updates: Tokens and seconds of each update so far. The first is left out of the pace where there are more:
-            libraries load and compile in it.
+        updates: Tokens and seconds of each update so far. The pace is that of the second half: in the first ones
+            libraries load, kernels are compiled, CUDA graphs are recorded.
         tokens_ahead: Tokens of the updates that are still to be made.
         other_spent: Seconds of evaluations and checkpoints so far.
         other_ahead: Seconds of those to come.
@@ -34,7 +34,7 @@ def predict_seconds(
     """
     if not updates:
         raise ValueError("no update to measure")
-    paced = updates[1:] or updates
+    paced = updates[len(updates) // 2 :]
     pace = sum(seconds for _, seconds in paced) / sum(tokens for tokens, _ in paced)
     return sum(seconds for _, seconds in updates) + tokens_ahead * pace + other_spent + other_ahead
 

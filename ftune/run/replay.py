@@ -16,17 +16,15 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["CudaRecorder", "Recorder", "Replay"]
+from ftune.run.block_graphs import BlockGraphs, Recorder
 
-T = TypeVar("T")
+__all__ = ["Replay"]
 
 USUAL = 2
 """How often a shape is computed as usual first: once to compile and to fill caches, once by the clock."""
@@ -34,52 +32,9 @@ MOST = 4
 """Shapes that are recorded: of each every block's output stays in memory."""
 IDLE = 0.05
 """The GPU waits for Python where it is done within this share of a micro-batch's time behind Python's last launch."""
-TOLERANCE = 0.01
-"""How far recorded gradients may be from the usual ones, as a share of their norm: sums in another order, rounded to
-16 bits in every block."""
-
-
-class Recorder(Protocol):
-    """Records work on a device, to be done again by one call."""
-
-    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """What ``work`` returns, in memory that is filled only by the second: what does the work, again and again."""
-
-    def wait(self) -> None:
-        """Until the device is done with all that it was given."""
-
-    def make_room(self) -> None:
-        """Give back the memory that nothing lies in."""
-
-
-class CudaRecorder:
-    """Records into CUDA graphs that share one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Also from autograd's thread: only what this thread does is recorded."""
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                found = work()
-            finally:
-                graph.capture_end()
-        here.wait_stream(self._stream)
-        return found, graph.replay
-
-    def wait(self) -> None:
-        """For the whole device."""
-        torch.cuda.synchronize(self._device)
-
-    def make_room(self) -> None:
-        """What the usual pass took is taken again by the graphs' pool."""
-        torch.cuda.empty_cache()
+TOLERANCE = 0.05
+"""How far recorded gradients may be from the usual ones, as a share of their norm. Attention's backward pass adds up in
+any order, and 32 blocks in 16 bits make more of that: on an H100 two usual passes of an 8B model are 0.015 apart."""
 
 
 class Replay:
@@ -111,25 +66,27 @@ class Replay:
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._seen: Counter[Hashable] = Counter()
         self._busy: set[Hashable] = set()
-        self._sessions: dict[Hashable, _Session] = {}
-        self._now: _Session | None = None
+        self._graphs: dict[Hashable, BlockGraphs] = {}
+        self._now: BlockGraphs | None = None
         self.why_not: str | None = None
         self.replayed = 0
         for block in blocks:
-            block.forward = functools.partial(self._forward, block)
+            block._ftune_replay = self  # type: ignore[assignment]
+            block.__class__ = _replaying(type(block))
 
     def close(self) -> dict[str, Any]:
         """Let go of the graphs and of the model; returns what there was, for ``run.json``."""
         found = self._summary()
         self.release("the run is over")
         for block in self._blocks:
-            vars(block).pop("forward", None)
+            block.__class__ = type(block).__mro__[1]
+            del block._ftune_replay
         return found
 
     def release(self, why: str) -> bool:
         """Let go of the graphs for good, and of their memory; whether there were any."""
-        had = bool(self._sessions)
-        self._sessions.clear()
+        had = bool(self._graphs)
+        self._graphs.clear()
         self._gradients.clear()
         self.why_not = self.why_not or why
         return had
@@ -147,14 +104,14 @@ class Replay:
         """
         if self.why_not is not None or shape in self._busy:
             return micro()
-        session = self._sessions.get(shape)
-        if session is not None:
-            if session.proven:
+        graphs = self._graphs.get(shape)
+        if graphs is not None:
+            if graphs.proven:
                 self._attach()
                 self.replayed += 1
-                return self._replay(session, micro)
+                return self._replay(graphs, micro)
             # In the update in which it was recorded nothing has changed that it could have missed.
-            return self._compared(shape, session, micro) if step > session.step else micro()
+            return self._compared(shape, graphs, micro) if step > graphs.step else micro()
         self._seen[shape] += 1
         if self._seen[shape] == USUAL and not self._always:
             began = time.perf_counter()
@@ -165,54 +122,69 @@ class Replay:
             if done - launched > IDLE * (done - began):
                 self._busy.add(shape)
             return loss
-        if self._seen[shape] <= USUAL or len(self._sessions) == MOST:
+        if self._seen[shape] <= USUAL or len(self._graphs) == MOST:
             return micro()
-        return self._compared(shape, _Session(self._recorder, self._gradients, self._dtype, step), micro)
+        return self._compared(shape, BlockGraphs(self._recorder, self._gradients, self._dtype, step), micro)
 
-    def _compared(self, shape: Hashable, session: _Session, micro: Callable[[], Tensor]) -> Tensor:
-        """Compute a micro-batch as usual and by graphs, which are kept where both are the same."""
-        before = [p.grad for p in self._trained]
-        _put(self._trained, None)
+    def call(self, block: nn.Module, usual: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a block returns: by a graph in a micro-batch that is recorded or replayed, else as usual."""
+        if self._now is None or not block.training or not torch.is_grad_enabled():
+            return usual(*args, **kwargs)
+        return self._now.call(block, usual, args, kwargs)
+
+    def _compared(self, shape: Hashable, graphs: BlockGraphs, micro: Callable[[], Tensor]) -> Tensor:
+        """Compute a micro-batch as usual and by graphs, which are kept where both are the same; the usual counts."""
+        before = self._take_gradients()
         loss = micro()
-        usual = [p.grad for p in self._trained]
-        _put(self._trained, None)
+        usual = self._take_gradients()
         why: str | None
         try:
-            session.recording = shape not in self._sessions
-            if session.recording:
+            graphs.recording = shape not in self._graphs
+            if graphs.recording:
                 self._recorder.make_room()
-                inside = {p for block in self._blocks for p in block.parameters()}
-                for p in self._trained:
-                    if p in inside and p not in self._gradients:
-                        self._gradients[p] = torch.zeros_like(p)
+                self._find_places()
             self._attach()
-            again = self._replay(session, micro)
-            why = _apart((loss, *usual), (again, *(p.grad for p in self._trained)))
+            again = self._replay(graphs, micro)
+            why = _apart((loss, *usual), (again, *self._take_gradients()))
+            if not graphs.blocks:
+                why = "no block can be recorded"
         except Exception as error:  # of the driver, the allocator, a kernel that cannot be recorded: each has its own
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if why is None:
-            session.proven = not session.recording
-            self._sessions[shape] = session
-        session.recording = False
         for parameter, old, new in zip(self._trained, before, usual, strict=True):
             parameter.grad = new if old is None else old if new is None else old.add_(new)
         if why is not None:
-            del session
             self.release(why)
+            return loss
+        graphs.proven, graphs.recording = not graphs.recording, False
+        self._graphs[shape] = graphs
         return loss
 
-    def _replay(self, session: _Session, micro: Callable[[], Tensor]) -> Tensor:
-        self._now = session
+    def _take_gradients(self) -> list[Tensor | None]:
+        """The gradients of all parameters, which have none then."""
+        found = [parameter.grad for parameter in self._trained]
+        for parameter in self._trained:
+            parameter.grad = None
+        return found
+
+    def _find_places(self) -> None:
+        """Memory for the gradients of what trains inside blocks."""
+        inside = {parameter for block in self._blocks for parameter in block.parameters()}
+        for parameter in self._trained:
+            if parameter in inside and parameter not in self._gradients:
+                self._gradients[parameter] = torch.zeros_like(parameter)
+
+    def _replay(self, graphs: BlockGraphs, micro: Callable[[], Tensor]) -> Tensor:
+        self._now = graphs
         try:
             return micro()
         finally:
             self._now = None
 
     def _summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"shapes": len(self._sessions), "replayed_micro_batches": self.replayed}
+        found: dict[str, Any] = {"shapes": len(self._graphs), "replayed_micro_batches": self.replayed}
         if self.why_not is not None:
             found["why_not"] = self.why_not
-        elif not self._sessions:
+        elif not self._graphs:
             found["why_not"] = "the GPU does not wait for Python" if self._busy else "too few micro-batches of a shape"
         return found
 
@@ -228,16 +200,19 @@ class Replay:
                     kept.copy_(parameter.grad)
                 parameter.grad = kept
 
-    def _forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        usual = functools.partial(type(block).forward, block)
-        if self._now is None or not block.training or not torch.is_grad_enabled():
-            return usual(*args, **kwargs)
-        return self._now.forward(block, usual, args, kwargs)
+
+_REPLAYING: dict[type, type] = {}
 
 
-def _put(parameters: Iterable[nn.Parameter], gradient: None) -> None:
-    for parameter in parameters:
-        parameter.grad = gradient
+def _replaying(cls: type) -> type:
+    """The class with blocks that ask for their graphs first: before hooks, and before a pass that is to be repeated."""
+    if cls not in _REPLAYING:
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._ftune_replay.call(self, functools.partial(cls.__call__, self), args, kwargs)
+
+        _REPLAYING[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return _REPLAYING[cls]
 
 
 @torch.no_grad()
@@ -251,206 +226,3 @@ def _apart(usual: Sequence[Tensor | None], again: Sequence[Tensor | None]) -> st
     if bool((loss - other_loss).abs() <= TOLERANCE * loss.abs()) and bool(apart <= TOLERANCE * size):
         return None
     return f"the loss is {float(other_loss):g} in place of {float(loss):g}, gradients are {float(apart / size):.2g} off"
-
-
-# --- one shape ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Copy:
-    """A tensor that graphs read, and what lies in it."""
-
-    tensor: Tensor
-    source: Tensor
-    version: int
-
-    def fill(self, source: Tensor) -> None:
-        """The blocks of a micro-batch are given the same tensors: one copy for all."""
-        if source is not self.source or source._version != self.version:
-            self.tensor.data.copy_(source)
-            self.source, self.version = source, source._version
-
-
-@dataclass
-class _Session:
-    """The graphs of micro-batches of one shape.
-
-    Attributes:
-        recorder: Of the device.
-        gradients: Where those of the parameters in blocks lie.
-        dtype: What the model computes in.
-        step: The update in which they were recorded.
-        recording: Whether they are being recorded.
-        proven: Whether they computed what the usual pass does, in a later update too.
-        hidden: Where a gradient passes from one block to the next.
-    """
-
-    recorder: Recorder
-    gradients: dict[nn.Parameter, Tensor]
-    dtype: torch.dtype
-    step: int
-    recording: bool = False
-    proven: bool = False
-    hidden: Tensor | None = None
-    blocks: dict[nn.Module, _Block] = field(default_factory=dict)
-    copies: list[_Copy] = field(default_factory=list)
-    outputs: set[int] = field(default_factory=set)
-
-    def forward(self, module: nn.Module, usual: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a block makes of its arguments, by its graph where they are as they were."""
-        leaves, spec = tree_flatten((args, kwargs))
-        block = self.blocks.get(module)
-        if block is None:
-            if not self.recording or not _can_be_given_again(leaves):
-                return usual(*args, **kwargs)
-            block = self.blocks[module] = _Block(self, module, usual, leaves, spec)
-        elif not block.takes(leaves, spec):
-            return usual(*args, **kwargs)
-        return block(leaves)
-
-    def copy_of(self, source: Tensor, length: int) -> _Copy:
-        """The tensor that stands for one that is given to blocks; the same for all of them."""
-        for copy in self.copies:
-            if copy.source is source:
-                return copy
-        tensor = source.detach().clone()
-        if hasattr(source, "_ftune_longest"):
-            tensor._ftune_longest = length  # type: ignore[attr-defined]  # of the documents of any row
-        self.copies.append(_Copy(tensor, source, source._version))
-        return self.copies[-1]
-
-    def buffer(self, like: Tensor) -> Tensor:
-        """Where the gradient of a block's output lies, and then that of its input."""
-        if self.hidden is None:
-            self.hidden = torch.empty_like(like)
-        if (self.hidden.shape, self.hidden.dtype) != (like.shape, like.dtype):
-            raise ValueError("blocks hand on tensors of several kinds")
-        return self.hidden
-
-
-def _can_be_given_again(leaves: list[Any]) -> bool:
-    """Whether a block's arguments are hidden states, and tensors without gradients and plain values behind them."""
-    hidden, *others = leaves
-    return (
-        isinstance(hidden, Tensor)
-        and hidden.is_floating_point()
-        and all(
-            not other.requires_grad
-            if isinstance(other, Tensor)
-            else other is None or isinstance(other, bool | int | float | str | torch.dtype)
-            for other in others
-        )
-    )
-
-
-class _Block:
-    """A block's two graphs, for one shape."""
-
-    def __init__(
-        self, session: _Session, module: nn.Module, usual: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> None:
-        self._session, self._spec, self._weights = session, spec, [*module.parameters(), *module.buffers()]
-        self._places = self._pointers()
-        hidden = leaves[0]
-        self._trained = [p for p in module.parameters() if p.requires_grad]
-        # What a graph left is where the next one finds it.
-        self._input = hidden.detach() if hidden.data_ptr() in session.outputs else hidden.detach().clone()
-        self._input.requires_grad_(hidden.requires_grad)
-        self._others = [
-            session.copy_of(leaf, hidden.shape[-2]) if isinstance(leaf, Tensor) else leaf for leaf in leaves[1:]
-        ]
-        given, named = tree_unflatten(
-            [self._input, *(other.tensor if isinstance(other, _Copy) else other for other in self._others)], spec
-        )
-        device = hidden.device.type
-        trains = hidden.requires_grad or bool(self._trained)
-
-        def work() -> Any:
-            # What autocast has cast outside of the graph is not to be found in it.
-            cast = torch.autocast(device, session.dtype, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
-            with torch.set_grad_enabled(trains), cast:
-                return usual(*given, **named)
-
-        outs, self._replay_forward = session.recorder.record(work)
-        leaves_out, self._out_spec = tree_flatten(outs)
-        if not isinstance(leaves_out[0], Tensor) or any(leaf is not None for leaf in leaves_out[1:]):
-            raise ValueError(f"{type(module).__name__} returns more than hidden states")
-        self._graph: Tensor | None = leaves_out[0] if trains else None
-        self._output: Tensor = leaves_out[0].detach()
-        self._blank = leaves_out[1:]
-        session.outputs.add(self._output.data_ptr())
-        self._replay_backward: Callable[[], None] | None = None
-
-    def takes(self, leaves: list[Any], spec: TreeSpec) -> bool:
-        """Whether arguments are like those that were recorded, and the weights where they were."""
-        hidden = leaves[0]
-        if spec != self._spec or not _alike(hidden, self._input) or hidden.requires_grad != self._input.requires_grad:
-            return False
-        for leaf, other in zip(leaves[1:], self._others, strict=True):
-            if isinstance(other, _Copy):
-                if not isinstance(leaf, Tensor) or not _alike(leaf, other.tensor):
-                    return False
-            elif isinstance(leaf, Tensor) or leaf != other:
-                return False
-        return self._places == self._pointers()
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        """The block's output."""
-        for leaf, other in zip(leaves[1:], self._others, strict=True):
-            if isinstance(other, _Copy):
-                other.fill(leaf)
-        hidden = leaves[0]
-        if self._graph is None and self._replay_backward is None:
-            out = self.forward(hidden)
-        else:
-            # The parameter, whose gradient is none here, makes the output part of autograd's graph.
-            out = _Replayed.apply(hidden, *self._trained[:1], self)  # type: ignore[no-untyped-call]
-        return tree_unflatten([out, *self._blank], self._out_spec)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Replay the forward pass."""
-        if hidden.data_ptr() != self._input.data_ptr():
-            self._input.data.copy_(hidden)  # of which autograd keeps no count, as of what a graph writes
-        self._replay_forward()
-        return self._output.detach()
-
-    def backward(self, grad: Tensor) -> Tensor | None:
-        """Replay the backward pass; adds to the gradients of the parameters."""
-        buffer = self._session.buffer(grad)
-        if grad.data_ptr() != buffer.data_ptr():
-            buffer.copy_(grad)
-        if self._replay_backward is None:
-            _, self._replay_backward = self._session.recorder.record(functools.partial(self._backward, buffer))
-            self._graph = None  # and with it what autograd has kept
-        self._replay_backward()
-        return buffer.detach() if self._input.requires_grad else None
-
-    def _backward(self, buffer: Tensor) -> None:
-        assert self._graph is not None
-        wanted: list[Tensor] = [self._input] if self._input.requires_grad else []
-        found = torch.autograd.grad(self._graph, [*wanted, *self._trained], buffer)
-        with torch.no_grad():
-            if wanted:
-                buffer.copy_(found[0])
-            if self._trained:
-                torch._foreach_add_([self._session.gradients[p] for p in self._trained], list(found[len(wanted) :]))
-
-    def _pointers(self) -> list[int]:
-        return [weight.data_ptr() for weight in self._weights]
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()
-
-
-class _Replayed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *others: Any) -> Tensor:
-        block: _Block = others[-1]
-        ctx.block = block
-        return block.forward(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        nothing = [None] * (len(ctx.needs_input_grad) - 1)
-        return ctx.block.backward(grads[0]), *nothing

@@ -49,11 +49,16 @@ def run(
     return forecasts, spent
 
 
-def test_the_pace_is_that_of_tokens_without_the_first_update() -> None:
+def test_the_pace_is_that_of_tokens_in_the_second_half() -> None:
     # 50 tokens/s after an update that took ten times as long
     updates = [(100, 20.0), (200, 4.0), (50, 1.0)]
     assert predict_seconds(updates, tokens_ahead=1000) == pytest.approx(25 + 20)
     assert predict_seconds(updates, tokens_ahead=1000, other_spent=3, other_ahead=4) == pytest.approx(52)
+
+
+def test_updates_that_record_graphs_are_no_measure() -> None:
+    updates = [(100, 9.0), (100, 3.0), (100, 3.0), *[(100, 1.0)] * 7]
+    assert predict_seconds(updates, tokens_ahead=1000) == pytest.approx(22 + 10)
 
 
 def test_a_single_update_is_all_there_is() -> None:

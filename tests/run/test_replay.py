@@ -120,9 +120,8 @@ def recipe(where: Path, kind: str = "lora", name: str = "run", **blocks: Any) ->
         kind,
         data={"train": str(data), "packing": False},
         training=training,
-        checkpoint={"every_steps": 5},
+        **{"checkpoint": {"every_steps": 5}} | blocks,
         output_dir=str(where / name),
-        **blocks,
     )
 
 
@@ -152,7 +151,8 @@ def test_the_same_run_in_16_bits_and_with_dropout(tmp_path: Path, monkeypatch: p
     with_tapes(monkeypatch, Tapes())
     train(recipe(tmp_path, "lora", "replayed", **settings))
     assert graphs(tmp_path / "replayed") == {"shapes": 1, "replayed_micro_batches": 5}
-    assert losses(tmp_path / "replayed") == losses(tmp_path / "usual")
+    # Another mask would be off by more; under a mode of dispatch torch multiplies by other kernels.
+    assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "usual"), rel=1e-3)
 
 
 def test_what_python_decides_anew_each_time_is_not_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,14 +235,15 @@ def test_rows_of_another_shape_are_computed_as_usual(tmp_path: Path, monkeypatch
     with_tapes(monkeypatch, Tapes())
     train(recipe(tmp_path, name="replayed", **settings))
     found = graphs(tmp_path / "replayed")
-    assert found["shapes"] == 2 and 0 < found["replayed_micro_batches"] < 10
+    assert found["shapes"] == 2
+    assert 0 < found["replayed_micro_batches"] < 10
     assert_near(losses(tmp_path / "replayed"), losses(tmp_path / "usual"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "recomputed"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", REPLAYABLE)
-def test_on_a_gpu(name: str, packed: bool, tmp_path: Path) -> None:
+def test_on_a_gpu(name: str, packed: bool, recomputed: bool, tmp_path: Path) -> None:
     recipe(tmp_path)  # writes the rows
     found = {}
     for asked in (False, True):
@@ -250,12 +251,32 @@ def test_on_a_gpu(name: str, packed: bool, tmp_path: Path) -> None:
             "data": {"train": str(tmp_path / "alike.jsonl"), "packing": packed, "max_length": 128},
             "training": {
                 **{"max_steps": 10, "micro_batch_size": 1, "gradient_accumulation_steps": 1},
-                "cuda_graphs": asked,
+                **{"gradient_checkpointing": recomputed, "cuda_graphs": asked},
             },
             "model": {"dtype": "bfloat16"},
         }
         train(tiny.recipe(tmp_path, name, output_dir=str(tmp_path / f"run-{asked}"), **blocks))
         found[asked] = losses(tmp_path / f"run-{asked}")
     said = graphs(tmp_path / "run-True")
-    assert "why_not" not in said and said["replayed_micro_batches"] > 0
+    assert "why_not" not in said
+    assert said["replayed_micro_batches"] > 0
     assert found[True] == pytest.approx(found[False], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+def test_what_a_gpu_cannot_record_is_computed_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed-forward that waits for the GPU, as one of experts does."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+
+    def waits(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = forward(self, x)
+        return out * float(x.isfinite().all())
+
+    monkeypatch.setattr(LlamaMLP, "forward", waits)
+    for asked in (False, True):
+        settings = {"training": {"max_steps": 12, "cuda_graphs": asked}, "model": {"dtype": "bfloat16"}}
+        train(recipe(tmp_path, name=f"run-{asked}", checkpoint={"every_steps": 12}, **settings))
+    assert graphs(tmp_path / "run-True")["replayed_micro_batches"] == 0
+    assert losses(tmp_path / "run-True") == pytest.approx(losses(tmp_path / "run-False"), rel=1e-2)
