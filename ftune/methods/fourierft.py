@@ -95,6 +95,12 @@ class FourierFt(Method):
         object.__setattr__(adapted, "_ftune_start", start)
         return adapted
 
+    def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
+        """As any method, and the coefficients' places where the spectra are: PEFT copies them in every forward pass."""
+        for _, layer in _layers(model):
+            layer.indices["default"] = layer.indices["default"].to(_spectrum(layer).device)
+        return super().lean(model, context)
+
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The fingerprint of the coefficients' places, which are not stored themselves."""
         return _fingerprint.as_state(_digest(model))

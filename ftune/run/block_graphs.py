@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -24,12 +25,18 @@ __all__ = ["BlockGraphs", "CudaRecorder", "Recorder"]
 
 T = TypeVar("T")
 
+_WAITED = "called a synchronizing CUDA operation"
+"""What torch warns of (``torch.cuda.set_sync_debug_mode``)."""
+
 
 class Recorder(Protocol):
     """Records work on a device, to be done again by one call."""
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What ``work`` returns, in memory that is filled only by the second: what does the work, again and again."""
+
+    def watch(self, work: Callable[[], T]) -> tuple[T, bool]:
+        """What ``work`` returns, done now; and whether it waited for the device, which cannot be recorded."""
 
     def wait(self) -> None:
         """Until the device is done with all that it was given."""
@@ -61,6 +68,22 @@ class CudaRecorder:
             graph.capture_end()
         here.wait_stream(self._stream)
         return found, graph.replay
+
+    def watch(self, work: Callable[[], T]) -> tuple[T, bool]:
+        """By torch's own warnings: a recording that has to wait can leave a process unable to use the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                found = work()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waited = [warning for warning in caught if _WAITED in str(warning.message)]
+        for warning in caught:
+            if warning not in waited:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return found, bool(waited)
 
     def wait(self) -> None:
         """For the whole device."""

@@ -8,7 +8,8 @@ launch. Source: CUDA C++ Programming Guide, "CUDA Graphs"; the memory of several
 A micro-batch of a new shape is computed as usual twice; the second time the clock says whether the GPU waits. Where it
 does, the third is recorded: of each block a graph forwards and one backwards, in the order in which they run, so that
 they share one pool of memory, as large as what the usual pass takes. Recorded graphs are held against the usual pass
-twice, when they are made and again after an update. What goes wrong on the way leaves the run as it would have been.
+twice, when they are made and again after an update; and a block that waits for the GPU is not recorded at all. What
+goes wrong on the way leaves the run as it would have been.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Replay:
         self._busy: set[Hashable] = set()
         self._graphs: dict[Hashable, BlockGraphs] = {}
         self._now: BlockGraphs | None = None
+        self._watching = False
+        self._waits: str | None = None
         self.why_not: str | None = None
         self.replayed = 0
         for block in blocks:
@@ -128,28 +131,29 @@ class Replay:
 
     def call(self, block: nn.Module, usual: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a block returns: by a graph in a micro-batch that is recorded or replayed, else as usual."""
-        if self._now is None or not block.training or not torch.is_grad_enabled():
+        if not block.training or not torch.is_grad_enabled():
+            return usual(*args, **kwargs)
+        if self._watching:
+            found, waited = self._recorder.watch(functools.partial(usual, *args, **kwargs))
+            if waited:
+                self._waits = f"{type(block).__name__} waits for the GPU in its forward pass"
+            return found
+        if self._now is None:
             return usual(*args, **kwargs)
         return self._now.call(block, usual, args, kwargs)
 
     def _compared(self, shape: Hashable, graphs: BlockGraphs, micro: Callable[[], Tensor]) -> Tensor:
         """Compute a micro-batch as usual and by graphs, which are kept where both are the same; the usual counts."""
         before = self._take_gradients()
+        graphs.recording = self._watching = shape not in self._graphs
         loss = micro()
-        usual = self._take_gradients()
-        why: str | None
-        try:
-            graphs.recording = shape not in self._graphs
-            if graphs.recording:
-                self._recorder.make_room()
-                self._find_places()
-            self._attach()
-            again = self._replay(graphs, micro)
-            why = _apart((loss, *usual), (again, *self._take_gradients()))
-            if not graphs.blocks:
-                why = "no block can be recorded"
-        except Exception as error:  # of the driver, the allocator, a kernel that cannot be recorded: each has its own
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        self._watching, usual = False, self._take_gradients()
+        why = self._waits
+        if why is None:
+            try:
+                why = self._differs(graphs, micro, (loss, *usual))
+            except Exception as error:  # of the driver, the allocator, a kernel: each has its own
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for parameter, old, new in zip(self._trained, before, usual, strict=True):
             parameter.grad = new if old is None else old if new is None else old.add_(new)
         if why is not None:
@@ -158,6 +162,18 @@ class Replay:
         graphs.proven, graphs.recording = not graphs.recording, False
         self._graphs[shape] = graphs
         return loss
+
+    def _differs(
+        self, graphs: BlockGraphs, micro: Callable[[], Tensor], usual: tuple[Tensor | None, ...]
+    ) -> str | None:
+        """Record where that is to be done, replay, and say how it differs from the usual loss and gradients."""
+        if graphs.recording:
+            self._recorder.make_room()
+            self._find_places()
+        self._attach()
+        again = self._replay(graphs, micro)
+        why = _apart(usual, (again, *self._take_gradients()))
+        return why if graphs.blocks else "no block can be recorded"
 
     def _take_gradients(self) -> list[Tensor | None]:
         """The gradients of all parameters, which have none then."""

@@ -19,6 +19,7 @@ import torch
 from run.test_loop import assert_near, losses, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ftune.artifacts import training
 from ftune.artifacts.training import train
@@ -28,6 +29,7 @@ from ftune.recipe.load import Loaded
 from ftune.run.objective import Objective
 from ftune.run.replay import Replay
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 REPLAYABLE = [name for name, method in METHODS.items() if method.replayable]
 
 
@@ -75,6 +77,16 @@ class Tape(TorchDispatchMode):
                         old.data.copy_(new)
 
 
+class Waits(TorchDispatchMode):
+    """Whether Python asked for a number."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.any |= func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 class Tapes:
     """A recorder of the CPU."""
 
@@ -89,6 +101,11 @@ class Tapes:
         tape.undo()
         torch.set_rng_state(random)
         return found, tape.again
+
+    def watch(self, work: Callable[[], Any]) -> tuple[Any, bool]:
+        with Waits() as waits:
+            found = work()
+        return found, waits.any
 
     def wait(self) -> None:
         time.sleep(self._wait)
@@ -240,7 +257,7 @@ def test_rows_of_another_shape_are_computed_as_usual(tmp_path: Path, monkeypatch
     assert_near(losses(tmp_path / "replayed"), losses(tmp_path / "usual"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+@CUDA
 @pytest.mark.parametrize(("packed", "recomputed"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", REPLAYABLE)
 def test_on_a_gpu(name: str, packed: bool, recomputed: bool, tmp_path: Path) -> None:
@@ -263,20 +280,27 @@ def test_on_a_gpu(name: str, packed: bool, recomputed: bool, tmp_path: Path) -> 
     assert found[True] == pytest.approx(found[False], rel=1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
-def test_what_a_gpu_cannot_record_is_computed_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feed-forward that waits for the GPU, as one of experts does."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=CUDA)])
+def test_a_block_that_waits_for_the_gpu_is_not_recorded(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As experts do that count their tokens in Python."""
+    forward, calls = LlamaAttention.forward, []
 
-    forward = LlamaMLP.forward
+    def waits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, weights = forward(self, *args, **kwargs)
+        calls.append(self.layer_idx)
+        return out * float(out.isfinite().all()), weights
 
-    def waits(self: Any, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = forward(self, x)
-        return out * float(x.isfinite().all())
-
-    monkeypatch.setattr(LlamaMLP, "forward", waits)
+    monkeypatch.setattr(LlamaAttention, "forward", waits)
+    tapes = Tapes()
     for asked in (False, True):
-        settings = {"training": {"max_steps": 12, "cuda_graphs": asked}, "model": {"dtype": "bfloat16"}}
-        train(recipe(tmp_path, name=f"run-{asked}", checkpoint={"every_steps": 12}, **settings))
-    assert graphs(tmp_path / "run-True")["replayed_micro_batches"] == 0
+        if asked and not gpu:
+            with_tapes(monkeypatch, tapes)
+        settings = {"max_steps": 12, "cuda_graphs": asked}
+        train(recipe(tmp_path, name=f"run-{asked}", training=settings, checkpoint={"every_steps": 12}))
+    assert calls
+    found = graphs(tmp_path / "run-True")
+    assert found["replayed_micro_batches"] == tapes.recorded == 0
+    assert "LlamaDecoderLayer waits" in found["why_not"]
     assert losses(tmp_path / "run-True") == pytest.approx(losses(tmp_path / "run-False"), rel=1e-2)
