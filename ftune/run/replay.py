@@ -18,7 +18,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,12 +155,14 @@ class Replay:
             except Exception as error:  # of the driver, the allocator, a kernel: each has its own
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for parameter, old, new in zip(self._trained, before, usual, strict=True):
-            parameter.grad = new if old is None else old if new is None else old.add_(new)
+            found = new if old is None else old if new is None else old.add_(new)
+            parameter.grad = None if found is None else found.to(parameter.device)
         if why is not None:
             self.release(why)
             return loss
         graphs.proven, graphs.recording = not graphs.recording, False
         self._graphs[shape] = graphs
+        self._recorder.make_room()  # beside the graphs the usual pass took its memory a second time
         return loss
 
     def _differs(
@@ -172,12 +174,12 @@ class Replay:
             self._find_places()
         self._attach()
         again = self._replay(graphs, micro)
-        why = _apart(usual, (again, *self._take_gradients()))
+        why = _apart(usual, (again, *(parameter.grad for parameter in self._trained)))
         return why if graphs.blocks else "no block can be recorded"
 
     def _take_gradients(self) -> list[Tensor | None]:
-        """The gradients of all parameters, which have none then."""
-        found = [parameter.grad for parameter in self._trained]
+        """The gradients of all parameters, in the host's memory; the parameters have none then."""
+        found = [None if p.grad is None else p.grad.to("cpu", copy=True) for p in self._trained]
         for parameter in self._trained:
             parameter.grad = None
         return found
@@ -236,9 +238,13 @@ def _apart(usual: Sequence[Tensor | None], again: Sequence[Tensor | None]) -> st
     """What is wrong with a loss and gradients that were computed a second time."""
     if any((one is None) != (other is None) for one, other in zip(usual, again, strict=True)):
         return "other parameters have gradients"
-    (loss, *grads), (other_loss, *other_grads) = ([x.float() for x in all_ if x is not None] for all_ in (usual, again))
-    size = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    apart = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(torch._foreach_sub(grads, other_grads))))
-    if bool((loss - other_loss).abs() <= TOLERANCE * loss.abs()) and bool(apart <= TOLERANCE * size):
+    squares = []
+    for one, other in zip(usual[1:], again[1:], strict=True):
+        if one is not None and other is not None:
+            there = one.to(other.device).float()
+            squares.append(torch.stack([there.norm().square(), (there - other.float()).norm().square()]))
+    size, apart = torch.stack(squares).sum(0).sqrt().tolist()
+    loss, other_loss = (float(cast(Tensor, all_[0])) for all_ in (usual, again))
+    if apart <= TOLERANCE * size and abs(loss - other_loss) <= TOLERANCE * abs(loss):
         return None
-    return f"the loss is {float(other_loss):g} in place of {float(loss):g}, gradients are {float(apart / size):.2g} off"
+    return f"the loss is {other_loss:g} in place of {loss:g}, gradients are {apart:.2g} off of {size:.2g}"

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--updates",
         type=int,
         default=4,
-        help="of each run (short rows: times 4); the first is not counted (default 4)",
+        help="of each run (short rows: times 8); the second half counts (default 4)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--threads", type=int, default=measure.physical_cores(), help="default: physical cores")
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if others := [str(path) for path in args.python.values() if path.name != "python"]:
         parser.error(f"--python: {', '.join(others)}: an interpreter named `python`, in a directory of its own")
     if args.updates < 2:
-        parser.error("--updates: the first update is not counted, so there must be two")
+        parser.error("--updates: the first half is not counted, so there must be two")
     if args.device == "cuda" and shutil.which("nvidia-smi") is None:
         parser.error("there is no nvidia-smi, so no GPU to measure on; --device cpu tries the script out")
     return args

@@ -24,9 +24,10 @@ HEAD = """
 
 {device}, {date}; `make bench-gpu`. The model has the sizes of {name} ({parameters:,} parameters) and **random**
 weights (normal, standard deviation {std}, in bf16): time and memory do not depend on them, and no quality is claimed.
-An update is {batch} rows of so many tokens, one after another; half of each is in the loss. {updates} updates, four
-times as many of rows of 2,048 tokens or fewer, of which the first is not counted. LoRA of rank {rank} on all linear
-layers but the head, unless said. Memory is what the allocator gave out at most from the first update on; `used` is the
+An update is {batch} rows of so many tokens, one after another; half of each is in the loss. {updates} updates, eight
+times as many of rows of 2,048 tokens or fewer; the first half of them is not counted. LoRA of rank {rank} on all linear
+layers but the head, unless said. CUDA graphs: whether ftune replayed blocks from them, which it does where the GPU
+waits for Python. Memory is what the allocator gave out at most from the first update on; `used` is the
 growth of what nvidia-smi reports, which has the context and what the allocator keeps as well. The prediction is
 compared without the state of a paged optimizer, which the allocator does not see. Cases of `make bench-gpu` that have
 no row here were not run.
@@ -36,7 +37,8 @@ no row here were not run.
 EAGER = "ftune's fused kernels, which `ftune.ops.fused` has for norms, gates, positions and the loss, were not in force"
 
 SETTINGS = f"""
-`galore` keeps weights in bf16 and moments in 8 bits, of rank a quarter of the width; `longlora` is the paper's:
+`galore` keeps weights in bf16 and moments in 8 bits, of rank a quarter of the width, in subspaces found by sketches
+(`basis: randomized`); `longlora` is the paper's:
 attention only, rank 8, embeddings and norms trained whole. `{TITLES["s2"]}` is `lora` in everything but attention.
 `{TITLES[PAPER]}`: rank 64, the paged optimizer, recomputation. Recomputed: blocks that run a second
 time, as few as fit: where it is more than none and less than all, the peak is what the device has, not what is needed.
@@ -117,7 +119,7 @@ def ratio(result: Result, cuda: bool) -> float | None:
 
 
 def _methods(results: list[Result], cuda: bool, notes: list[str]) -> str:
-    columns = ["method", "tokens a row", "documents", "attention", "recomputed", "tokens/s", "first update s"]
+    columns = ["method", "tokens a row", "documents", "attention", "recomputed", "CUDA graphs", "tokens/s"]
     rows = []
     for result in results:
         case = Case(**result["case"])
@@ -132,11 +134,12 @@ def _methods(results: list[Result], cuda: bool, notes: list[str]) -> str:
                 str(case.documents),
                 "in shifted groups" if case.method in SHIFTED else result.get("attention", case.attention),
                 blocks,
+                "yes" if (result.get("graphs") or {}).get("replayed_micro_batches") else "no",
                 *_figures(result),
                 predicted if share is None else f"{share:.2f}",
             ]
         )
-    return table([*columns, "peak GiB", "used GiB", "predicted / measured"], rows)
+    return table([*columns, "first update s", "peak GiB", "used GiB", "predicted / measured"], rows)
 
 
 def _noted(result: Result, cuda: bool) -> Result:

@@ -257,6 +257,38 @@ def test_rows_of_another_shape_are_computed_as_usual(tmp_path: Path, monkeypatch
     assert_near(losses(tmp_path / "replayed"), losses(tmp_path / "usual"))
 
 
+def test_gradients_of_several_shapes_in_one_update_add_up() -> None:
+    """One shape is recorded, then compared, in updates in which another one is replayed."""
+    lora = tiny.method("lora", rank=4)
+    model, usual = (lora.adapt(tiny.model(), tiny.context()) for _ in range(2))
+    usual.load_state_dict(model.state_dict())
+    tiny.disturb(usual)
+    model.load_state_dict(usual.state_dict())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    replay = Replay(blocks_of(model), trained, Tapes(), torch.float32, always=True)
+
+    def micro(of: torch.nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def compute() -> torch.Tensor:
+            loss: torch.Tensor = of(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            return loss.detach()
+
+        return compute
+
+    for module in (model, usual):
+        module.train()
+    lengths = [(8, 8), (8, 8), (8, 12), (8, 12), (12, 8), (8, 12), (12, 8), (8, 8, 12), (12,)]
+    for step, update in enumerate(lengths):
+        for index, length in enumerate(update):
+            ids = torch.randint(0, 200, (1, length), generator=torch.Generator().manual_seed(10 * step + index))
+            assert_near(replay.run(step, length, micro(model, ids)), micro(usual, ids)())
+        for mine, theirs in zip(trained, (p for p in usual.parameters() if p.requires_grad), strict=True):
+            assert mine.grad is not None
+            assert_near(mine.grad, theirs.grad)
+            mine.grad = theirs.grad = None
+    assert replay.close() == {"shapes": 2, "replayed_micro_batches": 9}
+
+
 @CUDA
 @pytest.mark.parametrize(("packed", "recomputed"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", REPLAYABLE)
