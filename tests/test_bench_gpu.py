@@ -402,12 +402,12 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 def test_the_page_with_measurements(bench) -> None:
     page = bench["gpu_report"].section(bench["arithmetic"].compute(), figures(bench))
     first = rows_of(page, "## On a GPU")
-    assert ["lora", "8,192", "1", "per document", "3 of 32", "1,000", "9.0", "20.0", "22.0", "1.10"] in first
+    assert ["lora", "8,192", "1", "per document", "3 of 32", "no", "1,000", "9.0", "20.0", "22.0", "1.10"] in first
     lost = [row for row in first if row[0] == "longlora"][1]
-    assert (lost[5], lost[-1]) == ("**out of memory**", "23.0 GiB predicted")
+    assert (lost[6], lost[-1]) == ("**out of memory**", "23.0 GiB predicted")
     assert any(row[4] == "3 of 32, where `auto` ran out of memory" for row in first)
-    assert any(row[1] == "32,768" and row[5] == "**failed**: error: a / b" for row in first)
-    assert {len(row) for row in first} == {10}
+    assert any(row[1] == "32,768" and row[6] == "**failed**: error: a / b" for row in first)
+    assert {len(row) for row in first} == {11}
     lora, qlora, last = rows_of(page, "### Beside other tools")
     assert lora[4:6] == ["off", "500"]
     assert lora[-3:] == ["12.500 (ftune 12.500)", "**2.00**", "**0.50**"]
@@ -421,6 +421,10 @@ def test_the_page_with_measurements(bench) -> None:
     assert "Unsloth is not in the table" in page
     assert "(1)" not in page
     assert "not in force" not in page
+    replayed = figures(bench)
+    replayed["results"][0]["graphs"] = {"shapes": 1, "replayed_micro_batches": 7}
+    page = bench["gpu_report"].section(bench["arithmetic"].compute(), replayed)
+    assert rows_of(page, "## On a GPU")[0][5] == "yes"
     lost = figures(bench)
     lost["results"][0]["kernels"] = "eager"
     assert "not in force" in bench["gpu_report"].section(bench["arithmetic"].compute(), lost)
