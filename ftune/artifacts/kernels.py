@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.objective import agreed
 from ftune.ops.kernels import Kernels
-from ftune.plan.recompute import blocks_of
+from ftune.plan.recompute import blocks_of, is_random
 from ftune.plan.resolve import Plan
 from ftune.run.block_graphs import CudaRecorder
 from ftune.run.compiling import choose_kernels
@@ -22,19 +22,27 @@ if TYPE_CHECKING:
 __all__ = ["kernels_of_run", "replay_of"]
 
 
-def replay_of(plan: Plan, model: nn.Module) -> Replay | None:
-    """What replays the model's blocks as ``training.cuda_graphs`` asks; None where they cannot be.
-
-    Several processes exchange gradients by hooks in the backward pass, which a graph has not.
-    """
+def replay_of(plan: Plan, model: nn.Module) -> tuple[Replay | None, str]:
+    """What replays the model's blocks as ``training.cuda_graphs`` asks; or None, and why they cannot be."""
     asked, method, device = plan.recipe.training.cuda_graphs, plan.recipe.method, plan.context.device
-    if asked is False or not method.replayable or device.type != "cuda" or plan.world_size > 1:
-        return None
     blocks = blocks_of(model)
-    if not blocks:
-        return None
+    recomputed = [block for block in blocks if block.gradient_checkpointing]
+    why_not = {
+        "training.cuda_graphs is false": asked is False,
+        "there is no CUDA device": device.type != "cuda",
+        "several processes exchange gradients by hooks, which a graph has not": plan.world_size > 1,
+        f"{method.name} does other work in every pass, or has gradients as large as the model": not method.replayable,
+        "transformers does not tell this model's blocks apart": not blocks,
+        "recomputed blocks with dropout ask for the state of the random numbers": recomputed and is_random(model),
+    }
+    for why, holds in why_not.items():
+        if holds:
+            return None, why
+    for block in recomputed:
+        # Nothing is drawn, and the state of the random numbers cannot be asked for while a graph is recorded.
+        block._gradient_checkpointing_func = partial(block._gradient_checkpointing_func, preserve_rng_state=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Replay(blocks, trained, CudaRecorder(device), plan.context.dtype, always=asked is True)
+    return Replay(blocks, trained, CudaRecorder(device), plan.context.dtype, always=asked is True), ""
 
 
 def kernels_of_run(

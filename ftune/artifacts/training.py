@@ -217,7 +217,9 @@ def _train(
             if found is not None:
                 emit(Resumed(start, found.name))
             shared = make_engine(choice, accelerator, auto_batch=asked.auto_batch)
-            replay = replay_of(plan, model)
+            replay, why_not = replay_of(plan, model)
+            if replay is None and recipe.training.cuda_graphs is True and main:
+                print(f"note: blocks are not replayed from CUDA graphs: {why_not}", file=sys.stderr)
             loop = Loop(
                 plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch, replay
             )
@@ -229,7 +231,8 @@ def _train(
             finally:
                 if replay is not None:
                     if replay.why_not is not None:
-                        print(f"note: blocks were not replayed from CUDA graphs: {replay.why_not}", file=sys.stderr)
+                        since = f"after {replay.replayed} micro-batches " if replay.replayed else ""
+                        print(f"note: {since}CUDA graphs were given up: {replay.why_not}", file=sys.stderr)
                     record["lean"]["graphs"] = replay.close()
             with shared.whole_adapters(model, recipe.method):
                 record["vitals"] = recipe.method.vitals(model, optimizer)

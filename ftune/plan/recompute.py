@@ -78,12 +78,10 @@ def enable_checkpointing(model: Any, blocks: int | None = None) -> None:
         blocks: How many, counted from the first that trains anything; None: all. A model whose blocks cannot be
             told apart recomputes all.
     """
-    # The state of the random numbers cannot be asked for while a CUDA graph is recorded.
-    settings = {"use_reentrant": False, "preserve_rng_state": is_random(model)}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:  # its name in older versions of transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if blocks is not None:
         layers = blocks_of(model)
         first = _first_with_graph(model, layers)
@@ -111,8 +109,19 @@ def is_random(model: nn.Module) -> bool:
     from torch import nn
 
     config = getattr(model, "config", None)
-    settings = config.to_dict() if config is not None else {}
+    return _has_chance(config.to_dict() if config is not None else {}) or any(
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()
+    )
+
+
+def _has_chance(settings: dict[str, Any]) -> bool:
+    """Whether a configuration, or one in it, drops something or adds noise, but for heads that no causal model has."""
     return any(
-        isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
+        _has_chance(value)
+        if isinstance(value, dict)
+        else isinstance(value, float)
+        and value > 0
+        and any(word in name for word in ("drop", "jitter", "noise"))
+        and not name.startswith(("summary_", "classifier"))
         for name, value in settings.items()
-    ) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -25,8 +26,8 @@ __all__ = ["BlockGraphs", "CudaRecorder", "Recorder"]
 
 T = TypeVar("T")
 
-_WAITED = "called a synchronizing CUDA operation"
-"""What torch warns of (``torch.cuda.set_sync_debug_mode``)."""
+_WAITED, _OF_THE_MODE = "called a synchronizing CUDA operation", "Synchronization debug mode"
+"""What torch warns of (``torch.cuda.set_sync_debug_mode``), and that it warns of it."""
 
 
 class Recorder(Protocol):
@@ -79,11 +80,10 @@ class CudaRecorder:
                 found = work()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        waited = [warning for warning in caught if _WAITED in str(warning.message)]
         for warning in caught:
-            if warning not in waited:
+            if not any(words in str(warning.message) for words in (_WAITED, _OF_THE_MODE)):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        return found, bool(waited)
+        return found, any(_WAITED in str(warning.message) for warning in caught)
 
     def wait(self) -> None:
         """For the whole device."""
@@ -187,7 +187,9 @@ class _Block:
     def __init__(
         self, graphs: BlockGraphs, module: nn.Module, usual: Callable[..., Any], leaves: list[Any], spec: TreeSpec
     ) -> None:
-        self._graphs, self._spec, self._weights = graphs, spec, [*module.parameters(), *module.buffers()]
+        # Graphs hold memory, which is to be free as soon as they are let go: no circles.
+        self._graphs: BlockGraphs = weakref.proxy(graphs)
+        self._spec, self._weights = spec, [*module.parameters(), *module.buffers()]
         self._places = self._pointers()
         hidden = leaves[0]
         self._trained = [p for p in module.parameters() if p.requires_grad]

@@ -210,7 +210,7 @@ class Loop:
         """Measure the held-out loss and emit it."""
         assert self.plan.splits.eval is not None
         began = time.perf_counter()
-        loss, count = held_out_loss(self.objective, self.plan, self.accelerator)
+        loss, count = self._held_out_loss()
         perplexity = math.exp(min(loss, 700.0))
         self.emit(EvalEnd(step, loss, perplexity, count, time.perf_counter() - began))
         if step < self.plan.total_steps:  # those of the end are judged, by the caller
@@ -243,16 +243,15 @@ class Loop:
             try:
                 total = self._backward(step, mine, targets, wrapped)
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.replay is not None and self.replay.release("memory ran out beside the graphs"):
-                    self._drop_gradients()
-                    continue
-                if not self.auto_batch:
+                if not (is_out_of_memory(error) and (self.auto_batch or self._has_graphs)):
                     raise
                 failure = error.with_traceback(None)  # which holds the activations
             if failure is not None:
+                again = self._has_graphs
+                self._let_graphs_go()
                 self._drop_gradients()  # before asking the others, which takes memory too
+                if again:
+                    continue
             short = self._ranks_where(failure is not None) if self.auto_batch else []
             if total is not None and not short:
                 return total
@@ -263,6 +262,24 @@ class Loop:
             self.progress["halvings"] = self.portions.halved(rows, short, halvings)
             before, now = (len(self.portions.of(rows, short[0], n)) for n in (halvings, self.progress["halvings"]))
             self.emit(Halved(step, self.progress["halvings"], before, now))
+
+    @property
+    def _has_graphs(self) -> bool:
+        return self.replay is not None and self.replay.has_graphs
+
+    def _let_graphs_go(self) -> None:
+        if self.replay is not None and self.replay.has_graphs:
+            self.replay.release("memory ran out beside them")
+
+    def _held_out_loss(self) -> tuple[float, int]:
+        """The held-out loss; where graphs of training are in the way of it, without them."""
+        try:
+            return held_out_loss(self.objective, self.plan, self.accelerator)
+        except Exception as error:
+            if not (is_out_of_memory(error) and self._has_graphs):
+                raise
+        self._let_graphs_go()
+        return held_out_loss(self.objective, self.plan, self.accelerator)
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

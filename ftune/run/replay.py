@@ -86,13 +86,19 @@ class Replay:
             del block._ftune_replay
         return found
 
-    def release(self, why: str) -> bool:
-        """Let go of the graphs for good, and of their memory; whether there were any."""
-        had = bool(self._graphs)
+    @property
+    def has_graphs(self) -> bool:
+        """Whether graphs hold memory."""
+        return bool(self._graphs)
+
+    def release(self, why: str) -> None:
+        """Let go of the graphs for good, and of their memory."""
+        for graphs in self._graphs.values():
+            graphs.blocks.clear()
         self._graphs.clear()
         self._gradients.clear()
+        self._recorder.make_room()
         self.why_not = self.why_not or why
-        return had
 
     def run(self, step: int, shape: Hashable, micro: Callable[[], Tensor]) -> Tensor:
         """Compute a micro-batch.
@@ -117,6 +123,7 @@ class Replay:
             return self._compared(shape, graphs, micro) if step > graphs.step else micro()
         self._seen[shape] += 1
         if self._seen[shape] == USUAL and not self._always:
+            self._recorder.wait()  # for what was launched before
             began = time.perf_counter()
             loss = micro()
             launched = time.perf_counter()
@@ -146,8 +153,11 @@ class Replay:
         """Compute a micro-batch as usual and by graphs, which are kept where both are the same; the usual counts."""
         before = self._take_gradients()
         graphs.recording = self._watching = shape not in self._graphs
-        loss = micro()
-        self._watching, usual = False, self._take_gradients()
+        try:
+            loss = micro()
+        finally:
+            self._watching = False
+        usual = self._take_gradients()
         why = self._waits
         if why is None:
             try:
@@ -158,6 +168,7 @@ class Replay:
             found = new if old is None else old if new is None else old.add_(new)
             parameter.grad = None if found is None else found.to(parameter.device)
         if why is not None:
+            graphs.blocks.clear()
             self.release(why)
             return loss
         graphs.proven, graphs.recording = not graphs.recording, False

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from ftune.errors import ModelError
 from ftune.methods import METHODS
-from ftune.plan.recompute import choose_blocks, enable_checkpointing, written
+from ftune.plan.recompute import choose_blocks, enable_checkpointing, is_random, written
 from ftune.plan.resolve import resolve
 
 LAYERS = 3
@@ -162,3 +164,23 @@ def test_a_resumed_run_recomputes_what_it_began_with(tmp_path: Path) -> None:
     auto = tiny.recipe(tmp_path, training={"memory_gib": 1000.0}).recipe
     assert auto.training.gradient_checkpointing == "auto"
     assert RunDir(tmp_path / "run").as_begun(auto).training.gradient_checkpointing == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "random"),
+    [
+        (tiny.config(), False),
+        (tiny.config(attention_dropout=0.1), True),
+        # used by heads alone, which no causal model has
+        (GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), False),
+        (GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=32), True),
+    ],
+)
+def test_what_is_random(config: Any, random: bool) -> None:
+    assert is_random(AutoModelForCausalLM.from_config(config)) is random
+
+
+def test_chance_in_a_configuration_of_a_part_counts() -> None:
+    model = tiny.model()
+    model.config = SimpleNamespace(to_dict=lambda: {"text_config": {"attention_dropout": 0.1}, "vocab_size": 32})
+    assert is_random(model)

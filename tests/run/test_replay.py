@@ -7,25 +7,30 @@ graph. On a GPU the graphs themselves run.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from run.test_auto_batch import holds
 from run.test_loop import assert_near, losses, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from ftune.artifacts import training
+from ftune.artifacts import kernels, training
 from ftune.artifacts.training import train
 from ftune.methods import METHODS
-from ftune.plan.recompute import blocks_of
+from ftune.plan.recompute import blocks_of, enable_checkpointing
 from ftune.recipe.load import Loaded
+from ftune.run import block_graphs
 from ftune.run.objective import Objective
 from ftune.run.replay import Replay
 
@@ -117,9 +122,9 @@ class Tapes:
 def with_tapes(monkeypatch: pytest.MonkeyPatch, tapes: Any, always: bool = True) -> None:
     """Let runs replay on the CPU."""
 
-    def replay_of(plan: Any, model: torch.nn.Module) -> Replay:
+    def replay_of(plan: Any, model: torch.nn.Module) -> tuple[Replay, str]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return Replay(blocks_of(model), trained, tapes, plan.context.dtype, always=always)
+        return Replay(blocks_of(model), trained, tapes, plan.context.dtype, always=always), ""
 
     monkeypatch.setattr(training, "replay_of", replay_of)
 
@@ -239,6 +244,79 @@ def test_where_memory_runs_out_beside_graphs_they_go(tmp_path: Path, monkeypatch
     train(recipe(tmp_path, name="replayed"))
     assert "memory ran out" in graphs(tmp_path / "replayed")["why_not"]
     assert_near(weights(tmp_path / "replayed", 5), weights(tmp_path / "usual", 5))
+
+
+def test_an_evaluation_that_graphs_leave_no_memory_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = {"evaluation": {"every_steps": 4}}
+    train(recipe(tmp_path, name="usual", **evaluation))
+    forward, kept = Objective.forward, weakref.WeakSet[Any]()
+    made = block_graphs._Block.__init__
+
+    def counted(self: Any, *args: Any) -> None:
+        made(self, *args)
+        kept.add(self)
+
+    def beside_graphs(self: Objective, batch: Any) -> Any:
+        if not self.training and kept:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(block_graphs._Block, "__init__", counted)
+    monkeypatch.setattr(Objective, "forward", beside_graphs)
+    with_tapes(monkeypatch, Tapes())
+    gc.disable()  # memory is to be free at once
+    try:
+        train(recipe(tmp_path, name="replayed", **evaluation))
+    finally:
+        gc.enable()
+    assert "memory ran out" in graphs(tmp_path / "replayed")["why_not"]
+    evals = [[event["loss"] for event in tiny.events(tmp_path / run, "eval")] for run in ("usual", "replayed")]
+    assert len(evals[0]) == 2
+    assert_near(*evals)
+
+
+def test_halving_is_no_reason_to_go_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holds(monkeypatch, 1)
+    with_tapes(monkeypatch, Tapes())
+    training = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    train(recipe(tmp_path, model={"attention": "eager"}, training=training), auto_batch=True)
+    assert "why_not" not in graphs(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"asked": False}, "is false"),
+        ({"device": "cpu"}, "no CUDA device"),
+        ({"world": 2}, "several processes"),
+        ({"name": "full"}, "as large as the model"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_what_can_be_replayed(changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CudaRecorder", lambda device: Tapes())
+    method = tiny.method(changes.get("name", "lora"))
+    model = method.adapt(tiny.model(attention_dropout=changes.get("dropout", 0.0)), tiny.context())
+    enable_checkpointing(model, 1)
+    plan: Any = SimpleNamespace(
+        recipe=SimpleNamespace(method=method, training=SimpleNamespace(cuda_graphs=changes.get("asked", "auto"))),
+        context=SimpleNamespace(device=torch.device(changes.get("device", "cuda")), dtype=torch.bfloat16),
+        world_size=changes.get("world", 1),
+    )
+    replay, said = kernels.replay_of(plan, model)
+    assert (replay is None) is bool(why)
+    assert why in said
+    first, second = blocks_of(model)
+    # The state of the random numbers cannot be asked for while a graph is recorded.
+    keeps = first._gradient_checkpointing_func.keywords.get("preserve_rng_state", True)
+    assert (first.gradient_checkpointing, second.gradient_checkpointing, keeps) == (True, False, bool(why))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_who_asks_for_graphs_hears_why_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe(tmp_path, training={"cuda_graphs": True}))
+    assert "note: blocks are not replayed from CUDA graphs: there is no CUDA device" in capsys.readouterr().err
 
 
 def test_rows_of_another_shape_are_computed_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
