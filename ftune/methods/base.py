@@ -434,6 +434,10 @@ class Method(BaseModel):
         """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""
         return 0
 
+    def stream_bytes(self, stored: int) -> int:
+        """Bytes of an element of the residual stream, which recomputed blocks keep; stored: of a base weight."""
+        return stored
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """Bytes of activations that the method keeps for the backward pass, above the base model's own."""
         return 0

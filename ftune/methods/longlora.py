@@ -288,6 +288,10 @@ class LongLora(LowRank):
         """Only the blocks on the diagonal: of every group, on either half of the heads."""
         return 0 if not packed else min(length**2, 2 * length * (self.group_size or _quarter(length)))
 
+    def stream_bytes(self, stored: int) -> int:
+        """fp32 where the embedding trains, which is fp32 then."""
+        return 4 if self.train_embeddings else stored
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """LoRA's, the residual stream in fp32, and attention's operands once more as groups and beside each other.
 

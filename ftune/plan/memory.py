@@ -150,7 +150,7 @@ def estimate(
     )
     one_mask = rows * length**2 * dtype_bytes
     masks = (one_mask if masked else 0) + rows * method.mask_cells(length, packed) * dtype_bytes
-    inputs = tokens * recomputed_blocks * shape.hidden * stored
+    inputs = tokens * recomputed_blocks * shape.hidden * method.stream_bytes(stored)
     left = layers - recomputed_blocks
     held = kept * left // layers + inputs
     step = LAST_STEP * tokens * shape.intermediate * dtype_bytes + _dequantized_bytes(

@@ -16,7 +16,8 @@ from ftune.human import bytes_text
 from ftune.methods import METHODS, ModelShape
 from ftune.plan.advice import what_to_change
 from ftune.plan.lean import PER_DOCUMENT, make_lean
-from ftune.plan.memory import MemoryEstimate, estimate
+from ftune.plan.memory import MemoryEstimate, estimate, stored_bytes
+from ftune.plan.recompute import blocks_of
 from ftune.plan.shapes import read_shape
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -118,6 +119,19 @@ def test_every_method_keeps_what_is_predicted(name: str, dtype: torch.dtype) -> 
     # The first block keeps little under methods that train behind its attention: one in eight here, fewer in use.
     config = tiny_config("llama", num_hidden_layers=8)
     assert ratio(config, name, dtype) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_inputs_that_recomputed_blocks_keep_are_as_wide_as_predicted(name: str) -> None:
+    method, dtype = tiny.method(name), torch.bfloat16
+    base = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=method.base_dtype(dtype))
+    model: Any = method.adapt(base, tiny.context(total_steps=9, dtype=dtype)).train()
+    widths = []
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(lambda _, given: widths.append(given[0].dtype.itemsize))
+    with torch.autocast("cpu", dtype):
+        model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+    assert set(widths) == {method.stream_bytes(stored_bytes(method, dtype.itemsize))}
 
 
 # Of fused query, key and value projections gpt_neox keeps one tensor where three are counted, phi3 all for the values.
