@@ -34,14 +34,14 @@ __all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
 
-RUNTIME_BYTES = {"cpu": 530 * 2**20, "cuda": 80 * 2**20}
+RUNTIME_BYTES = {"cpu": 490 * 2**20, "cuda": 80 * 2**20}
 """CPU: Python with torch, transformers, peft and accelerate imported, after a first update (measured on Linux).
 CUDA: the workspaces of cuBLAS, of which PyTorch's allocator knows (on an H100). The context is not the allocator's:
 what a device has left is counted without it (``ftune.available``)."""
 
-PEFT_BYTES = 56 * 2**20
-"""What importing PEFT takes of that: adapters of our own do without. GaLore imports bitsandbytes in its place, and the
-holes of a whole model in training were fitted with it."""
+IMPORT_BYTES = {"peft": 0, "ftune": -16 * 2**20, "transformers": 40 * 2**20}
+"""What is imported beside or in place of that on a CPU, by the library that loads what is trained: adapters of our own
+do without PEFT. The holes of a whole model in training were fitted with that much more."""
 
 HOLES = 0.7
 HOLES_WHOLE = 1.0
@@ -137,7 +137,6 @@ def estimate(
     tokens = rows * length
     layers = shape.layers
     whole = method.artifact == "model"
-    uses_peft = method.saved_as != "ftune"
     stored = stored_bytes(method, dtype_bytes)
     masked = _masked(shape, length, attention, device_type, packed)
 
@@ -189,7 +188,7 @@ def estimate(
         "activations": activations,
         "logits": logit_bytes,
         "buffers": buffers,
-        "runtime": RUNTIME_BYTES[device_type] - (PEFT_BYTES if device_type == "cpu" and not uses_peft else 0),
+        "runtime": RUNTIME_BYTES[device_type] + (IMPORT_BYTES[method.saved_as] if device_type == "cpu" else 0),
     }
     loading = while_loading(items, engine=engine, processes=processes, device_type=device_type)
     items = per_rank(

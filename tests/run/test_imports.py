@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 SCRIPT = """
 import gc, sys
@@ -20,4 +23,25 @@ assert abs(gc.get_freeze_count() - kept) < 500 and "peft" not in sys.modules
 
 def test_what_is_imported_is_frozen_once_and_collection_goes_on() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+LATER = """
+import sys, torch
+from ftune.run.imports import import_libraries
+compile_now = torch.compile
+import_libraries(peft=True)
+assert torch.compile is compile_now
+assert "torch._inductor.compile_fx" not in sys.modules, "the compiler was imported"
+from bitsandbytes.backends.default import ops  # decorates functions with torch.compile as it is imported
+code = torch.linspace(-1, 1, 16)
+places = torch.tensor([0, 15, 3, 4], dtype=torch.uint8)
+found = ops._dequantize_blockwise_compute(places, torch.ones(2), code, 2, code.dtype)
+assert torch.allclose(found.flatten(), code[[0, 15, 3, 4]]), found
+"""
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_the_compiler_is_not_imported_before_something_is_compiled() -> None:
+    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
