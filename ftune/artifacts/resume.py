@@ -24,8 +24,12 @@ __all__ = ["changes_of_data", "evaluation_missed", "require_same", "resolve_agai
 
 # What may differ between start and resume: it does not change what is trained.
 _FREE_TO_CHANGE = (
-    *("checkpoint", "evaluation", "tracking", "output_dir"),
-    *("training.stop_at_grad_norm", "training.cuda_graphs"),
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "output_dir",
+    "training.stop_at_grad_norm",
+    "training.cuda_graphs",
 )
 
 

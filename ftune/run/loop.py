@@ -247,10 +247,9 @@ class Loop:
                     raise
                 failure = error.with_traceback(None)  # which holds the activations
             if failure is not None:
-                again = self._has_graphs
-                self._let_graphs_go()
+                freed = self._let_graphs_go()
                 self._drop_gradients()  # before asking the others, which takes memory too
-                if again:
+                if freed:
                     continue
             short = self._ranks_where(failure is not None) if self.auto_batch else []
             if total is not None and not short:
@@ -267,9 +266,12 @@ class Loop:
     def _has_graphs(self) -> bool:
         return self.replay is not None and self.replay.has_graphs
 
-    def _let_graphs_go(self) -> None:
-        if self.replay is not None and self.replay.has_graphs:
-            self.replay.release("memory ran out beside them")
+    def _let_graphs_go(self) -> bool:
+        """Free the memory of graphs; whether there were any."""
+        if self.replay is None or not self.replay.has_graphs:
+            return False
+        self.replay.release("memory ran out beside them")
+        return True
 
     def _held_out_loss(self) -> tuple[float, int]:
         """The held-out loss; where graphs of training are in the way of it, without them."""

@@ -158,6 +158,7 @@ class Replay:
         finally:
             self._watching = False
         usual = self._take_gradients()
+        self._graphs[shape] = graphs
         why = self._waits
         if why is None:
             try:
@@ -168,11 +169,9 @@ class Replay:
             found = new if old is None else old if new is None else old.add_(new)
             parameter.grad = None if found is None else found.to(parameter.device)
         if why is not None:
-            graphs.blocks.clear()
             self.release(why)
             return loss
         graphs.proven, graphs.recording = not graphs.recording, False
-        self._graphs[shape] = graphs
         self._recorder.make_room()  # beside the graphs the usual pass took its memory a second time
         return loss
 
