@@ -26,6 +26,7 @@ LAYERS = [
     "cache",
     "available",
     "installed",
+    "heap",
     "errors",
     "scrub",
 ]

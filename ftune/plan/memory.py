@@ -43,14 +43,14 @@ IMPORT_BYTES = {"peft": 0, "ftune": -16 * 2**20, "transformers": 40 * 2**20}
 """What is imported beside or in place of that on a CPU, by the library that loads what is trained: adapters of our own
 do without PEFT. The holes of a whole model in training were fitted with that much more."""
 
-HOLES = 0.7
-HOLES_WHOLE = 1.0
+HOLES = 0.35
+HOLES_WHOLE = 0.6
 HOLES_RECOMPUTED = 0.22
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
 activations live until the backward pass (where the whole model or a tied head trains, gradients and cast weights come
 and go among them), and of recomputed ones, between which they are given back
-(``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens. With every block
-mapped on its own (MALLOC_MMAP_THRESHOLD_=262144) they vanish, for a third more time."""
+(``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens, with the heap as
+``ftune train`` sets it (``ftune.heap``); rows of many lengths leave more."""
 
 LAST_STEP = 4
 """Tensors of the feed-forward's width that the backward pass of one gated feed-forward takes for itself."""
