@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,13 @@ class _Replaced(Exception):
 
 
 @pytest.fixture
-def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[str, str]]]:
+def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch, _untuned: None) -> list[tuple[str, list[str], dict[str, str]]]:
     calls: list[tuple[str, list[str], dict[str, str]]] = []
 
     def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
@@ -64,8 +71,6 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict
         raise _Replaced
 
     monkeypatch.setattr(os, "execve", execve)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
     return calls
 
 
@@ -93,6 +98,7 @@ def test_another_program_is_not_begun_again(
     assert replaced == []
 
 
+@pytest.mark.usefixtures("_untuned")
 def test_a_run_goes_on_where_it_cannot_be_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def execve(*_: object) -> None:
         raise PermissionError("no")
@@ -100,15 +106,12 @@ def test_a_run_goes_on_where_it_cannot_be_begun_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(sys, "argv", ["/venv/bin/ftune", "train", "x"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "/venv/bin/ftune", "train", "x"])
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
     heap.begin_again()
 
 
 PROGRAM = """
 import os, sys
 from ftune import cli
-import ftune.heap
 def trained(*_, **__):
     print(os.getpid() == int(sys.argv[-1].removeprefix("x=")), os.environ.get("GLIBC_TUNABLES"))
     raise SystemExit(0)
@@ -120,11 +123,10 @@ cli.main()
 @pytest.mark.skipif(heap.tuned({}) is None, reason="nothing to tune on this machine")
 @pytest.mark.parametrize(("command", "expected"), [("train", TUNABLES), ("validate", "None")])
 def test_a_real_process_keeps_its_number_and_only_train_begins_again(
-    tmp_path: object, command: str, expected: str
+    tmp_path: Path, command: str, expected: str
 ) -> None:
-    script = f"{tmp_path}/__main__.py"
-    with open(script, "w", encoding="utf-8") as file:
-        file.write(PROGRAM)
+    script = tmp_path / "__main__.py"
+    script.write_text(PROGRAM, encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "LD_PRELOAD")}
     shell = f'exec "{sys.executable}" "{script}" {command} x=$$'
     done = subprocess.run(["sh", "-c", shell], env=environment, capture_output=True, text=True, timeout=120)
