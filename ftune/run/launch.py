@@ -30,6 +30,9 @@ _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _GRACE_SECONDS = 600
 # The launcher notices a death at its next look, and stamps it in whole seconds.
 _NOTICED_LATE = 1.2
+# What has not ended half a minute after it was asked to, it kills. What was killed earlier was killed from outside,
+# however late a busy machine let the launcher look.
+_KILLED_BY_LAUNCHER = 25
 _PR_SET_PDEATHSIG = 1
 
 
@@ -136,13 +139,15 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
     """The failure that made the others fail.
 
     When one process dies, the others lose their connection to it, or the launcher stops them with SIGTERM. So it is
-    the earliest, those last that SIGTERM ended; one that was killed is noticed a moment after it died.
+    the earliest, those last that SIGTERM ended; one that was killed is noticed a moment after it died, and SIGKILL
+    comes from outside unless the launcher had waited long for the process to stop.
     """
 
     def place(failure: Failure) -> tuple[bool, float]:
         if failure.message:
             return False, failure.time
-        return failure.code == -signal.SIGTERM, failure.time - _NOTICED_LATE
+        late = _KILLED_BY_LAUNCHER if failure.code == -signal.SIGKILL else _NOTICED_LATE
+        return failure.code == -signal.SIGTERM, failure.time - late
 
     return min(failures, key=place)
 
