@@ -4,25 +4,24 @@ A mask over the whole row costs ``L^2`` scores a head, of which packed documents
 layer keep repeated keys and values and a copy of the mask. Here a row costs ``sum of l^2`` and keeps the queries,
 keys, values and outputs as they are, in the dtype in which they came.
 
-On the CPU documents of up to ``LONG`` tokens are computed by plain products, a block of queries at a time against the
-keys up to its end: half of the scores of a square, and no block of scores leaves the cache. Scores and their softmax
-are fp32 whatever the dtype. The order of work is FlashAttention's (Dao et al., arXiv:2205.14135), without its running
-maximum: a block sees all of its keys at once. Longer documents take torch's fused kernel.
+On the CPU short documents are computed by plain products, a block of queries at a time against the keys up to its end:
+half of the scores of a square, and no block of scores leaves the cache. All of it is fp32 whatever the dtype: of these
+sizes products in 16 bits are no faster, they bring conversions, and oneDNN keeps a kernel of over half a MiB for each
+shape of one. The order of work is FlashAttention's (Dao et al., arXiv:2205.14135), without its running maximum: a block
+sees all of its keys at once. Longer documents take torch's fused kernel.
 
 Shape suffixes: H query heads, K key and value heads, G = H / K, L tokens of the row, T tokens of a document, B queries
-of a block, R = G B, E keys that a block sees, D width of a head.
+of a block, R = B G, E keys that a block sees, D width of a head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 __all__ = ["document_attention"]
 
@@ -32,12 +31,12 @@ BLOCK = 64
 LONG = 1024
 """Tokens beyond which the fused kernel, in the dtype of its input, is faster."""
 
-STEP = 16
-"""Documents are computed as if they had a multiple of so many tokens: behind them lies what none of their queries sees.
-For every shape of a product in 16 bits oneDNN keeps a kernel of some 0.2 MiB, among the tensors of a step."""
+LONG_IN_TILES = 384
+"""The same in bf16 where the CPU multiplies tiles of it (AMX), which the fused kernel makes use of."""
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
 def document_attention(
@@ -68,17 +67,18 @@ class _DocumentAttention(torch.autograd.Function):
         heads, length, dim = query_HLD.shape
         out_LHD = query_HLD.new_empty(length, heads, dim)
         logsumexps_HT: list[Tensor] = []  # of the long documents
-        for start, end in zip(borders, borders[1:], strict=False):
-            query, key, value = (_document(x, start, end) for x in (query_HLD, key_KLD, value_KLD))
-            out = out_LHD[start:end].transpose(0, 1)
-            # Autocast would round the scores to 16 bits.
-            with torch.autocast("cpu", enabled=False):
-                if end - start <= LONG:
+        longest = _longest_by_blocks(query_HLD.dtype)
+        # Autocast would round the scores to 16 bits.
+        with torch.autocast("cpu", enabled=False):
+            for start, end in zip(borders, borders[1:], strict=False):
+                query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
+                out = out_LHD[start:end].transpose(0, 1)
+                if end - start <= longest:
                     _by_blocks(query, key, value, scale, out)
                 else:
                     logsumexps_HT.append(_fused_into(query, key, value, scale, out))
         ctx.save_for_backward(query_HLD, key_KLD, value_KLD, out_LHD, *logsumexps_HT)
-        ctx.borders, ctx.scale = borders, scale
+        ctx.borders, ctx.scale, ctx.longest = borders, scale, longest
         return out_LHD
 
     @staticmethod
@@ -91,56 +91,65 @@ class _DocumentAttention(torch.autograd.Function):
             for x in (query_HLD, key_KLD, value_KLD)
         ]
         for start, end in zip(ctx.borders, ctx.borders[1:], strict=False):
-            query, key, value = (_document(x, start, end) for x in (query_HLD, key_KLD, value_KLD))
+            query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
             out, grad_out = (x[start:end].transpose(0, 1) for x in (out_LHD, grad_LHD))
             into = tuple(grad[:, start:end] for grad in grads)
-            if end - start <= LONG:
+            if end - start <= ctx.longest:
                 _by_blocks_backward(query, key, value, grad_out, ctx.scale, into)
             else:
                 _fused_backward_into(query, key, value, out, grad_out, next(logsumexps), ctx.scale, into)
         return (*grads, None, None)
 
 
-def _document(x_HLD: Tensor, start: int, end: int) -> Tensor:
-    """A document, and behind it what makes its length a multiple of ``STEP``: the next one's tokens, or zeros."""
-    wide = end if end - start > LONG else start + -(-(end - start) // STEP) * STEP
-    missing = wide - x_HLD.shape[1]
-    return functional.pad(x_HLD[:, start:], (0, 0, 0, missing)) if missing > 0 else x_HLD[:, start:wide]
+@cache
+def _longest_by_blocks(dtype: torch.dtype) -> int:
+    return LONG_IN_TILES if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else LONG
 
 
 # --- by blocks of queries ----------------------------------------------------------------------------------
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
+@lru_cache(maxsize=LONG)
+def _blocks(length: int) -> tuple[tuple[int, int], ...]:
     """Where blocks of queries begin and end: alike in size, multiples of 8, from ``BLOCK`` to less than twice that."""
     size = -(-length // max(1, length // BLOCK))
     size = -(-size // 8) * 8
-    return ((start, min(start + size, length)) for start in range(0, length, size))
+    return tuple((start, min(start + size, length)) for start in range(0, length, size))
 
 
 @lru_cache(maxsize=64)
 def _hidden_RB(queries: int, groups: int) -> Tensor:
-    """-inf where a query must not see a key of its own block, for ``groups`` query heads below each other."""
-    return torch.full((queries, queries), -math.inf).triu(1).repeat(groups, 1)
+    """-inf where a query must not see a key of its own block, for the ``groups`` heads of each query."""
+    return torch.full((queries, queries), -math.inf).triu(1).repeat_interleave(groups, 0)
 
 
-def _shares(query_KRD: Tensor, key_KDE: Tensor, queries: int, scale: float) -> Tensor:
-    """Attention weights (K, R, E) in fp32: scores that were rounded to 16 bits would be off by up to 1/256."""
-    scores_KRE = torch.bmm(query_KRD.float() * scale, key_KDE)
+def _rows_KRD(x_HBD: Tensor, key_heads: int) -> Tensor:
+    """What queries of a block have, in fp32: under each key head its query heads, side by side for each query."""
+    heads, queries, dim = x_HBD.shape
+    rows = torch.empty(key_heads, queries, heads // key_heads, dim)
+    return rows.copy_(x_HBD.view(key_heads, -1, queries, dim).transpose(1, 2)).view(key_heads, -1, dim)
+
+
+def _put_rows(rows_KRD: Tensor, into_HBD: Tensor) -> None:
+    """The other way around, in the dtype of ``into_HBD``."""
+    heads, queries, dim = into_HBD.shape
+    into_HBD.view(len(rows_KRD), -1, queries, dim).copy_(rows_KRD.view(len(rows_KRD), queries, -1, dim).transpose(1, 2))
+
+
+def _shares_KRE(query_KRD: Tensor, key_KDE: Tensor, queries: int) -> Tensor:
+    """Attention weights."""
+    scores_KRE = torch.bmm(query_KRD, key_KDE)
     scores_KRE[:, :, -queries:].add_(_hidden_RB(queries, query_KRD.shape[1] // queries))
-    return torch.softmax(scores_KRE, dim=-1)
+    return torch.softmax(scores_KRE, dim=-1, out=scores_KRE)
 
 
 def _by_blocks(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, out_HTD: Tensor) -> None:
-    """Attend, and keep as many of the outputs as ``out_HTD`` has room for."""
-    key_heads, length, dim = key_KTD.shape
-    key_KDT = key_KTD.float().transpose(1, 2)
+    key_heads, length, _ = key_KTD.shape
+    key_KDT, value_KTD = torch.mul(key_KTD.float(), scale).transpose(1, 2), value_KTD.float()
     for start, end in _blocks(length):
-        query_KRD = query_HTD[:, start:end].reshape(key_heads, -1, dim)
-        shares_KRE = _shares(query_KRD, key_KDT[:, :, :end], end - start, scale)
-        found_KRD = torch.bmm(shares_KRE.to(value_KTD.dtype), value_KTD[:, :end])
-        into = out_HTD[:, start:end]
-        into.copy_(found_KRD.view(-1, end - start, dim)[:, : into.shape[1]])
+        query_KRD = _rows_KRD(query_HTD[:, start:end], key_heads)
+        shares_KRE = _shares_KRE(query_KRD, key_KDT[:, :, :end], end - start)
+        _put_rows(torch.bmm(shares_KRE, value_KTD[:, :end]), out_HTD[:, start:end])
 
 
 def _by_blocks_backward(
@@ -151,28 +160,23 @@ def _by_blocks_backward(
     scale: float,
     into: tuple[Tensor, ...],
 ) -> None:
-    """Put the gradients of as many tokens as ``grad_HTD`` has into ``into``; those of outputs behind them are zero."""
-    (key_heads, length, dim), tokens = key_KTD.shape, grad_HTD.shape[1]
+    key_heads, length, _ = key_KTD.shape
     grad_query_HTD, grad_key_KTD, grad_value_KTD = into
-    key_KDT, value_KDT = key_KTD.float().transpose(1, 2), value_KTD.transpose(1, 2)
+    key_KTD, value_KDT = torch.mul(key_KTD.float(), scale), value_KTD.float().transpose(1, 2)
+    key_KDT = key_KTD.transpose(1, 2)
     # Sums over blocks, in fp32: (K, T, D)
-    sum_key, sum_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key_KTD, value_KTD))
+    sum_key, sum_value = torch.zeros_like(key_KTD), torch.zeros_like(key_KTD)
     for start, end in _blocks(length):
-        query_KRD = query_HTD[:, start:end].reshape(key_heads, -1, dim)
-        grad = functional.pad(grad_HTD[:, start:end], (0, 0, 0, max(0, end - max(start, tokens))))
-        grad_KRD = grad.reshape(key_heads, -1, dim)
-        shares_KRE = _shares(query_KRD, key_KDT[:, :, :end], end - start, scale)
-        sum_value[:, :end] += torch.bmm(shares_KRE.to(grad_KRD.dtype).transpose(1, 2), grad_KRD)
-        grad_shares_KRE = torch.bmm(grad_KRD, value_KDT[:, :, :end]).float()
-        # Of the scaled scores; the scale follows on the products, which are smaller.
-        grad_scores_KRE = torch.ops.aten._softmax_backward_data(grad_shares_KRE, shares_KRE, -1, torch.float32)
-        grad_scores_KRE = grad_scores_KRE.to(query_HTD.dtype)
-        found_KRD = torch.bmm(grad_scores_KRE, key_KTD[:, :end])
-        into_query = grad_query_HTD[:, start:end]
-        torch.mul(found_KRD.view(-1, end - start, dim)[:, : into_query.shape[1]], scale, out=into_query)
-        sum_key[:, :end] += torch.bmm(grad_scores_KRE.transpose(1, 2), query_KRD)
-    grad_key_KTD.copy_(sum_key[:, :tokens].mul_(scale))
-    grad_value_KTD.copy_(sum_value[:, :tokens])
+        query_KRD, grad_KRD = (_rows_KRD(x[:, start:end], key_heads) for x in (query_HTD, grad_HTD))
+        shares_KRE = _shares_KRE(query_KRD, key_KDT[:, :, :end], end - start)
+        sum_value[:, :end].baddbmm_(shares_KRE.transpose(1, 2), grad_KRD)
+        # Of the shares, then in their place of the scores.
+        grad_KRE = torch.bmm(grad_KRD, value_KDT[:, :, :end])
+        _softmax_backward(grad_KRE, shares_KRE, -1, torch.float32, grad_input=grad_KRE)
+        _put_rows(torch.bmm(grad_KRE, key_KTD[:, :end]), grad_query_HTD[:, start:end])
+        sum_key[:, :end].baddbmm_(grad_KRE.transpose(1, 2), query_KRD)
+    grad_key_KTD.copy_(sum_key.mul_(scale))
+    grad_value_KTD.copy_(sum_value)
 
 
 # --- longer ones: the fused kernel -------------------------------------------------------------------------

@@ -9,7 +9,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftune.ops.document_attention import BLOCK, LONG, document_attention
+from ftune.ops.document_attention import (
+    BLOCK,
+    LONG,
+    LONG_IN_TILES,
+    _longest_by_blocks,
+    document_attention,
+)
 
 # One block of queries, several, an odd last one; the fused kernel between two of them; documents of one token.
 BORDERS = [(0, BLOCK), (0, 1, 2, 40), (0, 2 * BLOCK, 4 * BLOCK + 1, 7 * BLOCK), (0, 300, 301 + LONG, 1400)]
@@ -48,19 +54,28 @@ def test_autocast_rounds_no_score() -> None:
         assert torch.equal(document_attention(query, key, value, (0, 100)), alone)
 
 
-def test_products_in_bf16_have_few_shapes() -> None:
-    shapes: set[int] = set()
+@pytest.mark.parametrize("amx", [False, True])
+def test_short_documents_need_no_product_in_16_bits_long_ones_the_fused_kernel(
+    amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.overloadpacket is torch.ops.aten.bmm and args[0].dtype == torch.bfloat16:
-                shapes.update((*args[0].shape[1:], args[1].shape[2]))
+            name = func.overloadpacket.__name__
+            if "flash" in name or ("mm" in name and args[0].dtype == torch.bfloat16):
+                called.append(name)
             return func(*args, **(kwargs or {}))
 
-    torch.manual_seed(0)
-    for length in range(1, 60):
-        query, key, value = (torch.randn(heads, 96, 32).bfloat16().requires_grad_() for heads in (4, 2, 2))
-        with Watch():
-            document_attention(query, key, value, (0, length, 96)).float().sum().backward()
-    assert shapes
-    assert all(each % 16 == 0 for each in shapes)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    _longest_by_blocks.cache_clear()
+    try:
+        query, key, value = (torch.randn(heads, LONG, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+        for borders in [(0, LONG_IN_TILES, 2 * LONG_IN_TILES), (0, LONG)]:
+            called.clear()
+            rows = (x[:, : borders[-1]] for x in (query, key, value))
+            with Watch():
+                document_attention(*rows, borders).float().sum().backward()
+            assert len(called) == (2 if amx and borders[1] > LONG_IN_TILES else 0)
+    finally:
+        _longest_by_blocks.cache_clear()
