@@ -136,7 +136,7 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     import torch
 
-    from ftune.ops.kernels import EAGER, using
+    from ftune.ops.kernels import EAGER, TRIAL_TOKENS, using
 
     # What differs between training and evaluation would not show: the trial is without dropout.
     if not _takes_one(module) or any("dropout" in name for name in (*vars(module), *dict(module.named_children()))):
@@ -146,7 +146,7 @@ def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     if width is None:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, width, generator=generator).to(weight.device, dtype)
+    x = torch.randn(1, TRIAL_TOKENS, width, generator=generator).to(weight.device, dtype)
     was_training = module.training
     module.eval()  # no dropout
     try:

@@ -228,6 +228,8 @@ def _let_share(model: Any, adapted: list[Any], dtype: torch.dtype | None) -> Non
     """
     import torch
 
+    from ftune.ops.kernels import TRIAL_TOKENS
+
     calls: list[tuple[Any, Tensor]] = []
     hooks = [layer.register_forward_pre_hook(lambda layer, given: calls.append((layer, given[0]))) for layer in adapted]
     was_training = model.training
@@ -236,7 +238,8 @@ def _let_share(model: Any, adapted: list[Any], dtype: torch.dtype | None) -> Non
         device = model.get_input_embeddings().weight.device
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
         with torch.no_grad(), autocast:
-            model(input_ids=torch.arange(4, device=device)[None], use_cache=False)
+            ids = torch.arange(TRIAL_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
+            model(input_ids=ids, use_cache=False)
     except Exception:  # an architecture that wants more than tokens; it fails in its own ways
         return
     finally:

@@ -42,8 +42,10 @@ def _attend_by_document(model: Any, context: Context, packable: bool) -> bool:
     """Switch to attention per document, unless the logits of three documents then change."""
     import torch
 
-    ids = torch.arange(40, device=context.device) * 7919 % model.config.get_text_config().vocab_size
-    documents = list(ids.split([9, 20, 11] if packable else [40]))
+    from ftune.ops.kernels import TRIAL_TOKENS
+
+    ids = torch.arange(TRIAL_TOKENS, device=context.device) * 7919 % model.config.get_text_config().vocab_size
+    documents = list(ids.split([9, TRIAL_TOKENS - 20, 11] if packable else TRIAL_TOKENS))
     before = _logits(model, documents, context)
     with_mask = model.config._attn_implementation
     try:

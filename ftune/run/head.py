@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from ftune.ops.kernels import TRIAL_TOKENS
+
 __all__ = ["AfterHead", "HeadTap", "autocast", "measure_after_head"]
 
 
@@ -81,7 +83,7 @@ def measure_after_head(model: nn.Module, dtype: torch.dtype, device: torch.devic
     model.eval()  # no dropout, and nothing that counts what it sees in training
     try:
         with HeadTap(model, sent), autocast(dtype, device.type):
-            ids = torch.arange(2, device=device)[None]
+            ids = torch.arange(TRIAL_TOKENS, device=device)[None] % vocab
             came: Tensor = cast(Any, model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     except (ValueError, TypeError, RuntimeError, IndexError):  # it expects logits over its vocabulary
         return None

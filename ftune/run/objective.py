@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from ftune.ops.kernels import TRIAL_TOKENS
 from ftune.run.fused_loss import fused_cross_entropy, fused_pays
 from ftune.run.head import AfterHead, HeadTap, autocast, measure_after_head
 
@@ -120,16 +121,17 @@ def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vo
         model: A causal model; left in training mode if it was.
         dtype: What it computes in.
         device: Where it is.
-        vocab: Size of its vocabulary, from which three documents of 12 tokens are made.
+        vocab: Size of its vocabulary, from which three short documents are made.
 
     Returns:
         Mean changes of one document's logits, as shares of their standard deviation: when the document before it is
         another one (same shapes, so 0 where documents are isolated); when there is none before it; and, as the
         measure of rounding between these shapes, when it stands first in a row of that length.
     """
-    ids = torch.arange(36, device=device) * 7919 % vocab
-    first, other, probe = ids[:12], ids[12:24], ids[24:]
-    places = torch.arange(12, device=device)
+    length = TRIAL_TOKENS // 6
+    ids = torch.arange(3 * length, device=device) * 7919 % vocab
+    first, other, probe = ids.split(length)
+    places = torch.arange(length, device=device)
 
     def logits(rows: list[list[Tensor]]) -> Tensor:
         """Logits (B, L, V) of rows of documents, as many and as long in each row."""
@@ -145,8 +147,8 @@ def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vo
     try:
         # In one batch: a forward pass costs as much for three short rows as for one.
         packed = logits([[first, probe], [other, probe], [probe, other]])
-        behind, behind_other, in_front = packed[0, 12:], packed[1, 12:], packed[2, :12]
-        alone = logits([[probe]])[0]
+        behind, behind_other, in_front = packed[0, length:], packed[1, length:], packed[2, :length]
+        alone = logits([[probe]] * 6)[0]
     finally:
         model.train(was_training)
     spread = alone.std()
