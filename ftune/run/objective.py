@@ -128,9 +128,9 @@ def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vo
         another one (same shapes, so 0 where documents are isolated); when there is none before it; and, as the
         measure of rounding between these shapes, when it stands first in a row of that length.
     """
-    length = TRIAL_TOKENS // 6
+    length = TRIAL_TOKENS // 6  # three rows of two documents, or six of one
     ids = torch.arange(3 * length, device=device) * 7919 % vocab
-    first, other, probe = ids.split(length)
+    first, other, probe = ids.chunk(3)
     places = torch.arange(length, device=device)
 
     def logits(rows: list[list[Tensor]]) -> Tensor:
