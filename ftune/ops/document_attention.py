@@ -17,7 +17,8 @@ of a block, R = B G, E keys that a block sees, D width of a head.
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,13 +79,14 @@ class _DocumentAttention(torch.autograd.Function):
                 else:
                     logsumexps_HT.append(_fused_into(query, key, value, scale, out))
         ctx.save_for_backward(query_HLD, key_KLD, value_KLD, out_LHD, *logsumexps_HT)
-        ctx.borders, ctx.scale, ctx.longest = borders, scale, longest
+        ctx.borders, ctx.scale = borders, scale
         return out_LHD
 
     @staticmethod
     def backward(ctx: Any, grad_LHD: Tensor) -> tuple[Any, ...]:
         query_HLD, key_KLD, value_KLD, out_LHD, *logsumexps_HT = ctx.saved_tensors
         logsumexps = iter(logsumexps_HT)
+        longest = _longest_by_blocks(query_HLD.dtype)
         # Laid out as the projections' outputs are, whose gradients these become: (L, H, D) in memory.
         grads = [
             torch.empty(x.shape[1], x.shape[0], x.shape[2], dtype=x.dtype, device=x.device).transpose(0, 1)
@@ -94,14 +96,13 @@ class _DocumentAttention(torch.autograd.Function):
             query, key, value = (x[:, start:end] for x in (query_HLD, key_KLD, value_KLD))
             out, grad_out = (x[start:end].transpose(0, 1) for x in (out_LHD, grad_LHD))
             into = tuple(grad[:, start:end] for grad in grads)
-            if end - start <= ctx.longest:
+            if end - start <= longest:
                 _by_blocks_backward(query, key, value, grad_out, ctx.scale, into)
             else:
                 _fused_backward_into(query, key, value, out, grad_out, next(logsumexps), ctx.scale, into)
         return (*grads, None, None)
 
 
-@cache
 def _longest_by_blocks(dtype: torch.dtype) -> int:
     return LONG_IN_TILES if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else LONG
 
@@ -109,12 +110,11 @@ def _longest_by_blocks(dtype: torch.dtype) -> int:
 # --- by blocks of queries ----------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=LONG)
-def _blocks(length: int) -> tuple[tuple[int, int], ...]:
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """Where blocks of queries begin and end: alike in size, multiples of 8, from ``BLOCK`` to less than twice that."""
     size = -(-length // max(1, length // BLOCK))
     size = -(-size // 8) * 8
-    return tuple((start, min(start + size, length)) for start in range(0, length, size))
+    return ((start, min(start + size, length)) for start in range(0, length, size))
 
 
 @lru_cache(maxsize=64)

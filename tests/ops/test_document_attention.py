@@ -9,13 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftune.ops.document_attention import (
-    BLOCK,
-    LONG,
-    LONG_IN_TILES,
-    _longest_by_blocks,
-    document_attention,
-)
+from ftune.ops.document_attention import BLOCK, LONG, LONG_IN_TILES, document_attention
 
 # One block of queries, several, an odd last one; the fused kernel between two of them; documents of one token.
 BORDERS = [(0, BLOCK), (0, 1, 2, 40), (0, 2 * BLOCK, 4 * BLOCK + 1, 7 * BLOCK), (0, 300, 301 + LONG, 1400)]
@@ -68,14 +62,10 @@ def test_short_documents_need_no_product_in_16_bits_long_ones_the_fused_kernel(
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    _longest_by_blocks.cache_clear()
-    try:
-        query, key, value = (torch.randn(heads, LONG, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
-        for borders in [(0, LONG_IN_TILES, 2 * LONG_IN_TILES), (0, LONG)]:
-            called.clear()
-            rows = (x[:, : borders[-1]] for x in (query, key, value))
-            with Watch():
-                document_attention(*rows, borders).float().sum().backward()
-            assert len(called) == (2 if amx and borders[1] > LONG_IN_TILES else 0)
-    finally:
-        _longest_by_blocks.cache_clear()
+    query, key, value = (torch.randn(heads, LONG, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    for borders in [(0, LONG_IN_TILES, 2 * LONG_IN_TILES), (0, LONG)]:
+        called.clear()
+        rows = (x[:, : borders[-1]] for x in (query, key, value))
+        with Watch():
+            document_attention(*rows, borders).float().sum().backward()
+        assert len(called) == (2 if amx and borders[1] > LONG_IN_TILES else 0)
