@@ -60,6 +60,7 @@ def _variant(title: str, **training: Any) -> Tool:
 OURS = {
     "ftune": _variant("ftune"),
     "ftune-1024": _variant("ftune, 1024 tokens at once", micro_batch_tokens=1024),
+    "ftune-768": _variant("ftune, 768 tokens at once", micro_batch_tokens=768),
     "ftune-512": _variant("ftune, 512 tokens at once", micro_batch_tokens=512),
     "ftune-lean": _variant("ftune, least memory", micro_batch_tokens=512, gradient_checkpointing=True),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftune.data.batches import collate, deal, epoch_order, regroup, split
+from ftune.data.batches import collate, deal, epoch_order, length_step, regroup, split
 from ftune.data.tokenize import IGNORE, Example
 
 
@@ -247,6 +249,38 @@ def test_regrouped_micro_batches_are_alike_in_size() -> None:
     lengths = [400, 300, 200, 200, 100]
     assert sorted(sum(lengths[i] for i in m) for m in regroup(range(5), lengths, 900)) == [600, 600]
     assert regroup([], [], 10) == [[]]
+
+
+def padded(length: int) -> int:
+    return -(-length // length_step(length)) * length_step(length)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "expected"),
+    [
+        # 541 and 521 tokens alike would be 576 and 576
+        ([300, 290, 231, 101, 90, 50], 768, [512, 576]),
+        # three times 576 without an exchange
+        ([345, 314, 295, 223, 140, 98, 76, 69], 700, [512, 512, 576]),
+        # nothing fits better: 100 and 90 stay what they are
+        ([100, 90], 120, [96, 104]),
+    ],
+)
+def test_regrouped_micro_batches_are_padded_to_little(lengths: list[int], capacity: int, expected: list[int]) -> None:
+    micros = regroup(range(len(lengths)), lengths, capacity)
+    assert sorted(padded(sum(lengths[i] for i in micro)) for micro in micros) == expected
+
+
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=40), st.integers(400, 2000))
+def test_no_exchange_of_two_rows_leaves_less_padding(lengths: list[int], capacity: int) -> None:
+    micros = [[lengths[row] for row in micro] for micro in regroup(range(len(lengths)), lengths, capacity)]
+    for one, other in pairwise(micros):
+        least = padded(sum(one)) + padded(sum(other))
+        longest = padded(max(sum(one), sum(other)))
+        for given_, taken in product((*sorted(one)[:12], 0), (*sorted(other)[:12], 0)):
+            after, other_after = sum(one) - given_ + taken, sum(other) + given_ - taken
+            if 0 < after <= capacity and 0 < other_after <= capacity and padded(max(after, other_after)) <= longest:
+                assert padded(after) + padded(other_after) >= least
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 5))
