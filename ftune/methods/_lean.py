@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
+from ftune.methods._head import plain_head
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -47,7 +49,7 @@ def lean_base(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     import torch
 
     counts = {"norms": 0, "gates": 0, "rotary": 0, "linears": 0}
-    head = cast(Any, model).get_output_embeddings()
+    head = plain_head(model)  # whose product is part of the loss
     forward: Callable[..., Any] | None
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:

@@ -75,7 +75,8 @@ def measure_after_head(model: nn.Module, dtype: torch.dtype, device: torch.devic
     """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    vocab = getattr(head, "out_features", None) or getattr(getattr(head, "weight", None), "shape", [None])[0]
+    sized = getattr(head, "original_module", head)  # of a head that PEFT trains a copy of
+    vocab = getattr(sized, "out_features", None) or getattr(getattr(sized, "weight", None), "shape", [None])[0]
     if head is None or vocab is None or "forward" in vars(head):
         return None
     sent = torch.cat([torch.linspace(-50, 50, 101), torch.tensor([1e-3, 1e4])]).to(device)

@@ -5,12 +5,13 @@ One module holds model, head and loss, because under DDP every parameter must be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ftune.methods._head import plain_head
 from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from ftune.ops.kernels import TRIAL_TOKENS
 from ftune.run.fused_loss import fused_cross_entropy, fused_pays
@@ -79,13 +80,13 @@ class Objective(nn.Module):
             is_target_BK = targets_BK != -100
             hidden_ND, targets_N = hidden_BKD[is_target_BK], targets_BK[is_target_BK]
         device = hidden_BKD.device.type
-        if type(head) is nn.Linear:
+        if (plain := plain_head(self.model)) is not None:
             # As autocast would for the head's product, which has no part in the loss's own precision.
             low_ND = hidden_ND if self.dtype == torch.float32 else hidden_ND.to(self.dtype)
             with torch.autocast(device, enabled=False):
                 linear = fused_cross_entropy if self.fused else linear_cross_entropy
                 loss = linear(
-                    low_ND, head.weight, targets_N, head.bias, scale=after_head.scale, softcap=after_head.softcap
+                    low_ND, plain.weight, targets_N, plain.bias, scale=after_head.scale, softcap=after_head.softcap
                 )
         else:
             with autocast(self.dtype, device):
@@ -103,8 +104,8 @@ class Objective(nn.Module):
         after_head = self._measure_head(device)
         if after_head is None:
             return False
-        head = cast(Any, self.model).get_output_embeddings()
-        return type(head) is nn.Linear and fused_pays(head, after_head, self.dtype, positions)
+        plain = plain_head(self.model)
+        return plain is not None and fused_pays(plain, after_head, self.dtype, positions)
 
     def _measure_head(self, device: torch.device) -> AfterHead | None:
         if not self._measured:

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from ftune.data.batches import collate
 from ftune.data.tokenize import Example
+from ftune.methods import METHODS
+from ftune.methods._lean import lean_base
+from ftune.ops.cross_entropy import linear_cross_entropy
 from ftune.run.head import AfterHead, measure_after_head
 from ftune.run.objective import Objective
 
@@ -46,7 +49,7 @@ def batch() -> Any:
 
 
 def own_loss(model: Any, given: Any) -> Tensor:
-    logits = model(input_ids=given.input_ids, use_cache=False).logits
+    logits = model(input_ids=given.input_ids, use_cache=False).logits[:, -given.input_ids.shape[1] :]
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), given.labels[:, 1:].flatten(), reduction="sum")
 
 
@@ -101,3 +104,31 @@ def test_the_head_is_itself_again_afterwards() -> None:
     Objective(model, torch.float32)(given)
     assert "forward" not in vars(model.get_output_embeddings())
     assert torch.equal(own_loss(model, given), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_method_makes_whole_logits(name: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = tiny.method(name)
+    model = method.adapt(tiny.model(tie_word_embeddings=tied), tiny.context(row_lengths=[20] * 8))
+    given = batch()
+    expected = own_loss(model.eval(), given)
+    method.lean(model, tiny.context())
+    lean_base(model, torch.float32)
+    objective = Objective(model, torch.float32)
+    heads = []
+
+    def watching(*arguments: Any, **named: Any) -> Tensor:
+        heads.append(arguments[1])
+        return linear_cross_entropy(*arguments, **named)
+
+    monkeypatch.setattr("ftune.run.objective.linear_cross_entropy", watching)
+    loss = objective(given)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    (weight,) = heads
+    assert weight.shape == (259, tiny.config().hidden_size)
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A tied head that trains is the embedding that trains.
+    assert any(weight is parameter for parameter in trains) == (
+        method.artifact == "model" or (method.trains_head and tied)
+    )
