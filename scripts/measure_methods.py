@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -22,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ftune.heap import tuned
 from ftune.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +62,13 @@ class Turn:
         overrides = [f"model.id={model}", f"output_dir={out}", *extra]
         command = [sys.executable, __file__, "--worker", f"recipes/{name}.yaml", *overrides]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=tuned(os.environ),  # as `ftune train` begins
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def step(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Batch", "collate", "deal", "epoch_order", "length_step", "regroup", "split"]
+__all__ = ["Batch", "collate", "deal", "epoch_order", "length_step", "padded_length", "regroup", "split"]
 
 # global batches that are sorted by length together: enough to find rows of one length, few enough that the
 # order stays random
@@ -160,15 +160,15 @@ def _exchange(one: list[int], other: list[int], lengths: Sequence[int], capacity
     Neither comes to be padded to more than the longer one was. Whether there is such an exchange; the best one is made.
     """
     load, other_load = sum(lengths[row] for row in one), sum(lengths[row] for row in other)
-    at_most = min(_padded(max(load, other_load)), max(capacity, load, other_load))
-    best, found = _padded(load) + _padded(other_load), None
+    at_most = min(padded_length(max(load, other_load)), max(capacity, load, other_load))
+    best, found = padded_length(load) + padded_length(other_load), None
     shortest, other_shortest = (sorted(rows, key=lambda row: lengths[row])[:EXCHANGED] for rows in (one, other))
     for given in (*shortest, None):
         for taken in (*other_shortest, None):
             moved = (0 if given is None else lengths[given]) - (0 if taken is None else lengths[taken])
             after, other_after = load - moved, other_load + moved
             if 0 < min(after, other_after) and max(after, other_after) <= at_most:
-                padded = _padded(after) + _padded(other_after)
+                padded = padded_length(after) + padded_length(other_after)
                 if padded < best:
                     best, found = padded, (given, taken)
     if found is None:
@@ -192,7 +192,8 @@ def length_step(length: int) -> int:
     return max(8, 1 << max(0, length.bit_length() - 4))
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """A row's length with its padding."""
     step = length_step(length)
     return -(-length // step) * step
 

@@ -129,6 +129,10 @@ class LowRank(Method):
         targets = _shared.match_targets(shape.linears, self.target_modules)
         return 0 if self.dropout else _shared.lean_saved_copies(targets, self.rank, dtype_bytes)
 
+    def products(self, shape: ModelShape) -> int:
+        """With A and with B: forwards, and for the gradients of each and of what it is multiplied with."""
+        return 6 * _shared.different(_shared.match_targets(shape.linears, self.target_modules))
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """``xA``, and inputs that no norm or gate makes again, in the dtype the model computes in.
 

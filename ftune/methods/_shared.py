@@ -53,6 +53,11 @@ def list_linears(model: nn.Module) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+def different(linears: Sequence[Linear]) -> int:
+    """How many shapes some projections have."""
+    return len({(linear.in_features, linear.out_features) for linear in linears})
+
+
 def match_targets(linears: Sequence[Linear], targets: Targets, field: str = "target_modules") -> list[Linear]:
     """The projections that a field of the recipe names, with PEFT's rules.
 

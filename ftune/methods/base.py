@@ -434,6 +434,10 @@ class Method(BaseModel):
         """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""
         return 0
 
+    def products(self, shape: ModelShape) -> int:
+        """Products, different in shape, that what trains adds to those of frozen layers, for one size of batch."""
+        return 0
+
     def stream_bytes(self, stored: int) -> int:
         """Bytes of an element of the residual stream, which recomputed blocks keep; stored: of a base weight."""
         return stored

@@ -258,6 +258,10 @@ class Bottleneck(Method):
         size = self.size(shape.hidden)
         return self._positions(shape) * (2 * shape.hidden * size + size + shape.hidden)
 
+    def products(self, shape: ModelShape) -> int:
+        """Of two matrices, forwards and for two gradients each, and the non-linearity's kernels."""
+        return 8
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """A position keeps its input for W_down, and both sides of the non-linearity."""
         return self._positions(shape) * (shape.hidden + 2 * self.size(shape.hidden)) * dtype_bytes

@@ -188,6 +188,10 @@ class FourierFt(Method):
         """Every update made dense, which autograd keeps until the backward pass."""
         return dtype_bytes * sum(linear.elements for linear in self._targets(shape))
 
+    def products(self, shape: ModelShape) -> int:
+        """For the gradients of dense updates; forwards they are part of the weight."""
+        return _shared.different(self._targets(shape))
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """The input of each dense update; in 16 bits a cast copy for each, in fp32 shared by q and v."""
         targets = self._targets(shape)

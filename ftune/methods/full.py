@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from ftune.methods import _shared
 from ftune.methods.base import Context, Method, ModelShape
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class Full(Method):
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Everything."""
         return shape.parameters
+
+    def products(self, shape: ModelShape) -> int:
+        """For the gradients of the weights."""
+        return _shared.different(shape.linears)
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """None: what is trained is the base model itself."""

@@ -309,6 +309,10 @@ class GaLore(Method):
         """Everything."""
         return shape.parameters
 
+    def products(self, shape: ModelShape) -> int:
+        """For the gradients of the weights."""
+        return _shared.different(shape.linears)
+
     def adapter_bytes(self, shape: ModelShape) -> int:
         """None: what is trained is the base model itself."""
         return 0

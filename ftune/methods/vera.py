@@ -181,6 +181,10 @@ class Vera(Method):
         widest = max(linear.in_features for linear in targets) + max(linear.out_features for linear in targets)
         return 4 * (self.trainable_parameters(shape) + self.rank * widest)
 
+    def products(self, shape: ModelShape) -> int:
+        """With A and with B forwards, and for the gradients of what they are multiplied with: some 3 for each shape."""
+        return 3 * _shared.different(self._targets(shape))
+
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """What ``d`` and ``b`` multiply: ``A x`` and ``B (d * A x)``. Frozen, A and B keep no input."""
         return dtype_bytes * sum(self.rank + linear.out_features for linear in self._targets(shape))

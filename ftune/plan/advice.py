@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftune.data.batches import padded_length
 from ftune.human import bytes_text
 from ftune.methods import METHODS, Method
 from ftune.methods.quantization import Quantization
@@ -74,12 +75,13 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
                 {"rows": 1, "target_tokens": arguments["target_tokens"] // rows},
             )
         )
-    shorter = recipe.data.max_length // 2
-    if shorter >= 128 and shorter < arguments["length"]:
-        share = shorter / arguments["length"]
-        changes.append(
-            (f"data.max_length: {shorter}", {"length": shorter, "_target_share": share}),
-        )
+    length, shorter = arguments["length"], recipe.data.max_length // 2
+    if length > padded_length(recipe.data.max_length):  # rows behind each other
+        fewer = max(recipe.data.max_length, length // 2)
+        text = f"training.micro_batch_tokens: {fewer}, which changes no result"
+        changes.append((text, {"length": fewer, "_target_share": fewer / length}))
+    elif 128 <= shorter < length:
+        changes.append((f"data.max_length: {shorter}", {"length": shorter, "_target_share": shorter / length}))
     if arguments["optimizer"] in ("adamw", "paged_adamw"):
         changes.append(("optimizer.name: adamw_8bit", {"optimizer": "adamw_8bit"}))
     changes += [(text, {"method": lighter}) for text, lighter in method.lighter()]

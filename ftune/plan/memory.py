@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftune.methods import Method, ModelShape, _shared
+from ftune.plan.kernels import kernel_bytes
 from ftune.plan.sharding import per_rank, shares_state, while_loading
 
 __all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
@@ -34,23 +35,23 @@ __all__ = ["ITEMS", "MemoryEstimate", "estimate", "stored_bytes"]
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime")
 """What a peak is made of, in the order in which it is shown."""
 
-RUNTIME_BYTES = {"cpu": 490 * 2**20, "cuda": 80 * 2**20}
-"""CPU: Python with torch, transformers, peft and accelerate imported, after a first update (measured on Linux).
-CUDA: the workspaces of cuBLAS, of which PyTorch's allocator knows (on an H100). The context is not the allocator's:
-what a device has left is counted without it (``ftune.available``)."""
+RUNTIME_BYTES = {"cpu": 468 * 2**20, "cuda": 80 * 2**20}
+"""CPU: Python with torch, transformers, peft and accelerate imported, after a first update (measured on Linux), without
+the kernels of products (``ftune.plan.kernels``). CUDA: the workspaces of cuBLAS, of which PyTorch's allocator knows (on
+an H100). The context is not the allocator's: what a device has left is counted without it (``ftune.available``)."""
 
-IMPORT_BYTES = {"peft": 0, "ftune": -16 * 2**20, "transformers": 40 * 2**20}
+IMPORT_BYTES = {"peft": 0, "ftune": -26 * 2**20, "transformers": 40 * 2**20}
 """What is imported beside or in place of that on a CPU, by the library that loads what is trained: adapters of our own
 do without PEFT. The holes of a whole model in training were fitted with that much more."""
 
-HOLES = 0.35
-HOLES_WHOLE = 0.6
-HOLES_RECOMPUTED = 0.22
+HOLES = 0.23
+HOLES_WHOLE = 0.42
+HOLES_RECOMPUTED = 0.1
 """Holes that glibc's heap keeps on the CPU, as a share of what the blocks keep in one forward pass: of blocks whose
 activations live until the backward pass (where the whole model or a tied head trains, gradients and cast weights come
 and go among them), and of recomputed ones, between which they are given back
 (``ftune.run.memory.trim_between_blocks``). Fitted to SmolLM2-135M with rows of 512 and 2048 tokens, with the heap as
-``ftune train`` sets it (``ftune.heap``); rows of many lengths leave more."""
+``ftune train`` sets it (``ftune.heap``)."""
 
 LAST_STEP = 4
 """Tensors of the feed-forward's width that the backward pass of one gated feed-forward takes for itself."""
@@ -113,6 +114,7 @@ def estimate(
     engine: str = "ddp",
     processes: int = 1,
     fused_loss: bool = True,
+    row_shapes: int = 1,
 ) -> MemoryEstimate:
     """Estimate the peak memory of training, on one device: that of one rank, where there are several.
 
@@ -131,6 +133,7 @@ def estimate(
         engine: How processes share what they hold (``ftune.plan.sharding``).
         processes: How many there are.
         fused_loss: On CUDA, whether one kernel puts the gradient of logits in their place (``ftune.ops.fused``).
+        row_shapes: How many shapes micro-batches have, each of which takes kernels of its own on a CPU.
     """
     arguments = dict(locals())
     length += method.virtual_positions
@@ -188,8 +191,11 @@ def estimate(
         "activations": activations,
         "logits": logit_bytes,
         "buffers": buffers,
-        "runtime": RUNTIME_BYTES[device_type] + (IMPORT_BYTES[method.saved_as] if device_type == "cpu" else 0),
+        "runtime": RUNTIME_BYTES[device_type],
     }
+    if device_type == "cpu":
+        items["runtime"] += IMPORT_BYTES[method.saved_as]
+        items["runtime"] += kernel_bytes(method, shape, row_shapes) if dtype_bytes < 4 else 0
     loading = while_loading(items, engine=engine, processes=processes, device_type=device_type)
     items = per_rank(
         items, method, shape, engine=engine, processes=processes, stored_bytes=stored, device_type=device_type

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.available import available_bytes, least_of_all, on_empty_gpu
+from ftune.data.batches import padded_length
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
@@ -22,6 +24,7 @@ from ftune.methods import Context, ModelShape
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
+from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
@@ -29,7 +32,7 @@ from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing
 from ftune.plan.shapes import read_shape
 from ftune.plan.summary import summary_of
 from ftune.recipe.locate import locate_model
-from ftune.recipe.schema import Recipe
+from ftune.recipe.schema import Recipe, TrainingSpec
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +120,7 @@ class Plan:
     @cached_property
     def micro_batch_tokens(self) -> int:
         """Tokens in a forward pass where rows are laid behind each other; no less than the longest row has."""
-        training, longest = self.recipe.training, max(self.row_lengths)
-        return max(training.micro_batch_tokens or training.micro_batch_size * longest, longest)
+        return _micro_batch_tokens(self.recipe.training, self.row_lengths)
 
     def summary(self) -> dict[str, Any]:
         """The plan as JSON-able data: what is printed, and what ``run.json`` keeps."""
@@ -207,13 +209,30 @@ def resolve(
     )
     _refuse(recipe, config, shape, context)
 
-    regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
-    if training.micro_batch_tokens and recipe.method.packable and recipe.model.attention == "sdpa":
-        update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
-        regrouped = min(max(training.micro_batch_tokens, max(lengths)), update)
-
+    flat = recipe.method.packable and recipe.model.attention == "sdpa"
     # Tried here only: of a device that is not, it is taken for granted.
     fused = target is not None or device.type != "cuda" or _has_fused()
+
+    targets = [sum(splits.train.examples[index].target_tokens for index in row) for row in rows]
+    shapes = shapes_of(
+        lengths,
+        targets,
+        steps=total_steps,
+        global_batch=global_batch,
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=_micro_batch_tokens(training, lengths),
+        flat=flat,
+        by_length=not (recipe.packing or flat),
+        seed=training.seed,
+        world=world_size,
+    )
+
+    regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
+    if flat and shapes.most_tokens is not None:
+        regrouped = shapes.most_tokens
+    elif training.micro_batch_tokens and flat:
+        update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
+        regrouped = padded_length(min(max(training.micro_batch_tokens, max(lengths)), update))
 
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
         return estimate(
@@ -222,8 +241,8 @@ def resolve(
             optimizer=recipe.optimizer.name,
             dtype_bytes=dtype.itemsize,
             rows=1 if regrouped else training.micro_batch_size,
-            length=regrouped or max(lengths),
-            target_tokens=regrouped or training.micro_batch_size * _most_targets(splits.train, rows),
+            length=regrouped or padded_length(max(lengths)),
+            target_tokens=shapes.most_targets or regrouped or training.micro_batch_size * max(targets),
             recomputed_blocks=recomputed_blocks,
             attention=recipe.model.attention,
             device_type="cuda" if target else device.type,
@@ -231,6 +250,7 @@ def resolve(
             engine=engine.name,
             processes=world_size,
             fused_loss=fused,
+            row_shapes=shapes.different,
         )
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -347,6 +367,11 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     return model, recipe.method.optimizer(model, recipe.optimizer)
 
 
+def _micro_batch_tokens(training: TrainingSpec, lengths: Sequence[int]) -> int:
+    longest = max(lengths)
+    return max(training.micro_batch_tokens or training.micro_batch_size * longest, longest)
+
+
 def _has_fused() -> bool:
     from ftune.ops.kernels import has_fused
 
@@ -356,8 +381,3 @@ def _has_fused() -> bool:
 def _budget(recipe: Recipe, available: int) -> int:
     gib = recipe.training.memory_gib
     return available if gib is None else int(gib * 2**30)
-
-
-def _most_targets(split: Split, rows: Rows) -> int:
-    """Supervised tokens in the row that has most."""
-    return max(sum(split.examples[index].target_tokens for index in row) for row in rows)

@@ -28,9 +28,6 @@ def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
     """
     where = "before the first update" if step is None else f"after {step} of {plan.total_steps} updates"
     changes = [f"{text} (saves {bytes_text(saved)})" for text, _, saved in savings(plan.memory, plan.recipe)]
-    together, most = plan.recipe.training.micro_batch_tokens, max(plan.row_lengths)
-    if together and together // 2 >= most:
-        changes.insert(0, f"training.micro_batch_tokens: {together // 2}, which changes no result")
     if plan.eval_rows and plan.recipe.evaluation.batch_size > 1:
         changes.append("evaluation.batch_size: 1, if it was while evaluating")
     if plan.engine.name == "ddp" and not plan.recipe.method.updates_in_backward:

@@ -311,6 +311,16 @@ def test_each_advice_is_true() -> None:
     assert lines[-1].endswith("GiB, fits")
 
 
+def test_of_rows_behind_each_other_fewer_at_once_come_before_shorter_ones() -> None:
+    shape = shape_named("llama-3-8b")
+    prediction = estimated("lora", shape, length=4096, target_tokens=2048)
+    lines = what_to_change(prediction, 12 * GIB, recipe(max_length=1024))
+    (line,) = [line for line in lines if line.startswith("training.micro_batch_tokens: 2048, which changes no result")]
+    again = estimated("lora", shape, length=2048, target_tokens=1024)
+    assert f"saves {bytes_text(prediction.total - again.total)}" in line
+    assert not any("max_length" in line for line in lines)
+
+
 def test_full_is_told_of_smaller_states_and_of_qlora() -> None:
     prediction = estimated("full", shape_named("llama-2-7b"), recomputed_blocks=32)
     lines = what_to_change(prediction, 80 * GIB, recipe())

@@ -150,10 +150,18 @@ def test_regrouped_rows_are_planned_as_one(tmp_path: Path) -> None:
         planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500, 10**6)
     )
     longest = max(as_asked.row_lengths)
-    assert regrouped.memory.arguments["rows"] == 1
-    assert regrouped.memory.arguments["length"] == max(500, longest)
-    assert at_most_all.memory.arguments["length"] == 8 * longest
-    assert (as_asked.memory.arguments["rows"], as_asked.memory.arguments["length"]) == (4, longest)
+    assert [plan.memory.arguments["rows"] for plan in (as_asked, regrouped, at_most_all)] == [1, 1, 1]
+    assert regrouped.memory.arguments["length"] == 512  # what 500 tokens are padded to
+    some, all_at_once = (plan.memory.arguments["length"] for plan in (as_asked, at_most_all))
+    assert longest < some <= 4 * longest < all_at_once <= 8 * longest
+
+
+def test_of_a_long_run_the_largest_micro_batch_is_the_largest_there_may_be(tmp_path: Path) -> None:
+    rows = {"micro_batch_size": 2, "max_steps": 100}
+    as_asked, regrouped = (planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500))
+    arguments = as_asked.memory.arguments
+    assert (arguments["rows"], arguments["length"]) == (2, max(as_asked.row_lengths))
+    assert (regrouped.memory.arguments["rows"], regrouped.memory.arguments["length"]) == (1, 512)
 
 
 def test_a_resumed_run_recomputes_what_it_began_with(tmp_path: Path) -> None:
