@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import ModelError
 from ftune.ops.kernels import has_fused, refuse_fused
 from ftune.plan.lean import PER_DOCUMENT, make_lean
-from ftune.plan.resolve import Plan
+from ftune.plan.resolve import Plan, may_lie_flat
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
 from ftune.run.objective import Objective, packing_error
 
@@ -90,16 +90,14 @@ def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
 
     The verdict is every process's, since all must take the same rows.
     """
-    import torch
-
-    longest = max(len(example) for example in plan.splits.train.examples)
-    window = plan.shape.extra.get("sliding_window")
-    masked = (
-        (window is not None and window < longest)
-        or plan.shape.extra.get("attention_dropout")
-        or (plan.context.device.type == "cuda" and plan.context.dtype == torch.float32)
+    may = may_lie_flat(
+        plan.recipe.method,
+        plan.shape,
+        attention=plan.recipe.model.attention,
+        longest=max(map(len, plan.splits.train.examples)),
+        fp32_on_cuda=plan.context.device.type == "cuda" and plan.context.dtype.itemsize == 4,
     )
-    return agreed(accelerator, bool(apart and not masked))
+    return agreed(accelerator, apart and may)
 
 
 def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, loss: str | None) -> bool:

@@ -137,8 +137,8 @@ def regroup(rows: Sequence[int], row_lengths: Sequence[int], capacity: int) -> l
 
     For rows that lie behind each other, padded at the end to a multiple of ``length_step``. A longer row is a
     micro-batch of its own. Micro-batches are made alike in size where that needs no more of them: the largest decides
-    the memory. Then rows are exchanged between them, so that there is less padding. No rows give one empty micro-batch,
-    in which a process still takes part.
+    the memory. Then rows are exchanged between them, so that there is less padding; the largest, with its padding,
+    becomes no larger. No rows give one empty micro-batch, in which a process still takes part.
     """
     longest_first = sorted(rows, key=lambda row: -row_lengths[row])
     bins = _first_fit(longest_first, row_lengths, capacity)

@@ -351,6 +351,10 @@ class AdaLora(Method):
         """The optimizer's, and three fp32 values a parameter: its importance and the averages of it."""
         return super().optimizer_bytes(shape, optimizer) + 12 * self.trainable_parameters(shape)
 
+    def products(self, shape: ModelShape) -> int:
+        """As LoRA's: with ``diag(E) A`` and with B, forwards and for two gradients each."""
+        return 6 * _shared.different(_shared.match_targets(shape.linears, self.target_modules))
+
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """``diag(E) A`` in fp32, with dropout in the compute dtype; copies of A and B that are computed with."""
         targets = _shared.match_targets(shape.linears, self.target_modules)

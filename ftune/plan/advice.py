@@ -13,14 +13,19 @@ from ftune.plan.memory import MemoryEstimate, estimate
 __all__ = ["savings", "what_to_change"]
 
 
-def savings(estimate_: MemoryEstimate, recipe: Any) -> list[tuple[str, dict[str, Any], int]]:
+def savings(estimate_: MemoryEstimate, recipe: Any, available: int = 0) -> list[tuple[str, dict[str, Any], int]]:
     """Changes to the recipe that save at least 2 % of the total, the largest first.
+
+    Args:
+        estimate_: An estimate from ``estimate``.
+        recipe: The recipe, from which the current values are read.
+        available: Bytes with which a change that has degrees goes no further.
 
     Returns:
         What to write, the arguments of ``estimate`` that it changes, and the bytes it saves.
     """
     arguments = dict(estimate_.arguments)
-    changes = _changes(arguments, recipe)
+    changes = _changes(arguments, recipe, available)
     saved = [(text, change, estimate_.total - _again(arguments, change).total) for text, change in changes]
     return sorted((item for item in saved if item[2] * 50 >= estimate_.total), key=lambda item: -item[2])
 
@@ -40,7 +45,7 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
     if estimate_.total <= available:
         return []
     arguments = dict(estimate_.arguments)
-    useful = savings(estimate_, recipe)
+    useful = savings(estimate_, recipe, available)
     lines = []
     for text, _, saving in useful:
         left = estimate_.total - saving
@@ -59,7 +64,7 @@ def what_to_change(estimate_: MemoryEstimate, available: int, recipe: Any) -> li
     return lines
 
 
-def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str, Any]]]:
+def _changes(arguments: dict[str, Any], recipe: Any, available: int) -> list[tuple[str, dict[str, Any]]]:
     """Changes to a recipe that save memory: what to write, and the arguments of ``estimate`` it changes."""
     changes: list[tuple[str, dict[str, Any]]] = []
     method: Method = arguments["method"]
@@ -75,13 +80,14 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
                 {"rows": 1, "target_tokens": arguments["target_tokens"] // rows},
             )
         )
-    length, shorter = arguments["length"], recipe.data.max_length // 2
-    if length > padded_length(recipe.data.max_length):  # rows behind each other
-        fewer = max(recipe.data.max_length, length // 2)
-        text = f"training.micro_batch_tokens: {fewer}, which changes no result"
-        changes.append((text, {"length": fewer, "_target_share": fewer / length}))
-    elif 128 <= shorter < length:
-        changes.append((f"data.max_length: {shorter}", {"length": shorter, "_target_share": shorter / length}))
+    length, longest = arguments["length"], arguments["longest"]
+    shorter = recipe.data.max_length // 2
+    if longest is not None and longest < length:
+        change, fewer = _fewer_at_once(arguments, available)
+        changes.append((f"training.micro_batch_tokens: {fewer}, which changes no result", change))
+    elif shorter >= 128 and (padded := padded_length(shorter)) < length:
+        change = {"length": padded, "longest": longest and padded, "_target_share": padded / length}
+        changes.append((f"data.max_length: {shorter}", change))
     if arguments["optimizer"] in ("adamw", "paged_adamw"):
         changes.append(("optimizer.name: adamw_8bit", {"optimizer": "adamw_8bit"}))
     changes += [(text, {"method": lighter}) for text, lighter in method.lighter()]
@@ -93,6 +99,16 @@ def _changes(arguments: dict[str, Any], recipe: Any) -> list[tuple[str, dict[str
         small = [n for n, cls in METHODS.items() if getattr(cls.model_fields.get("quantization"), "default", None)]
         changes += [(f"method: {name}", {"method": METHODS[name]()}) for name in small[:1]]
     return [(text, change) for text, change in changes if _runs(arguments | change, recipe)]
+
+
+def _fewer_at_once(arguments: dict[str, Any], available: int) -> tuple[dict[str, Any], int]:
+    """Half as many tokens in a forward pass, and half again, until they fit or the longest row fills one."""
+    length = fewer = arguments["length"]
+    while True:
+        fewer = max(arguments["longest"], padded_length(fewer // 2))
+        change = {"length": fewer, "_target_share": fewer / length}
+        if fewer == arguments["longest"] or _again(arguments, change).total <= available:
+            return change, fewer
 
 
 def _runs(arguments: dict[str, Any], recipe: Any) -> bool:

@@ -11,8 +11,8 @@ from ftune.methods import Method, ModelShape, _shared
 
 __all__ = ["Shapes", "kernel_bytes", "shapes_of"]
 
-UPDATES = 64
-"""From so many updates the shapes of a run are counted: by then nearly all came by."""
+UPDATES, ROWS = 64, 8192
+"""From so many updates, of at most so many rows, the shapes of a run are counted: by then nearly all came by."""
 
 KERNEL_BYTES = int(0.6 * 2**20)
 """Of one 16-bit product of one shape, measured in a 135M model. Nearly all is a description of one size for all."""
@@ -59,7 +59,8 @@ def shapes_of(
 ) -> Shapes:
     """The shapes of a run's micro-batches on its first process, as they come by.
 
-    A run of more than ``UPDATES`` updates is judged by so many.
+    A run of more than ``UPDATES`` updates or ``ROWS`` rows is judged by so many. Not counted is what held-out rows bring,
+    which are computed forwards only.
 
     Args:
         row_lengths: Tokens of each row.
@@ -73,10 +74,11 @@ def shapes_of(
         seed: Of the order.
         world: Processes that share an update.
     """
-    every = max(1, len(row_lengths) // (UPDATES * global_batch))
-    all_seen = every == 1 and steps <= UPDATES and world == 1
+    most = max(1, min(UPDATES, ROWS // global_batch))
+    every = max(1, len(row_lengths) // (most * global_batch))
+    all_seen = every == 1 and steps <= most and world == 1
     lengths = row_lengths[::every]
-    steps, in_epoch = min(steps, UPDATES), math.ceil(len(lengths) / global_batch)
+    steps, in_epoch = min(steps, most), math.ceil(len(lengths) / global_batch)
     accumulation = math.ceil(global_batch / (micro_batch_size * world))
     shapes: set[tuple[int, int]] = set()
     most_targets = 0

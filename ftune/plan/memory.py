@@ -115,6 +115,7 @@ def estimate(
     processes: int = 1,
     fused_loss: bool = True,
     row_shapes: int = 1,
+    longest: int | None = None,
 ) -> MemoryEstimate:
     """Estimate the peak memory of training, on one device: that of one rank, where there are several.
 
@@ -134,6 +135,7 @@ def estimate(
         processes: How many there are.
         fused_loss: On CUDA, whether one kernel puts the gradient of logits in their place (``ftune.ops.fused``).
         row_shapes: How many shapes micro-batches have, each of which takes kernels of its own on a CPU.
+        longest: Tokens of the longest of the rows that are laid behind each other in one; None where they are not.
     """
     arguments = dict(locals())
     length += method.virtual_positions
@@ -141,11 +143,12 @@ def estimate(
     layers = shape.layers
     whole = method.artifact == "model"
     stored = stored_bytes(method, dtype_bytes)
-    masked = _masked(shape, length, attention, device_type, packed)
+    attended = length if longest is None else min(length, longest)
+    masked = _masked(shape, attended, attention, device_type, packed)
 
     kept = (
         tokens * _base_bytes_per_token(shape, whole, stored, dtype_bytes, attention, masked, device_type)
-        + tokens * _logsumexp_bytes(shape, length, attention, masked, device_type)
+        + tokens * _logsumexp_bytes(shape, attended, attention, masked, device_type)
         + rows * _attention_matrices(shape, length, dtype_bytes, attention, device_type)
         + tokens * method.saved_bytes_per_token(shape, dtype_bytes)
         + method.saved_bytes(shape, dtype_bytes)

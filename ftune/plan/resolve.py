@@ -20,7 +20,7 @@ from ftune.data.batches import padded_length
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
-from ftune.methods import Context, ModelShape
+from ftune.methods import Context, Method, ModelShape
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Plan", "build", "context_of", "resolve", "written_out"]
+__all__ = ["Plan", "build", "context_of", "may_lie_flat", "resolve", "written_out"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""
@@ -209,7 +209,13 @@ def resolve(
     )
     _refuse(recipe, config, shape, context)
 
-    flat = recipe.method.packable and recipe.model.attention == "sdpa"
+    flat = may_lie_flat(
+        recipe.method,
+        shape,
+        attention=recipe.model.attention,
+        longest=max(map(len, splits.train.examples)),
+        fp32_on_cuda=dtype.itemsize == 4 and (target is not None or device.type == "cuda"),
+    )
     # Tried here only: of a device that is not, it is taken for granted.
     fused = target is not None or device.type != "cuda" or _has_fused()
 
@@ -227,12 +233,11 @@ def resolve(
         world=world_size,
     )
 
+    longest = padded_length(max(lengths))
     regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
-    if flat and shapes.most_tokens is not None:
-        regrouped = shapes.most_tokens
-    elif training.micro_batch_tokens and flat:
+    if flat:
         update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
-        regrouped = padded_length(min(max(training.micro_batch_tokens, max(lengths)), update))
+        regrouped = shapes.most_tokens or padded_length(min(_micro_batch_tokens(training, lengths), update))
 
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
         return estimate(
@@ -241,7 +246,7 @@ def resolve(
             optimizer=recipe.optimizer.name,
             dtype_bytes=dtype.itemsize,
             rows=1 if regrouped else training.micro_batch_size,
-            length=regrouped or padded_length(max(lengths)),
+            length=regrouped or longest,
             target_tokens=shapes.most_targets or regrouped or training.micro_batch_size * max(targets),
             recomputed_blocks=recomputed_blocks,
             attention=recipe.model.attention,
@@ -251,6 +256,7 @@ def resolve(
             processes=world_size,
             fused_loss=fused,
             row_shapes=shapes.different,
+            longest=longest if flat else None,
         )
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -365,6 +371,23 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     if context.recomputed_blocks:
         enable_checkpointing(model, context.recomputed_blocks)
     return model, recipe.method.optimizer(model, recipe.optimizer)
+
+
+def may_lie_flat(method: Method, shape: ModelShape, *, attention: str, longest: int, fp32_on_cuda: bool) -> bool:
+    """Whether all rows of a micro-batch may be laid into one, as far as sizes tell: attention needs no mask over it.
+
+    Whether this architecture keeps documents apart is tried once the model is there.
+
+    Args:
+        method: The method.
+        shape: The base model.
+        attention: As the recipe says.
+        longest: Tokens of the longest document.
+        fp32_on_cuda: Whether it is computed so, where no kernel takes documents of many lengths.
+    """
+    window = shape.extra.get("sliding_window")
+    masked = (window is not None and window < longest) or shape.extra.get("attention_dropout") or fp32_on_cuda
+    return method.packable and attention == method.attention(attention) == "sdpa" and not masked
 
 
 def _micro_batch_tokens(training: TrainingSpec, lengths: Sequence[int]) -> int:

@@ -311,14 +311,32 @@ def test_each_advice_is_true() -> None:
     assert lines[-1].endswith("GiB, fits")
 
 
-def test_of_rows_behind_each_other_fewer_at_once_come_before_shorter_ones() -> None:
+def test_of_rows_behind_each_other_as_few_are_advised_at_once_as_fit() -> None:
     shape = shape_named("llama-3-8b")
-    prediction = estimated("lora", shape, length=4096, target_tokens=2048)
-    lines = what_to_change(prediction, 12 * GIB, recipe(max_length=1024))
-    (line,) = [line for line in lines if line.startswith("training.micro_batch_tokens: 2048, which changes no result")]
-    again = estimated("lora", shape, length=2048, target_tokens=1024)
-    assert f"saves {bytes_text(prediction.total - again.total)}" in line
-    assert not any("max_length" in line for line in lines)
+    prediction = estimated("qlora", shape, length=16384, target_tokens=8192, longest=512)
+    least = estimated("qlora", shape, length=512, target_tokens=256, longest=512)
+    some = estimated("qlora", shape, length=4096, target_tokens=2048, longest=512)
+
+    def advised(available: int) -> str:
+        lines = what_to_change(prediction, available, recipe(max_length=512))
+        assert not any("max_length" in line for line in lines)  # rows are shorter than what is computed at once
+        (line,) = [line for line in lines if line.startswith("training.micro_batch_tokens")]
+        return line
+
+    saved = bytes_text(prediction.total - some.total)
+    assert advised(some.total) == f"training.micro_batch_tokens: 4096, which changes no result: saves {saved}, fits"
+    assert advised(some.total - 1).startswith("training.micro_batch_tokens: 2048")
+    assert advised(least.total - 1).startswith("training.micro_batch_tokens: 512, which changes no result: saves")
+    assert advised(least.total - 1).endswith(f"then needs {bytes_text(least.total)}")
+
+
+def test_a_window_is_held_against_the_longest_row_not_against_what_is_computed_at_once() -> None:
+    shape = shape_named("mistral-7b")
+    window = shape.extra["sliding_window"]
+    rows = estimated("lora", shape, rows=4, length=window, target_tokens=99)
+    one = estimated("lora", shape, length=4 * window, target_tokens=99, longest=window)
+    assert one.total == rows.total
+    assert estimated("lora", shape, length=4 * window, target_tokens=99).buffers > one.buffers
 
 
 def test_full_is_told_of_smaller_states_and_of_qlora() -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from ftune.data.batches import padded_length
 from ftune.errors import ModelError
 from ftune.methods import METHODS
 from ftune.plan.recompute import choose_blocks, enable_checkpointing, is_random, written
@@ -157,11 +158,11 @@ def test_regrouped_rows_are_planned_as_one(tmp_path: Path) -> None:
 
 
 def test_of_a_long_run_the_largest_micro_batch_is_the_largest_there_may_be(tmp_path: Path) -> None:
-    rows = {"micro_batch_size": 2, "max_steps": 100}
+    rows = {"micro_batch_size": 3, "max_steps": 100}
     as_asked, regrouped = (planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500))
-    arguments = as_asked.memory.arguments
-    assert (arguments["rows"], arguments["length"]) == (2, max(as_asked.row_lengths))
-    assert (regrouped.memory.arguments["rows"], regrouped.memory.arguments["length"]) == (1, 512)
+    for plan, expected in ((as_asked, padded_length(3 * max(as_asked.row_lengths))), (regrouped, 512)):
+        assert (plan.memory.arguments["rows"], plan.memory.arguments["length"]) == (1, expected)
+        assert plan.memory.arguments["target_tokens"] == expected
 
 
 def test_a_resumed_run_recomputes_what_it_began_with(tmp_path: Path) -> None:
