@@ -20,5 +20,6 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     head = cast(Any, model).get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, torch.nn.ModuleDict):
-        head = head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
+        active = [] if head.disable_adapters else head.active_adapters
+        head = copies[active[0]] if active else head.original_module
     return head if type(head) is torch.nn.Linear else None
