@@ -59,8 +59,8 @@ def shapes_of(
 ) -> Shapes:
     """The shapes of a run's micro-batches on its first process, as they come by.
 
-    A run of more than ``UPDATES`` updates or ``ROWS`` rows is judged by so many. Not counted is what held-out rows bring,
-    which are computed forwards only.
+    A run of more than ``UPDATES`` updates or ``ROWS`` rows is judged by so many. Held-out rows, of which only a forward
+    pass is computed, are not counted.
 
     Args:
         row_lengths: Tokens of each row.
