@@ -21,7 +21,7 @@ class QLora(LowRank):
     typical_share: ClassVar[str] = "0.1-1 %"
     choose: ClassVar[str] = "When the base does not fit in 16 bits, or barely: the weights shrink to a quarter."
     avoid: ClassVar[str] = "When the base fits: dequantizing costs time, and the model is tuned around its rounding."
-    cost: ClassVar[str] = "A quarter of the base's memory; 1.2 to 2 x LoRA's step time; files as LoRA's."
+    cost: ClassVar[str] = "A quarter of the base's memory; 1.05 to 1.15 x LoRA's step time; files as LoRA's."
     composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW; merges onto the dequantized base."
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True
