@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import ModelError
 from ftune.ops.kernels import has_fused, refuse_fused
 from ftune.plan.lean import PER_DOCUMENT, make_lean
-from ftune.plan.resolve import Plan, may_lie_flat
+from ftune.plan.resolve import Plan
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
 from ftune.run.objective import Objective, packing_error
 
@@ -56,7 +56,8 @@ def make_objective(
         refuse_fused("another process cannot use them")
     found = make_lean(model, recipe.method, context, recipe.model.attention)
     isolates = _probe_packing(plan, model)
-    flat = _lies_flat(plan, accelerator, isolates and found["attention"] == PER_DOCUMENT)
+    # Every process's verdict, since all must take the same rows.
+    flat = agreed(accelerator, plan.may_lie_flat and isolates and found["attention"] == PER_DOCUMENT)
     objective = Objective(model, context.dtype, flat)
     objective.fused = _takes_fused(objective, plan, accelerator, loss)
     found |= {"loss": LIGER if objective.fused else CHUNKED, "kernels": "fused" if has_fused() else "eager"}
@@ -83,21 +84,6 @@ def _probe_packing(plan: Plan, model: nn.Module) -> bool:
             help="set data.packing: false",
         )
     return isolates
-
-
-def _lies_flat(plan: Plan, accelerator: Accelerator, apart: bool) -> bool:
-    """Whether all rows of a micro-batch may be laid into one: attention never needs a mask over it.
-
-    The verdict is every process's, since all must take the same rows.
-    """
-    may = may_lie_flat(
-        plan.recipe.method,
-        plan.shape,
-        attention=plan.recipe.model.attention,
-        longest=max(map(len, plan.splits.train.examples)),
-        fp32_on_cuda=plan.context.device.type == "cuda" and plan.context.dtype.itemsize == 4,
-    )
-    return agreed(accelerator, apart and may)
 
 
 def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, loss: str | None) -> bool:

@@ -20,7 +20,7 @@ from ftune.data.batches import padded_length
 from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
-from ftune.methods import Context, Method, ModelShape
+from ftune.methods import Context, ModelShape
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Plan", "build", "context_of", "may_lie_flat", "resolve", "written_out"]
+__all__ = ["Plan", "build", "context_of", "resolve", "written_out"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""
@@ -64,6 +64,8 @@ class Plan:
         memory: Predicted bytes, itemised.
         available: Bytes that the device has free.
         recomputed: Which blocks are recomputed in the backward pass, and why.
+        may_lie_flat: Whether the rows of a micro-batch may be laid into one, as far as sizes tell; whether this
+            architecture keeps documents apart is tried once the model is there.
         sizes: Where the sizes came from, when they are not those of the recipe's model.
         engine: How the processes share an update.
         target: The device that was planned for, when it is not the one here.
@@ -83,6 +85,7 @@ class Plan:
     memory: MemoryEstimate
     available: int
     recomputed: Recomputed
+    may_lie_flat: bool
     sizes: Path | None = None
     engine: EngineChoice = DDP
     target: Device | None = None
@@ -209,13 +212,8 @@ def resolve(
     )
     _refuse(recipe, config, shape, context)
 
-    flat = may_lie_flat(
-        recipe.method,
-        shape,
-        attention=recipe.model.attention,
-        longest=max(map(len, splits.train.examples)),
-        fp32_on_cuda=dtype.itemsize == 4 and (target is not None or device.type == "cuda"),
-    )
+    fp32_on_cuda = dtype.itemsize == 4 and (target is not None or device.type == "cuda")
+    flat = not fp32_on_cuda and _needs_no_mask(recipe, shape, longest=max(map(len, splits.train.examples)))
     # Tried here only: of a device that is not, it is taken for granted.
     fused = target is not None or device.type != "cuda" or _has_fused()
 
@@ -287,6 +285,7 @@ def resolve(
         memory=predicted(recomputed.blocks),
         available=available,
         recomputed=recomputed,
+        may_lie_flat=flat,
         sizes=sizes,
         engine=engine,
         target=target,
@@ -373,21 +372,12 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     return model, recipe.method.optimizer(model, recipe.optimizer)
 
 
-def may_lie_flat(method: Method, shape: ModelShape, *, attention: str, longest: int, fp32_on_cuda: bool) -> bool:
-    """Whether all rows of a micro-batch may be laid into one, as far as sizes tell: attention needs no mask over it.
-
-    Whether this architecture keeps documents apart is tried once the model is there.
-
-    Args:
-        method: The method.
-        shape: The base model.
-        attention: As the recipe says.
-        longest: Tokens of the longest document.
-        fp32_on_cuda: Whether it is computed so, where no kernel takes documents of many lengths.
-    """
+def _needs_no_mask(recipe: Recipe, shape: ModelShape, longest: int) -> bool:
+    """Whether attention over documents of at most ``longest`` tokens behind each other takes no mask."""
     window = shape.extra.get("sliding_window")
-    masked = (window is not None and window < longest) or shape.extra.get("attention_dropout") or fp32_on_cuda
-    return method.packable and attention == method.attention(attention) == "sdpa" and not masked
+    masked = (window is not None and window < longest) or shape.extra.get("attention_dropout")
+    attention = recipe.model.attention
+    return recipe.method.packable and attention == recipe.method.attention(attention) == "sdpa" and not masked
 
 
 def _micro_batch_tokens(training: TrainingSpec, lengths: Sequence[int]) -> int:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftune.data.batches import collate, deal, epoch_order, length_step, regroup, split
+from ftune.data.batches import collate, deal, epoch_order, regroup, split
+from ftune.data.batches import padded_length as padded
 from ftune.data.tokenize import IGNORE, Example
 
 
@@ -249,10 +250,6 @@ def test_regrouped_micro_batches_are_alike_in_size() -> None:
     lengths = [400, 300, 200, 200, 100]
     assert sorted(sum(lengths[i] for i in m) for m in regroup(range(5), lengths, 900)) == [600, 600]
     assert regroup([], [], 10) == [[]]
-
-
-def padded(length: int) -> int:
-    return -(-length // length_step(length)) * length_step(length)
 
 
 @pytest.mark.parametrize(
