@@ -2,7 +2,9 @@
 
 ::
 
+    readers   the bytes of a file → rows, each with its line
     sources   files and hub data sets → Rows, each row with its file and line
+    turns     a turn as any tool writes it → a message
     formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
     chat      Conversation → text and the character spans that are trained
     encode    Conversation or Plain → token ids and what is trained of them

@@ -3,13 +3,13 @@
 ==================  ==============================================  ======================================
 format              columns                                         becomes
 ==================  ==============================================  ======================================
-messages            messages (or conversation, conversations):      a conversation
-                    a list of {role, content}
-sharegpt            conversations (or conversation, messages):      a conversation
-                    a list of {from, value}; system
+messages, sharegpt  messages (or conversations, conversation,       a conversation
+                    dialog, dialogue): a list of {role, content}
+                    or {from, value}; system, tools
 prompt_completion   prompt, completion: strings                     plain text, trained on the completion
-                    prompt, completion: lists of {role, content}    a conversation, trained on the completion
-alpaca              instruction, output; input, system              a conversation, or plain text in Alpaca's
+                    prompt, completion: lists of turns; system,     a conversation, trained on the completion
+                    tools
+alpaca              instruction, output; input, system, history     a conversation, or plain text in Alpaca's
                                                                     prompt without a chat template
 text                text                                            plain text, all of it trained
 ==================  ==============================================  ======================================
@@ -21,7 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftune.data.sources import DECODER, Row, Rows
+from ftune.data.readers import DECODER, Row
+from ftune.data.sources import Rows
+from ftune.data.turns import (
+    CHAT_COLUMNS,
+    Message,
+    Misfit,
+    kind_of,
+    messages_in,
+    names,
+    read_list,
+    require_assistant,
+    short,
+)
 from ftune.errors import DataError
 from ftune.recipe.schema import SourceFormat
 
@@ -37,32 +49,14 @@ __all__ = [
 ]
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "text"]
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-CHAT_COLUMNS = ("messages", "conversations", "conversation")
 EXPECTED = {
-    "messages": "`messages`: a list of {role, content}",
-    "sharegpt": "`conversations`: a list of {from, value}",
+    "messages": "`messages`: a list of {role, content}, or of {from, value}",
+    "sharegpt": "`conversations`: a list of {from, value}, or of {role, content}",
     "prompt_completion": "`prompt` and `completion`: two strings, or two lists of {role, content}",
-    "alpaca": "`instruction` and `output`, and perhaps `input` and `system`: strings",
+    "alpaca": "`instruction` and `output`, and perhaps `input`, `system` and `history`",
     "text": "`text`: a string",
 }
 SHOWN = 5
-SHOWN_NAMES = 30
 
 # the prompt of Stanford Alpaca, which base models without a chat template are commonly tuned with
 ALPACA_SYSTEM = (
@@ -109,10 +103,6 @@ class Plain:
 Record = Conversation | Plain
 
 
-class _Misfit(Exception):
-    """Why one row does not fit its format: the column, what was found, what is expected."""
-
-
 # --- detection ---
 
 
@@ -138,7 +128,7 @@ def detect_format(columns: Sequence[str], first_row: Row) -> Format:
         return "alpaca"
     if "text" in columns:
         return "text"
-    found = _names(columns, "`")
+    found = names(columns, "`")
     expected = "".join(f"\n  {name}: {columns}" for name, columns in EXPECTED.items())
     raise DataError(
         f"no format fits the columns {found}; expected the columns of one of{expected}",
@@ -158,7 +148,7 @@ def resolve_format(rows: Rows, asked: SourceFormat) -> Format:
             return detect_format(rows.columns, first)
         missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
         if missing:
-            found = _names(rows.columns, "`")
+            found = names(rows.columns, "`")
             raise DataError(
                 f"format `{asked}` needs the column `{missing[0]}`; found {found}",
                 help=f"expected {EXPECTED[asked]}; or set `format: auto`",
@@ -205,7 +195,7 @@ def convert(rows: Rows, name: Format, *, chat_template: bool) -> list[Record]:
     for number, row in rows:
         try:
             records.append(_convert(row, number, name, chat, chat_template))
-        except _Misfit as misfit:
+        except Misfit as misfit:
             count += 1
             if len(misfits) < SHOWN:
                 misfits.append(f"\n  {rows.where(number)}: {misfit}")
@@ -222,18 +212,15 @@ def convert(rows: Rows, name: Format, *, chat_template: bool) -> list[Record]:
 def _convert(row: Row, number: int, name: Format, chat: str, chat_template: bool) -> Record:
     """One row; ``chat`` is the column of its turns."""
     match name:
-        case "messages":
-            messages = _openai_messages(row, chat)
-            _require_assistant(messages, chat)
-            return Conversation(tuple(messages), number, tools=_tools(row))
-        case "sharegpt":
-            messages = _system(row) + _sharegpt_messages(row, chat)
-            _require_assistant(messages, chat)
-            return Conversation(tuple(messages), number, tools=_tools(row))
+        case "messages" | "sharegpt":
+            messages = messages_in(row, chat)
+            require_assistant(messages, chat)
+            return Conversation((*_system(row, messages), *messages), number, tools=_tools(row))
         case "prompt_completion":
             if isinstance(row.get("prompt"), list):
-                prompt, completion = _openai_messages(row, "prompt"), _openai_messages(row, "completion")
-                _require_assistant(completion, "completion")
+                prompt, completion = messages_in(row, "prompt"), messages_in(row, "completion")
+                require_assistant(completion, "completion")
+                prompt = [*_system(row, prompt), *prompt]
                 return Conversation((*prompt, *completion), number, len(prompt), _tools(row))
             return Plain(_string(row, "prompt", blank=True), _string(row, "completion"), number)
         case "alpaca":
@@ -246,11 +233,14 @@ def _alpaca(row: Row, number: int, chat_template: bool) -> Record:
     """An instruction with its output: two turns, or Alpaca's prompt. Source: Stanford Alpaca, 2023."""
     instruction, output = _string(row, "instruction"), _string(row, "output")
     given = _string(row, "input", blank=True) if row.get("input") is not None else ""
-    system = _system(row)
+    history = _history(row)
+    system = _system(row, history)
     if chat_template:
         user = f"{instruction}\n\n{given}" if given.strip() else instruction
         turns = ({"role": "user", "content": user}, {"role": "assistant", "content": output})
-        return Conversation((*system, *turns), number)
+        return Conversation((*system, *history, *turns), number)
+    if history:
+        raise Misfit("`history`: earlier turns need a chat template, and the tokenizer has none")
     if system:
         preamble = system[0]["content"]
     else:
@@ -259,89 +249,36 @@ def _alpaca(row: Row, number: int, chat_template: bool) -> Record:
     return Plain(f"{preamble}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n", output, number)
 
 
-def _openai_messages(row: Row, column: str) -> list[Message]:
-    """A list of {role, content}; content a string or a list of text parts."""
+def _history(row: Row) -> list[Message]:
+    """Earlier turns: a list of [what the user said, what the assistant answered], or that list as JSON."""
+    wanted = "a list of [instruction, output]"
+    pairs = read_list(row.get("history"), "history", wanted)
+    if pairs is None or pairs == "" or pairs == []:
+        return []
+    if not isinstance(pairs, list):
+        raise Misfit(f"`history`: found {kind_of(pairs)}; expected {wanted}")
     messages: list[Message] = []
-    for place, turn in _turns(row, column, ("role", "content")):
-        role = turn["role"]
-        if role not in ROLES:
-            raise _Misfit(f"{place}.role: found {_short(role)}; expected one of {', '.join(ROLES)}")
-        calls = turn.get("tool_calls") if role == "assistant" else None
-        content = _content(turn["content"], place, absent=bool(calls))
-        if role == "assistant" and not calls and not content.strip():
-            raise _Misfit(f"{place}.content: an assistant turn without text")
-        # null keys come from tables, which give every message the keys of all; templates test for presence
-        messages.append({**{k: v for k, v in turn.items() if v is not None}, "content": content})
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise Misfit(f"`history`[{index}]: found {short(pair)}; expected [instruction, output]: two strings")
+        if not pair[1].strip():
+            raise Misfit(f"`history`[{index}]: an assistant turn without text")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
 
 
-def _sharegpt_messages(row: Row, column: str) -> list[Message]:
-    """A list of {from, value}."""
-    messages: list[Message] = []
-    for place, turn in _turns(row, column, ("from", "value")):
-        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-        if role is None:
-            raise _Misfit(f"{place}.from: found {_short(turn['from'])}; expected one of {', '.join(SHAREGPT_ROLES)}")
-        content = turn["value"]
-        if not isinstance(content, str):
-            raise _Misfit(f"{place}.value: found {_kind(content)}; expected a string")
-        if role == "assistant" and not content.strip():
-            raise _Misfit(f"{place}.value: an assistant turn without text")
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _turns(row: Row, column: str, keys: tuple[str, str]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The turns in a column, each with its place for messages; both keys are there."""
-    if column not in row:
-        raise _Misfit(f"the column `{column}` is missing")
-    turns = row[column]
-    wanted = f"{{{', '.join(keys)}}}"
-    if not isinstance(turns, list):
-        raise _Misfit(f"`{column}`: found {_kind(turns)}; expected a list of {wanted}")
-    if not turns:
-        raise _Misfit(f"`{column}`: found an empty list; expected at least one {wanted}")
-    placed: list[tuple[str, Mapping[str, Any]]] = []
-    for index, turn in enumerate(turns):
-        place = f"`{column}`[{index}]"
-        if not isinstance(turn, Mapping):
-            raise _Misfit(f"{place}: found {_kind(turn)}; expected {wanted}")
-        # an assistant turn that only calls tools may come without content
-        missing = [key for key in keys if key not in turn and not (key == "content" and turn.get("tool_calls"))]
-        if missing:
-            found = _names(list(turn))
-            raise _Misfit(f"{place}: found the keys {found}; expected {wanted}")
-        placed.append((place, {keys[1]: None, **turn}))
-    return placed
-
-
-def _content(value: Any, place: str, *, absent: bool) -> str:
-    """A message's text; ``absent`` allows null."""
-    if value is None and absent:
-        return ""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise _Misfit(f"{place}.content: found {_kind(value)}; expected a string or a list of text parts")
-    for index, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            found = f"a part of type {_short(part.get('type'))}" if isinstance(part, Mapping) else _kind(part)
-            raise _Misfit(f"{place}.content[{index}]: found {found}; expected {{type: text, text: a string}}")
-    return "".join(part["text"] for part in value)
-
-
-def _require_assistant(messages: list[Message], column: str) -> None:
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = _names([message["role"] for message in messages])
-        raise _Misfit(f"`{column}`: no assistant turn to train on; found the roles {roles}")
-
-
-def _system(row: Row) -> list[Message]:
-    """The system message of a ``system`` column, where it says something."""
+def _system(row: Row, messages: Sequence[Message]) -> list[Message]:
+    """The system message of a ``system`` column, where it says something that the first of the messages does not."""
     if row.get("system") is None:
         return []
     text = _string(row, "system", blank=True)
-    return [{"role": "system", "content": text}] if text.strip() else []
+    if not text.strip():
+        return []
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] == text:
+            return []
+        raise Misfit("`system`: the row has a system turn as well, with another text")
+    return [{"role": "system", "content": text}]
 
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
@@ -351,50 +288,23 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
         try:
             tools = DECODER.decode(tools)
         except ValueError as error:
-            raise _Misfit(f"`tools`: found a string that is not JSON ({error}); expected a list of schemas") from None
+            raise Misfit(f"`tools`: found a string that is not JSON ({error}); expected a list of schemas") from None
         except RecursionError:
-            raise _Misfit("`tools`: found a string of JSON nested too deeply; expected a list of schemas") from None
-    if not tools:
+            raise Misfit("`tools`: found a string of JSON nested too deeply; expected a list of schemas") from None
+    if tools is None or tools == "" or tools == []:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise _Misfit(f"`tools`: found {_kind(tools)}; expected a list of JSON schemas")
+        raise Misfit(f"`tools`: found {kind_of(tools)}; expected a list of JSON schemas")
     return tuple(tools)
 
 
 def _string(row: Row, column: str, *, blank: bool = False) -> str:
     """A column's string; ``blank`` allows nothing but white space."""
     if column not in row:
-        raise _Misfit(f"the column `{column}` is missing")
+        raise Misfit(f"the column `{column}` is missing")
     value = row[column]
     if not isinstance(value, str):
-        raise _Misfit(f"`{column}`: found {_kind(value)}; expected a string")
+        raise Misfit(f"`{column}`: found {kind_of(value)}; expected a string")
     if not blank and not value.strip():
-        raise _Misfit(f"`{column}`: found an empty string")
+        raise Misfit(f"`{column}`: found an empty string")
     return value
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the string {_short(value)}"
-    if isinstance(value, bool | int | float):
-        return f"the {'boolean' if isinstance(value, bool) else 'number'} {value}"
-    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
-
-
-def _names(of: Sequence[Any], quote: str = "") -> str:
-    """Names of columns or keys, cut to fit a message."""
-    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, of[:SHOWN_NAMES])]
-    more = f" and {len(of) - SHOWN_NAMES} more" if len(of) > SHOWN_NAMES else ""
-    return ", ".join(f"{quote}{name}{quote}" for name in shown) + more or "none"
-
-
-def _short(value: Any) -> str:
-    """A value as Python writes it, cut to fit a line."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} nested too deeply"
-    return text if len(text) <= 40 else f"{text[:37]}..."
