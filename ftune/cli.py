@@ -20,6 +20,7 @@ import typer
 import ftune
 from ftune.errors import FtuneError, Interrupted, RecipeError
 from ftune.heap import begin_again
+from ftune.streams import outlive_reader
 
 if TYPE_CHECKING:
     from ftune.recipe import Loaded
@@ -366,7 +367,7 @@ def train(
         settings = [part for override in overrides or () for part in ("--set", override)]
         raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
     loaded = _load(recipe, overrides)
-    with _libraries():
+    with _libraries(), outlive_reader():
         if num_workers is not None:
             from ftune.artifacts.ray_engine import train_on_ray
 
@@ -386,14 +387,14 @@ def train(
                 auto_batch=auto_batch,
                 show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
             )
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        _print_json({key: value for key, value in record.items() if key != "recipe"})
-        return
-    from ftune.artifacts.report import training_summary
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if as_json:
+            _print_json({key: value for key, value in record.items() if key != "recipe"})
+            return
+        from ftune.artifacts.report import training_summary
 
-    print(training_summary(record, loaded.recipe.output_dir, _width()))
+        print(training_summary(record, loaded.recipe.output_dir, _width()))
 
 
 @app.command("eval")

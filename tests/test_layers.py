@@ -27,6 +27,7 @@ LAYERS = [
     "available",
     "installed",
     "heap",
+    "streams",
     "errors",
     "scrub",
 ]

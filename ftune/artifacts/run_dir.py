@@ -17,6 +17,7 @@ import json
 import platform
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class RunDir:
     def record_path(self) -> Path:
         """``run.json``."""
         return self.root / "run.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Where trackers that write files write them."""
+        return self.root / "tracking"
 
     @property
     def eval_path(self) -> Path:
@@ -186,11 +192,20 @@ class RunDir:
         for directory in (self.root, self.checkpoints):
             remove_leftovers(directory)
 
-    def clear(self) -> None:
-        """Delete the run that is here: what ftune made, and nothing else.
+    def contents(self) -> list[Path]:
+        """What ftune made here, in the order in which it may be deleted: ``run.json`` goes last.
 
-        Its ``run.json`` goes last: killed half-way, what is left is still known as a run.
+        Killed half-way, what is left is still known as a run. Of trackers each file is named, not their directory:
+        those of a new run write beside the old one's files before these are deleted.
         """
-        for name in reversed(_OURS):
-            path = self.root / name
+        others = [self.root / name for name in reversed(_OURS) if name != self.tracking.name]
+        return [*(path for path in self.tracking.rglob("*") if path.is_file()), *others]
+
+    def clear(self, contents: Sequence[Path]) -> None:
+        """Delete the run that was here: what ``contents`` gave, and nothing else."""
+        for path in contents:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if self.tracking.is_dir():
+            for path in sorted(self.tracking.rglob("*"), reverse=True):
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()

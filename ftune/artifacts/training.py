@@ -43,9 +43,10 @@ from ftune.run.loop import Loop
 from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
 from ftune.run.processes import join_processes, require_agreement
 from ftune.run.signals import StopRequest
+from ftune.run.sinks.guarded import Guarded
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
-from ftune.run.sinks.tracker import TrackerSink, flatten
+from ftune.run.sinks.tracker import TRACKED, TrackerSink, flatten
 from ftune.run.through_host import block_by_block, move_beside_base
 
 if TYPE_CHECKING:
@@ -97,12 +98,11 @@ def train(
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
     choice = engine_for(loaded.recipe, engine, os.environ, auto_batch=auto_batch)
-    trackers = [name for name in loaded.recipe.tracking if name not in _LOCAL_SINKS]
     with contextlib.ExitStack() as held:
         # Or accelerate shards beside the engine, which does all that the configuration asks for.
         held.enter_context(_unset("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
         require_several(choice, int(os.environ.get("WORLD_SIZE", "1")))
-        accelerator = join_processes(trackers, run.root / "tracking", offload=choice.offload)
+        accelerator = join_processes(offload=choice.offload)
         if accelerator.is_main_process:
             run.prepare(overwrite=overwrite, resume=resume)
             held.enter_context(RunLock(run.root))
@@ -161,6 +161,7 @@ def _train(
         "started": now_text(),
     }
     sinks: list[Sink] = []
+    trackers: list[Guarded] = []
     clock = time.perf_counter()
     tally, forecaster = Tally(), Forecaster.of(plan)
     status = "failed"
@@ -176,9 +177,11 @@ def _train(
             checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
             if main:
                 _rehearse(plan, model, run)
+                old = run.contents()
+                trackers = _trackers(plan.recipe, run)
                 if asked.overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
-                    run.clear()
+                    run.clear(old)
             start, notes, found, kept = restore(
                 checkpoints, plan, model, optimizer, accelerator, asked.resume, run.metrics
             )
@@ -197,7 +200,7 @@ def _train(
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics)
                 run.write(record)
-                sinks = _sinks(plan.recipe, run, accelerator, asked.progress)
+                sinks = [*_local_sinks(plan.recipe, run, asked.progress), *trackers]
             sinks.append(tally)
 
             def emit(event: Event) -> None:
@@ -268,17 +271,27 @@ def _train(
         record["error"] = str(explained)
         raise explained from error.__cause__ if explained is error else error
     finally:
+        if not sinks:
+            for tracker in trackers:
+                tracker.close()
         if sinks and main and run.exists():  # a run that never began leaves the record of another as it is
             last = tally.last.step if tally.last else 0
             record |= {"status": status, "ended": now_text()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
             # Where the disk is full, what went wrong first is what to say; run.json stays as it was, whole.
             unwritten: OSError | None = None
-            for close in [*(partial(_end, sink, RunEnd(last, status)) for sink in sinks), partial(run.write, record)]:
-                try:
-                    close()
-                except OSError as error:
-                    unwritten = unwritten or error
+            for sink in sinks:
+                _end(sink, RunEnd(last, status))
+            record["tracking_failed"] = {
+                sink.name: sink.loss for sink in sinks if isinstance(sink, Guarded) and sink.loss is not None
+            }
+            try:
+                run.write(record)
+            except OSError as error:
+                unwritten = error
+            for sink in sinks:
+                if isinstance(sink, Guarded) and sink.summary is not None:
+                    _tell(sink.summary)
             if unwritten and status != "failed":
                 raise _unwritten(unwritten) from unwritten
     accelerator.wait_for_everyone()
@@ -322,15 +335,29 @@ def _unwritten(error: OSError) -> RunFailed:
     )
 
 
-def _sinks(recipe: Recipe, run: RunDir, accelerator: Accelerator, progress: bool) -> list[Sink]:
+def _local_sinks(recipe: Recipe, run: RunDir, progress: bool) -> list[Sink]:
     sinks: list[Sink] = []
     if "jsonl" in recipe.tracking:
-        sinks.append(JsonlSink(run.metrics))
+        sinks.append(Guarded("jsonl", lambda: JsonlSink(run.metrics), _tell, again=True))
     if progress and "progress" in recipe.tracking:
         sinks.append(ProgressSink(sys.stderr, live=sys.stderr.isatty()))
-    if any(name not in _LOCAL_SINKS for name in recipe.tracking):
-        sinks.append(TrackerSink(accelerator, run.root.name, flatten(recipe.model_dump(mode="json"))))
     return sinks
+
+
+def _trackers(recipe: Recipe, run: RunDir) -> list[Guarded]:
+    """Start the trackers; one that cannot be started is told of, and the run goes on without it."""
+    settings = flatten(recipe.model_dump(mode="json"))
+    return [
+        Guarded(name, partial(TrackerSink, name, run.root.name, settings, run.tracking), _tell, takes=TRACKED)
+        for name in recipe.tracking
+        if name not in _LOCAL_SINKS
+    ]
+
+
+def _tell(line: str) -> None:
+    """Print a line for the user; whoever closed the stream does not stop the training."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _require_at_work(recipe: Recipe, vitals: dict[str, float]) -> None:

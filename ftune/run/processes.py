@@ -11,8 +11,6 @@ import atexit
 import datetime
 import gc
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +25,12 @@ __all__ = ["join_processes", "require_agreement", "require_joined"]
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = False) -> Accelerator:
+def join_processes(*, offload: bool = False) -> Accelerator:
     """Make the Accelerator of this run; with several processes, the process group too.
 
     What the launch configuration asks for beside that, ``ftune.plan.engine.choose_engine`` has honoured or refused.
 
     Args:
-        trackers: accelerate's trackers.
-        tracking: Where they write.
         offload: Whether parts of a sharded model lie in the host's memory, and are sent from there too.
 
     Raises:
@@ -57,8 +53,6 @@ def join_processes(trackers: Sequence[str], tracking: Path, *, offload: bool = F
         # Without the flag, processes launched by torchrun on a machine without accelerators stay alone.
         cpu=not cuda,
         mixed_precision="no",
-        log_with=list(trackers) or None,
-        project_dir=str(tracking) if trackers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT, **both)],
     )
     if world > 1:

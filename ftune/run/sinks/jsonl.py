@@ -15,17 +15,27 @@ __all__ = ["JsonlSink", "read_events", "truncate_after"]
 
 
 class JsonlSink:
-    """Append each event as one JSON object, flushed at once so that a killed run keeps its lines."""
+    """Append each event as one JSON object, written at once so that a killed run keeps its lines."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._torn = False
 
     def receive(self, event: Event) -> None:
-        """Write one line."""
+        """Write one line.
+
+        Raises:
+            OSError: It could not be written, or not to its end; the next one begins a line of its own.
+        """
         # JSON knows no NaN or infinity.
         data = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.as_dict().items()}
-        self._file.write(json.dumps(scrub_data(data), ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(scrub_data(data), ensure_ascii=False) + "\n").encode()
+        if self._torn:
+            line = b"\n" + line
+        self._torn, begun = True, 0
+        while begun < len(line):  # a disk that fills up takes a part without an error
+            begun += self._file.write(line[begun:])
+        self._torn = False
 
     def close(self) -> None:
         """Close the file."""

@@ -34,7 +34,7 @@ class ProgressSink:
 
     def receive(self, event: Event) -> None:
         """Show one event; a reader that has gone away must not stop the training."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, a stream that is closed
             self._show(event)
 
     def _show(self, event: Event) -> None:
@@ -61,8 +61,9 @@ class ProgressSink:
     def close(self) -> None:
         """End the live line."""
         if self._drawn:
-            self._stream.write("\n")
-            self._stream.flush()
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write("\n")
+                self._stream.flush()
             self._drawn = False
 
     def _step(self, event: StepEnd) -> None:
