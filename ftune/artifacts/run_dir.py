@@ -49,6 +49,17 @@ _PACKAGES = (
     "pydantic",
 )
 
+_CHOSEN = {"training": ("epochs", "gradient_accumulation_steps"), "optimizer": ("learning_rate",)}
+"""Fields that are chosen by the size of the data where a recipe leaves them out (``ftune.plan.defaults``)."""
+
+
+def _length_written_out(recipe: Recipe) -> Recipe:
+    """A run's recipe; of older runs `epochs` is left out where it was 1."""
+    training = recipe.training
+    if training.epochs is not None or training.max_steps is not None:
+        return recipe
+    return recipe.model_copy(update={"training": training.model_copy(update={"epochs": 1.0})})
+
 
 def _foreign(path: Path) -> bool:
     """Whether ftune did not make it: the lock, and what a process left half written before its run.json, it did."""
@@ -121,26 +132,27 @@ class RunDir:
         """
         try:
             # As JSON, where a list is what a tuple is written as.
-            return Recipe.model_validate_json(json.dumps(self.read()["resolved"]))
+            return _length_written_out(Recipe.model_validate_json(json.dumps(self.read()["resolved"])))
         except (ValidationError, KeyError) as error:
             raise RunDirError(
                 f"the recipe in {self.record_path} does not fit this version of ftune: {error}"
             ) from error
 
     def as_begun(self, recipe: Recipe) -> Recipe:
-        """A recipe for this run, with every ``auto`` and every branch of the hub as the run settled them at its start.
+        """A recipe for this run, with all that a recipe may leave open as the run settled it at its start.
 
-        What ``auto`` means is measured, so it may come out otherwise on another machine or another day; a branch
-        moves on.
+        What ``auto`` means is measured, so it may come out otherwise on another machine or another day; a branch of
+        the hub moves on; and another version may choose another length or rate for so much data.
 
         Raises:
             RunDirError: As ``recipe`` does.
         """
         began, blocks = self.recipe(), {}
         recipe = repinned(recipe, self.read().get("pinned", {}))
-        for block in ("model", "training"):
+        for block in ("model", "training", "optimizer"):
             now, then = getattr(recipe, block), getattr(began, block)
             fields = [name for name in type(now).model_fields if getattr(now, name) == "auto"]
+            fields += [name for name in _CHOSEN.get(block, ()) if getattr(now, name) is None]
             blocks[block] = now.model_copy(update={name: getattr(then, name) for name in fields})
         return recipe.model_copy(update=blocks)
 

@@ -129,7 +129,7 @@ def _train(
     # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
     resolved = plan.recipe
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
-        resolved = with_accumulation(resolved, began.training.gradient_accumulation_steps)
+        resolved = with_accumulation(resolved, began.training.accumulation)
     summary = plan.summary()
     if world > 1:
         require_agreement(accelerator, facts_of(plan, resolved))

@@ -27,7 +27,7 @@ def in_world(recipe: Recipe, began: Recipe, before: dict[str, Any], world: int) 
     where that changes the batch, so that the comparison with the run finds it.
 
     Args:
-        recipe: As the user gives it now.
+        recipe: As the user gives it now, with what it leaves out as the run began (``RunDir.as_begun``).
         began: As the run began.
         before: The run's ``run.json``.
         world: Processes now.
@@ -36,7 +36,7 @@ def in_world(recipe: Recipe, began: Recipe, before: dict[str, Any], world: int) 
         RunDirError: The global batch cannot be shared by so many processes.
     """
     batch = int(before["plan"]["training"]["global_batch"])
-    micro, now = recipe.training.micro_batch_size, recipe.training.gradient_accumulation_steps
+    micro, now = recipe.training.micro_batch_size, recipe.training.accumulation
     if micro != began.training.micro_batch_size:
         return recipe
     if micro * now * world != batch and now != began.training.gradient_accumulation_steps:

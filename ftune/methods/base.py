@@ -150,6 +150,9 @@ class Method(BaseModel):
     composes: ClassVar[str]
     """What it works with, and what it refuses."""
     default_learning_rate: ClassVar[float] = 2e-4
+    """The peak rate of a run of a thousand updates or more."""
+    few_updates_factor: ClassVar[float] = 5.0
+    """How many times that rate a run of a few dozen updates bears: what its recipe in ``recipes/`` was found to."""
     mergeable: ClassVar[bool] = True
     not_mergeable_because: ClassVar[str] = ""
     quantizable: ClassVar[bool] = False

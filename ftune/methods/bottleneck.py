@@ -81,6 +81,7 @@ class Bottleneck(Method):
         "Packing, checkpointing, accumulation. Not with 4-bit bases; not mergeable; ftune's own file."
     )
     default_learning_rate: ClassVar[float] = 1e-3
+    few_updates_factor: ClassVar[float] = 2.0
     mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its layers are non-linear, so no weight of the base can hold them"
     not_lora_because: ClassVar[str] = "its layers are non-linear: no low-rank matrix computes the same"

@@ -31,6 +31,7 @@ class Full(Method):
     composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW. No 4-bit base: it has to change."
     not_lora_because: ClassVar[str] = "it changes every weight, norms and embeddings included"
     default_learning_rate: ClassVar[float] = 2e-5
+    few_updates_factor: ClassVar[float] = 2.5
     artifact: ClassVar[Literal["adapter", "model"]] = "model"
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "transformers"
 

@@ -86,7 +86,7 @@ class GaLore(Method):
                 f"`{recipe.optimizer.name}` pages its own moments; GaLore's are in a subspace, and are not paged",
                 f"use `{recipe.optimizer.name.removeprefix('paged_')}`",
             )
-        if self.per_layer and recipe.training.gradient_accumulation_steps > 1:
+        if self.per_layer and (recipe.training.gradient_accumulation_steps or 1) > 1:
             yield Problem(
                 ("training", "gradient_accumulation_steps"),
                 "`per_layer` updates a weight at once: there is no gradient left to accumulate into",

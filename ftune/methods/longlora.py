@@ -36,6 +36,7 @@ class LongLora(LowRank):
     not_lora_because: ClassVar[str] = (
         "trained embeddings and norms are no low-rank update (use `ftune merge`); without them it is plain LoRA"
     )
+    few_updates_factor: ClassVar[float] = 2.5
     quantizable: ClassVar[bool] = True
 
     name: Literal["longlora"] = Field("longlora", description="LoRA with shifted sparse attention.")

@@ -29,7 +29,10 @@ class OptimizerSpec(BaseModel):
 
     name: OptimizerName = Field("adamw", description="adamw, or its 8-bit and paged forms (bitsandbytes).")
     learning_rate: float | None = Field(
-        None, gt=0, le=10, description="Peak learning rate. Default: the method's own (PEFT 2e-4, full 2e-5)."
+        None,
+        gt=0,
+        le=10,
+        description="Peak learning rate. Default: the method's own (`ftune methods`), higher for under 1000 updates.",
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")

@@ -43,6 +43,7 @@ class Prefix(VirtualTokens):
         "Accumulation, grouped queries, sliding windows. Not packing or checkpointing; not mergeable."
     )
     default_learning_rate: ClassVar[float] = 1e-2
+    few_updates_factor: ClassVar[float] = 1.0
     recomputable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = (
         "it trains keys and values of virtual tokens, which no weight of the base holds"

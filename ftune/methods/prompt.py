@@ -35,6 +35,7 @@ class Prompt(VirtualTokens):
     )
     composes: ClassVar[str] = "Checkpointing, accumulation, batches padded on either side. Not packing; not mergeable."
     default_learning_rate: ClassVar[float] = 1e-2
+    few_updates_factor: ClassVar[float] = 1.0
     not_mergeable_because: ClassVar[str] = "it trains inputs, not weights: what it learned stands in front of every row"
     not_lora_because: ClassVar[str] = "it trains inputs, not weights: there is no update of a matrix to write"
     replayable: ClassVar[bool] = True

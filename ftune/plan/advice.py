@@ -73,7 +73,7 @@ def _changes(arguments: dict[str, Any], recipe: Any, available: int) -> list[tup
         changes.append(("training.gradient_checkpointing: true", {"recomputed_blocks": blocks}))
     if arguments["rows"] > 1 and not method.updates_in_backward:
         rows = arguments["rows"]
-        steps = recipe.training.gradient_accumulation_steps * rows
+        steps = recipe.training.accumulation * rows
         changes.append(
             (
                 f"training.micro_batch_size: 1 with gradient_accumulation_steps: {steps}",

@@ -22,6 +22,7 @@ from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.kernels import shapes_of
@@ -50,7 +51,7 @@ class Plan:
     """Everything that is decided before the weights are loaded.
 
     Attributes:
-        recipe: The recipe with everything derived written out (dtype, learning rate, packing, alpha).
+        recipe: The recipe with everything derived written out (dtype, epochs, learning rate, packing, alpha).
         tokenizer: The model's tokenizer, with the recipe's chat template.
         splits: Tokenized training and held-out examples.
         rows: Training rows; one example each without packing.
@@ -69,6 +70,7 @@ class Plan:
         sizes: Where the sizes came from, when they are not those of the recipe's model.
         engine: How the processes share an update.
         target: The device that was planned for, when it is not the one here.
+        choices: Training settings that the recipe left out, and why they are what they are.
     """
 
     recipe: Recipe
@@ -89,12 +91,13 @@ class Plan:
     sizes: Path | None = None
     engine: EngineChoice = DDP
     target: Device | None = None
+    choices: tuple[Choice, ...] = ()
 
     @property
     def global_batch(self) -> int:
         """Rows in one optimizer update, over all processes."""
         training = self.recipe.training
-        return training.micro_batch_size * training.gradient_accumulation_steps * self.world_size
+        return training.micro_batch_size * training.accumulation * self.world_size
 
     @property
     def budget(self) -> int:
@@ -182,14 +185,13 @@ def resolve(
     rows = make_rows(splits.train, recipe)
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
 
-    training, schedule = recipe.training, recipe.schedule
-    global_batch = training.micro_batch_size * training.gradient_accumulation_steps * world_size
-    steps_per_epoch = math.ceil(len(rows) / global_batch)
-    by_epochs = math.ceil((training.epochs or 1.0) * steps_per_epoch)
-    if training.max_steps is None:
-        total_steps = by_epochs
-    else:
-        total_steps = training.max_steps if training.epochs is None else min(training.max_steps, by_epochs)
+    schedule = recipe.schedule
+    length = choose_length(recipe.training, len(rows), world_size, one_pass=recipe.method.updates_in_backward)
+    training, total_steps = length.training, length.total_steps
+    rate, rate_chosen = choose_rate(recipe, total_steps)
+    optimizer = recipe.optimizer.model_copy(update={"learning_rate": rate})
+    recipe = recipe.model_copy(update={"training": training, "optimizer": optimizer})
+    global_batch = training.micro_batch_size * training.accumulation * world_size
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total_steps)
@@ -234,7 +236,7 @@ def resolve(
     longest = padded_length(max(lengths))
     regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
     if flat:
-        update = training.micro_batch_size * training.gradient_accumulation_steps * max(lengths)
+        update = training.micro_batch_size * training.accumulation * max(lengths)
         regrouped = shapes.most_tokens or padded_length(min(_micro_batch_tokens(training, lengths), update))
 
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
@@ -277,7 +279,7 @@ def resolve(
         rows=rows,
         eval_rows=eval_rows,
         world_size=world_size,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=length.steps_per_epoch,
         total_steps=total_steps,
         warmup_steps=min(warmup, total_steps),
         shape=shape,
@@ -289,6 +291,7 @@ def resolve(
         sizes=sizes,
         engine=engine,
         target=target,
+        choices=length.choices + rate_chosen,
     )
 
 
@@ -327,13 +330,12 @@ def _many(config: Any, name: str) -> bool:
 
 
 def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """The recipe with every derived value in place, so that it means the same on another machine."""
+    """The recipe with every value in place that needs no data, so that it means the same on another machine."""
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}),
             "method": recipe.method.resolved(),
             "data": recipe.data.model_copy(update={"packing": recipe.packing}),
-            "optimizer": recipe.optimizer.model_copy(update={"learning_rate": recipe.learning_rate}),
         }
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftune.plan.advice import what_to_change
+from ftune.plan.defaults import few_updates
 from ftune.plan.memory import stored_bytes
 from ftune.plan.sharding import communication, on_host
 
@@ -74,6 +76,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "blocks": plan.recomputed.of,
             "recomputed_blocks": plan.recomputed.blocks,
             "recomputed_because": plan.recomputed.why,
+            "chosen": [asdict(choice) for choice in plan.choices],
         },
         "memory": plan.memory.as_dict(),
         **({"ranks": _ranks(plan)} if plan.world_size > 1 else {}),
@@ -98,7 +101,7 @@ def _ranks(plan: Plan) -> dict[str, Any]:
         plan.shape,
         engine=plan.engine.name,
         processes=plan.world_size,
-        accumulation=plan.recipe.training.gradient_accumulation_steps,
+        accumulation=plan.recipe.training.accumulation,
         stored_bytes=stored,
     )
     loading = plan.memory.loading
@@ -168,6 +171,8 @@ def _warnings(plan: Plan) -> list[str]:
         found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")
     if recipe.model.trust_remote_code:
         found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
+    if few := few_updates(recipe, plan.total_steps, plan.steps_per_epoch):
+        found.append(few)
     if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:
         found.append(f"all {plan.total_steps} steps are warm-up: the learning rate never reaches its peak")
     return found

@@ -62,6 +62,7 @@ def _sections(plan: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         ("held out", _held_out(plan.get("data") or {})),
         ("steps", _steps(plan.get("training") or {})),
         ("optimizer", _optimizer(plan.get("training") or {})),
+        ("by default", _chosen(plan.get("training") or {})),
         ("recomputed", _recomputed(plan.get("training") or {})),
         ("ranks", _ranks(plan.get("ranks") or {})),
         ("device", _device(plan)),
@@ -162,6 +163,12 @@ def _optimizer(training: dict[str, Any]) -> Iterator[str]:
     yield _say(training.get("learning_rate"), "learning rate {:g}")
     yield training.get("schedule") or ""
     yield _say(training.get("warmup_steps"), "{:,} steps of warm-up")
+
+
+def _chosen(training: dict[str, Any]) -> Iterator[str]:
+    """What the recipe left out; to keep a value, it is written into the recipe as it stands here."""
+    for choice in training.get("chosen") or []:
+        yield f"{choice['field'].rpartition('.')[2]} {choice['value']:g} ({choice['why']})"
 
 
 def _recomputed(training: dict[str, Any]) -> Iterator[str]:

@@ -287,7 +287,7 @@ def _trusted(recipe: Recipe) -> Iterator[Problem]:
 
 def _doubtful(recipe: Recipe) -> Iterator[Problem]:
     training = recipe.training
-    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    rows = training.micro_batch_size * (training.gradient_accumulation_steps or 1)
     if rows > 4096:
         product = f"{training.micro_batch_size} x {training.gradient_accumulation_steps} = {rows}"
         yield Problem(

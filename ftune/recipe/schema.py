@@ -123,11 +123,18 @@ class TrainingSpec(_Block):
     """How long, in what portions, from which seed."""
 
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the data. Default 1, or as many as max_steps needs."
+        None,
+        gt=0,
+        description="Passes over the data. Default: as many as make 100 updates, 1 to 10; or as max_steps needs.",
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer updates.")
     micro_batch_size: int = Field(1, ge=1, description="Rows in one forward pass on one device.")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in one optimizer update.")
+    gradient_accumulation_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Micro-batches in one optimizer update. Default: as many as make an update of a hundredth of the "
+        "rows, 1 to 32.",
+    )
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
@@ -157,6 +164,12 @@ class TrainingSpec(_Block):
         None, gt=0, description="Memory that the run may take, in GiB. Default: what the device has free."
     )
     seed: int = Field(7, ge=0, lt=2**31, description="Order of the data, initial adapter, dropout.")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in an update, of a plan's recipe, where they are settled (``ftune.plan.defaults``)."""
+        assert self.gradient_accumulation_steps is not None
+        return self.gradient_accumulation_steps
 
 
 class CheckpointSpec(_Block):
@@ -214,5 +227,5 @@ class Recipe(_Block):
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate: as asked, or the method's default."""
+        """The peak learning rate: as asked, or the method's own; a plan's recipe has that of its number of updates."""
         return self.optimizer.learning_rate or self.method.default_learning_rate

@@ -134,7 +134,7 @@ def _watch(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[_
 def portions(plan: Plan, flat: bool, start: int) -> tuple[int, int]:
     """Tokens in a micro-batch of one process on average, without padding, and how many of them are left."""
     each = sum(plan.row_lengths) / plan.steps_per_epoch / plan.world_size
-    micro_batches = plan.recipe.training.gradient_accumulation_steps
+    micro_batches = plan.recipe.training.accumulation
     if flat:
         micro_batches = math.ceil(each / plan.micro_batch_tokens)
     # With one row the compiler would make code for one row alone.

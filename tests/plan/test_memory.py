@@ -280,7 +280,7 @@ def test_dropout_of_attention_has_no_fused_kernel_on_the_cpu() -> None:
 def recipe(max_length: int = 1024, accumulation: int = 2) -> Any:
     return SimpleNamespace(
         data=SimpleNamespace(max_length=max_length),
-        training=SimpleNamespace(gradient_accumulation_steps=accumulation),
+        training=SimpleNamespace(accumulation=accumulation),
     )
 
 
