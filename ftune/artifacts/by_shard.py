@@ -18,6 +18,7 @@ import torch
 
 from ftune.artifacts.divergence import in_fp32
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.stops import saved_stops, write_generation_config
 from ftune.artifacts.tensor_files import check_shards, plan_shards, write_shards
 from ftune.errors import FtuneError, RunFailed
 from ftune.human import bytes_text
@@ -145,7 +146,9 @@ def merge_by_shard(
         verified.judge(saved, adapter)
         check_shards(aside, shards, saved, digests)
         _save_configuration(model, recipe, aside, saved)
-        load_tokenizer(recipe.model, recipe.data.chat_template).save_pretrained(str(aside))
+        tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
+        tokenizer.save_pretrained(str(aside))
+        write_generation_config(aside, model, tokenizer, saved_stops(run, recipe, tokenizer))
         report = {
             "out": str(target),
             "dtype": str(saved).removeprefix("torch."),

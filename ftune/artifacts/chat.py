@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
-from ftune.artifacts.generate import end_token_ids
+from ftune.artifacts.stops import end_token_ids, saved_stops
 from ftune.artifacts.tuned import Target
 from ftune.errors import FtuneError
 from ftune.plan.base_model import choose_device, load_base, load_tokenizer
@@ -43,6 +43,7 @@ class Chat:
         self._tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
         self._model = load_base(recipe.model, recipe.method, self._dtype, device).eval()
         self._recipe = recipe
+        self._stops = saved_stops(target.run, recipe, self._tokenizer)
         self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self._settings["temperature"] = temperature
@@ -99,7 +100,7 @@ class Chat:
                 streamer=Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
                 use_cache=True,
                 pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=end_token_ids(self._model, self._tokenizer) or None,
+                eos_token_id=end_token_ids(self._model, self._tokenizer, self._stops) or None,
             )
         answer: str = self._tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": answer.strip()})

@@ -21,6 +21,7 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.artifacts.tuned import load_plain
 from ftune.errors import FtuneError, RunFailed
 from ftune.methods._shared import load_peft, save_as_lora
@@ -65,6 +66,7 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
         base = in_fp32(load_plain(plan))
         used = save_as_lora(factors, base, aside, plan.context)
         plan.tokenizer.save_pretrained(str(aside))
+        write_generation_config(aside, base, plan.tokenizer, stops_of_run(run, plan))
         found = divergence(reference, logits_of(load_peft(base, aside).eval(), texts))
         exact = method.as_lora == "exact" and (rank is None or found.max_error <= MAX_ERROR_FP32)
         if exact:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.generate import greedy
 from ftune.artifacts.metrics import find_metric
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.stops import stops_of_run
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
@@ -67,10 +69,11 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         "notes": notes,
     }
     answers: dict[str, list[str]] = {}
+    stops = stops_of_run(run, plan)
     loss = loss_of(run.read() if run else {})
 
     def measure(who: str, model: nn.Module) -> None:
-        result[who], answers[who] = _measure(model, plan, items, accelerator, loss)
+        result[who], answers[who] = _measure(model, plan, items, stops, accelerator, loss)
 
     model = load_plain(plan)
     if run is None:
@@ -140,7 +143,12 @@ def _padding_shows(plan: Plan, items: list[GenerationItem]) -> bool:
 
 
 def _measure(
-    model: nn.Module, plan: Plan, items: list[GenerationItem], accelerator: Accelerator, loss_by: str
+    model: nn.Module,
+    plan: Plan,
+    items: list[GenerationItem],
+    stops: Sequence[int],
+    accelerator: Accelerator,
+    loss_by: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """Loss, perplexity and metrics of one model, and its answers."""
     spec, dtype = plan.recipe.evaluation, plan.context.dtype
@@ -157,6 +165,7 @@ def _measure(
             dtype=dtype,
             batch_size=spec.batch_size,
             max_new_tokens=spec.max_new_tokens,
+            stops=stops,
             equal_lengths=_padding_shows(plan, items),
         )
         numbers["metrics"] = {}

@@ -8,22 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ftune.artifacts.stops import end_token_ids
 from ftune.run.objective import autocast
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["end_token_ids", "greedy"]
-
-
-def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if tokenizer.eos_token_id is not None:
-        listed = [*listed, tokenizer.eos_token_id]
-    return sorted(set(listed))
+__all__ = ["greedy"]
 
 
 @torch.no_grad()
@@ -35,6 +26,7 @@ def greedy(
     dtype: torch.dtype,
     batch_size: int,
     max_new_tokens: int,
+    stops: Sequence[int] = (),
     equal_lengths: bool = False,
 ) -> list[str]:
     """Answer each prompt greedily.
@@ -46,13 +38,14 @@ def greedy(
         dtype: What the model computes in.
         batch_size: Prompts generated together; those of similar length share a batch.
         max_new_tokens: Longest answer.
+        stops: Tokens that end an answer, beside those of the model and the tokenizer.
         equal_lengths: Let only prompts of one length share a batch, so that none is padded.
 
     Returns:
         The answers in the order of the prompts, without special tokens, stripped.
     """
     device = next(model.parameters()).device
-    ends = end_token_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer, stops)
     answers = [""] * len(prompts)
     for chosen in _batches([len(prompt) for prompt in prompts], batch_size, equal_lengths=equal_lengths):
         longest = max(len(prompts[index]) for index in chosen)

@@ -22,6 +22,7 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.available import available_bytes
 from ftune.errors import FtuneError, RunFailed
 from ftune.plan.base_model import choose_device, configured
@@ -90,6 +91,7 @@ def merge(
         merged.config.use_cache = True
         merged.save_pretrained(str(aside), max_shard_size="4GB")
         plan.tokenizer.save_pretrained(str(aside))
+        write_generation_config(aside, merged, plan.tokenizer, stops_of_run(run, plan))
         del merged, model
         found = divergence(reference, logits_of(_reload(aside, plan), texts))
         report = {

@@ -22,6 +22,7 @@ from ftune.artifacts.kernels import kernels_of_run, replay_of
 from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.artifacts.stops import stops_of_plan, write_generation_config
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
@@ -377,6 +378,7 @@ def _require_at_work(recipe: Recipe, vitals: dict[str, float]) -> None:
 def _save_artifact(plan: Plan, model: nn.Module, out: Path) -> None:
     plan.recipe.method.save(model, out, plan.context)
     plan.tokenizer.save_pretrained(str(out))
+    write_generation_config(out, model, plan.tokenizer, stops_of_plan(plan))
 
 
 def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
