@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], help="on, off, or a number of blocks")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--out", type=Path, help="write every case and the versions as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -64,7 +64,7 @@ def make_base(out: Path, layers: int) -> int:
 def make_run(out: Path, base: Path) -> int:
     """Write a finished LoRA run whose B is random; returns the adapter's bytes."""
     recipe = {
-        "model": {"id": str(base), "dtype": "bfloat16"},
+        "model": {"id": str(base)},
         "method": {"name": "lora", "rank": RANK, "alpha": 2 * RANK},
         "data": {"train": str(base / "none.jsonl")},
         "output_dir": str(out),
@@ -113,7 +113,7 @@ def main() -> None:
         limit = int(arguments.limit_gib * 2**30)
         begun = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "ftune", "merge", str(root / "run"), "--by-shard", "--json"],
+            [sys.executable, "-m", "ftune", "merge", str(root / "run"), "--by-shard", "--dtype", "bfloat16", "--json"],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,

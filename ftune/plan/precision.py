@@ -1,8 +1,9 @@
 """What is faster on this machine: measured once, kept, and asked instead of the machine's name.
 
 A processor's flags say which instructions it has, not whether the libraries use them well: bfloat16 products are
-several times faster than float32 ones on some CPUs and slower on others. So candidates are timed in turns, and
-what was found is kept below the cache for the processor, the version of torch and the number of threads.
+several times faster than float32 ones on some CPUs and tens of times slower on others. So candidates are timed in
+turns, and what was found is kept below the cache for the processor, the instructions that the libraries may use of it,
+the version of torch and the number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +29,18 @@ if TYPE_CHECKING:
     from ftune.plan.devices import Device
 
 __all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "seconds_of"]
+
+CAPS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "OPENBLAS_CORETYPE",
+)
+"""Variables of the environment by which torch, oneDNN, MKL and OpenBLAS leave instructions of a processor unused."""
 
 MARGIN = 1.1
 """How many times faster bfloat16 must be than float32 to be taken: it costs precision, so a draw is float32's."""
@@ -60,9 +76,10 @@ def faster(key: str, candidates: Mapping[str, Callable[[], object]], margin: flo
 def seconds_of(key: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Seconds that each candidate takes on this machine: its best of several turns, measured once and kept.
 
-    Each runs once to warm up, then they take turns for about a quarter of a second, so that a machine that slows
-    down slows them all. A candidate that torch cannot run here takes ``inf``. In a group of processes the first
-    one measures while the others wait, and all get its figures: every process of the group must make the call.
+    Each runs once to warm up and once to be timed, then they take turns until a quarter of a second is over, so that
+    a machine that slows down slows them all. A candidate that torch cannot run here takes ``inf``. In a group of
+    processes the first one measures while the others wait, and all get its figures: every process of the group must
+    make the call.
 
     Args:
         key: As of ``faster``.
@@ -119,21 +136,23 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
             continue
         able.append(name)
     began = time.perf_counter()
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         for name in able:
             before = time.perf_counter()
             candidates[name]()
             seconds[name] = min(seconds[name], time.perf_counter() - before)
-        if turn and time.perf_counter() - began > BUDGET_SECONDS:
+        if time.perf_counter() - began > BUDGET_SECONDS:
             break
     return seconds
 
 
 def machine() -> str:
-    """Stands for the processor, torch and its threads in a file's name."""
+    """Stands for the processor, what the libraries may use of it, torch and its threads in a file's name."""
     import torch
 
-    parts = (_processor(), torch.__version__, str(torch.get_num_threads()), platform.machine())
+    parts = [_processor(), torch.__version__, str(torch.get_num_threads()), platform.machine()]
+    parts.append(torch.backends.cpu.get_cpu_capability())
+    parts += [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -143,9 +162,17 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor()
+        return f"{platform.processor()}{_apple()}"
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
-    return "\n".join(line for line in lines if line.split(":")[0].strip() in wanted)
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in wanted or line.startswith("CPU "))
+
+
+def _apple() -> str:
+    """The processor's name on macOS, where Python calls each one ``arm``; nothing elsewhere."""
+    if sys.platform != "darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def choose_dtype(name: str, device: torch.device, target: Device | None = None) -> torch.dtype:
@@ -166,37 +193,54 @@ def choose_dtype(name: str, device: torch.device, target: Device | None = None) 
         fast = target.bfloat16
     elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = bf16_speedup() >= MARGIN
     else:
-        fast = False
+        fast = bf16_speedup(device) >= MARGIN
     return torch.bfloat16 if fast else torch.float32
 
 
-def bf16_speedup() -> float:
-    """How many times faster than float32 this CPU multiplies in bfloat16; 0 where torch cannot.
+def bf16_speedup(device: torch.device) -> float:
+    """How many times faster than float32 this device multiplies in bfloat16; 0 where torch cannot.
 
-    The three products of a linear layer in training (forward, gradient of the input, gradient of the weight), for
-    512 tokens and a width of 768.
+    The three matmuls of a linear layer in training (forward, gradient of the input, gradient of the weight), for
+    256 tokens and a width of 768; on a GPU 2,048 and 2,048, which keep all of it busy.
     """
-    seconds = seconds_of("products-512x768", {"float32": _products("float32"), "bfloat16": _products("bfloat16")})
+    tokens, width = (256, 768) if device.type == "cpu" else (2048, 2048)
+    key = f"matmuls-{tokens}x{width}"
+    if device.type != "cpu":
+        key = f"{key}-{_accelerator(device)}"
+    dtypes = ("float32", "bfloat16")
+    seconds = seconds_of(key, {dtype: _matmuls(dtype, tokens, width, device) for dtype in dtypes})
     return seconds["float32"] / seconds["bfloat16"]
 
 
-def _products(dtype: str) -> Callable[[], object]:
-    tokens, width = 512, 768
+def _accelerator(device: torch.device) -> str:
+    """What a GPU calls itself and how it multiplies float32, in characters of a file's name."""
+    import torch
 
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    tf32 = torch.get_float32_matmul_precision()
+    return "".join(letter if letter.isalnum() else "-" for letter in f"{name}-{tf32}")
+
+
+def _matmuls(dtype: str, tokens: int, width: int, device: torch.device) -> Callable[[], object]:
     @functools.cache
     def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input, weight and gradient: not zeros, and from a generator of their own, which no seed is taken from."""
         import torch
 
-        generator, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
-        x, weight, grad = (torch.randn(rows, width, generator=generator).to(kind) for rows in (tokens, width, tokens))
+        generator, kind = torch.Generator(device).manual_seed(0), getattr(torch, dtype)
+        x, weight, grad = (
+            torch.randn(rows, width, generator=generator, device=device).to(kind) for rows in (tokens, width, tokens)
+        )
         return x, weight, grad
 
     def run() -> object:
+        import torch
+
         x, weight, grad = operands()
-        return x @ weight.T, grad @ weight, grad.T @ x
+        results = x @ weight.T, grad @ weight, grad.T @ x
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return results
 
     return run

@@ -31,6 +31,7 @@ from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
 from ftune.plan.shapes import read_shape
+from ftune.plan.slow import slower_here
 from ftune.plan.summary import summary_of
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe, TrainingSpec
@@ -71,6 +72,7 @@ class Plan:
         engine: How the processes share an update.
         target: The device that was planned for, when it is not the one here.
         choices: Training settings that the recipe left out, and why they are what they are.
+        slower: What the recipe asks for by name and the device is much slower in, a warning each.
     """
 
     recipe: Recipe
@@ -92,6 +94,7 @@ class Plan:
     engine: EngineChoice = DDP
     target: Device | None = None
     choices: tuple[Choice, ...] = ()
+    slower: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -172,6 +175,7 @@ def resolve(
     device = choose_device()
     require_engine(recipe, engine)
     dtype = choose_dtype(recipe.model.dtype, device, target)
+    slower = slower_here(recipe, device, target)
     recipe = written_out(recipe, dtype)
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
@@ -292,6 +296,7 @@ def resolve(
         engine=engine,
         target=target,
         choices=length.choices + rate_chosen,
+        slower=slower,
     )
 
 

@@ -169,6 +169,7 @@ def _warnings(plan: Plan) -> list[str]:
         )
     if recipe.optimizer.name.startswith("paged") and plan.context.device.type != "cuda":
         found.append(f"`{recipe.optimizer.name}` pages on CUDA only: here its state stays where it is")
+    found += plan.slower
     if recipe.model.trust_remote_code:
         found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
     if few := few_updates(recipe, plan.total_steps, plan.steps_per_epoch):

@@ -21,7 +21,7 @@ from ftune.plan import precision
 
 def finds_bfloat16(patch: pytest.MonkeyPatch, fast: bool) -> None:
     """Have bfloat16 be faster than float32 or not: a CPU is timed, a GPU is asked."""
-    patch.setattr(precision, "bf16_speedup", lambda: 2.0 if fast else 0.5)
+    patch.setattr(precision, "bf16_speedup", lambda device: 2.0 if fast else 0.5)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: fast)
 
 

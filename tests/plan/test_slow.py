@@ -1,0 +1,95 @@
+"""A recipe that names what this device is slow in is told so, by how much; one that leaves it open is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ftune.plan import precision, slow
+from ftune.plan.devices import find_device
+from ftune.plan.resolve import resolve
+from ftune.plan.slow import slower_here
+
+CPU = torch.device("cpu")
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+@pytest.mark.parametrize(
+    ("speedup", "dtype", "said"),
+    [
+        (
+            1 / 23.2,
+            "bfloat16",
+            "bfloat16 is 23 times slower than float32 on this CPU (measured): write `model.dtype: auto`",
+        ),
+        (1 / 2.5, "bfloat16", "bfloat16 is 2.5 times slower than float32"),
+        (12.0, "float32", "float32 is 12 times slower than bfloat16"),
+        (1 / 1.9, "bfloat16", None),
+        (1.9, "float32", None),
+        (1 / 23, "float32", None),
+        (12.0, "bfloat16", None),
+        (1 / 23, "auto", None),
+        (12.0, "auto", None),
+    ],
+)
+def test_a_named_dtype_is_held_against_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speedup: float, dtype: str, said: str | None
+) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: speedup)
+    found = slower_here(tiny.recipe(tmp_path, model={"dtype": dtype}).recipe, CPU)
+    assert [said in text for text in found] == [True] if said else found == ()
+
+
+def test_what_dequantized_weights_are_multiplied_in_is_held_against_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
+    method = {"name": "qlora", "quantization": {"compute_dtype": "bfloat16"}}
+    recipe = tiny.recipe(tmp_path, model={"dtype": "auto"}, method=method).recipe
+    (found,) = slower_here(recipe, CPU)
+    assert found.endswith("write `method.quantization.compute_dtype: auto`")
+
+
+def test_nothing_is_measured_for_a_recipe_that_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: pytest.fail("measured"))
+    assert slower_here(tiny.recipe(tmp_path, model={"dtype": "auto"}).recipe, CPU) == ()
+
+
+@pytest.mark.parametrize(("device", "slow_there"), [("t4-16g", True), ("v100-32g", True), ("h100-80g", False)])
+def test_of_a_device_that_is_not_here_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, slow_there: bool
+) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: pytest.fail("measured"))
+    recipe = tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe
+    assert bool(slower_here(recipe, CPU, find_device(device))) is slow_there
+
+
+def test_the_plan_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
+    plan = resolve(tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe)
+    assert any("20 times slower" in text for text in plan.summary()["warnings"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512_bf16" not in precision._processor(), reason="no bfloat16 to do without")
+def test_without_its_instructions_bfloat16_is_measured_slow_and_not_chosen(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path, model={"dtype": "bfloat16"})
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+
+    def plan(caps: dict[str, str], *overrides: str) -> str:
+        command = [sys.executable, "-m", "ftune", "plan", str(tmp_path / "recipe.yaml"), *overrides]
+        done = subprocess.run(command, env=os.environ | caps, capture_output=True, text=True, timeout=120, check=True)
+        return " ".join(done.stdout.split())
+
+    said = re.search(r"bfloat16 is ([\d.]+) times slower than float32 on this CPU \(measured\)", plan(AVX2))
+    assert said
+    assert float(said[1]) > 3, "7 to 60 times a product"
+    assert ", float32," in plan(AVX2, "--set", "model.dtype=auto")
+    assert ", bfloat16," in plan({}, "--set", "model.dtype=auto"), "what was measured with the caps is not kept without"
