@@ -20,7 +20,7 @@ from ftune.artifacts.divergence import in_fp32
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.stops import saved_stops, write_generation_config
 from ftune.artifacts.tensor_files import check_shards, plan_shards, write_shards
-from ftune.errors import FtuneError, RunFailed
+from ftune.errors import FtuneError, ModelError, RunFailed
 from ftune.human import bytes_text
 from ftune.methods import Context
 from ftune.methods._layer_by_layer import as_quantized, is_adapted, outputs
@@ -28,7 +28,7 @@ from ftune.methods._shared import list_linears
 from ftune.plan.base_model import choose_device, load_tokenizer
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
-from ftune.plan.stored import StoredWeights, base_files, find_weights, hollow_base
+from ftune.plan.stored import IN_MEMORY, StoredWeights, base_files, find_weights, hollow_base
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe
 from ftune.run.files import new_directory, write_json
@@ -135,9 +135,10 @@ def merge_by_shard(
         stored = find_weights(files, model, f"the checkpoint of `{recipe.model.id}`")
     else:
         stored = find_weights(sorted(artifact.glob("*.safetensors")), model, str(artifact))
+    merger = _Merger(recipe, stored, model, artifact if adapter else None, context, device, saved)
+    merger.require_weights()
     _require_room(target, stored.parameters * saved.itemsize)
     _require_tied(stored)
-    merger = _Merger(recipe, stored, model, artifact if adapter else None, context, device, saved)
 
     shards = plan_shards(stored.shapes, saved.itemsize, shard_bytes)
     with new_directory(target) as aside:
@@ -193,12 +194,26 @@ class _Merger:
         self._random = torch.Generator().manual_seed(0)
         self._rest: dict[str, Tensor] = {}
 
+    def require_weights(self) -> None:
+        """Hold that every weight that changes is in the files as the model has it.
+
+        Raises:
+            ModelError: transformers makes it of other tensors.
+        """
+        for name in self._stored.absent if self._method.artifact == "adapter" else ():
+            if self._changes(name.rpartition(".")[0]):
+                raise ModelError(
+                    f"the base's files do not hold `{name}` as one tensor: transformers makes it of others as it "
+                    "loads them",
+                    help=IN_MEMORY,
+                )
+
     def tensor(self, name: str) -> Tensor:
         """A merged tensor in the dtype that is saved."""
         if name in self._rest:
             return self._rest.pop(name)
         module, _, leaf = name.rpartition(".")
-        if not (self._method.artifact == "adapter" and self._changes(module)):
+        if name in self._stored.converted or not (self._method.artifact == "adapter" and self._changes(module)):
             # As it was trained against: in the dtype of the base.
             return self._stored.read(name).to(self._base_dtype).to(self._saved)
         leaves = [key for key in self._stored.shapes if key.rpartition(".")[0] == module]

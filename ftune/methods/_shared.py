@@ -19,7 +19,6 @@ from ftune.methods.base import Context, Linear, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from ftune.methods.base import ModelShape
@@ -296,43 +295,6 @@ def load_peft(base: nn.Module, directory: Path) -> nn.Module:
 def disable_adapter(model: nn.Module) -> AbstractContextManager[Any]:
     """PEFT's context in which the base computes alone."""
     return cast("AbstractContextManager[Any]", cast(Any, model).disable_adapter())
-
-
-def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
-    """Save a transformers model in ``dtype`` without changing the one in memory."""
-    whole = cast(Any, model)
-    # A tied head must stay one tensor with the embedding, or it is written twice.
-    cast_once: dict[tuple[int, torch.Size], Tensor] = {}
-    state = {
-        name: cast_once.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
-        for name, tensor in model.state_dict().items()
-    }
-    before = whole.config.dtype, whole.config.use_cache
-    try:
-        # Training goes without a cache; whoever loads the model wants one.
-        whole.config.dtype, whole.config.use_cache = dtype, True
-        whole.save_pretrained(str(out), state_dict=state)
-    finally:
-        whole.config.dtype, whole.config.use_cache = before
-
-
-def load_whole_model(base: nn.Module, directory: Path) -> nn.Module:
-    """Copy the weights of a saved model over ``base``, which keeps its dtype.
-
-    Raises:
-        ModelError: The directory holds another architecture.
-    """
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        state |= load_file(file)
-    missing, unexpected = base.load_state_dict(state, strict=False)
-    cast(Any, base).tie_weights()
-    tied = set(getattr(base, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise ModelError(f"{directory} does not hold the weights of this model: {[*missing, *unexpected][:3]}")
-    return base
 
 
 # --- merging -----------------------------------------------------------------------------------------------

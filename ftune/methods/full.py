@@ -65,13 +65,13 @@ class Full(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""
-        from ftune.methods._shared import save_whole_model
+        from ftune.methods._whole import save_whole_model
 
         save_whole_model(model, out, context.dtype)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Copy the saved weights over the base model's."""
-        from ftune.methods._shared import load_whole_model
+        from ftune.methods._whole import load_whole_model
 
         return load_whole_model(base, directory).requires_grad_(False)
 

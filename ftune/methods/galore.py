@@ -293,11 +293,15 @@ class GaLore(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""
-        _shared.save_whole_model(model, out, context.dtype)
+        from ftune.methods._whole import save_whole_model
+
+        save_whole_model(model, out, context.dtype)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Copy the saved weights over the base model's."""
-        return _shared.load_whole_model(base, directory).requires_grad_(False)
+        from ftune.methods._whole import load_whole_model
+
+        return load_whole_model(base, directory).requires_grad_(False)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """The model is already whole: return it in fp32."""

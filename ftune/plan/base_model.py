@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
+from ftune.methods._whole import quiet
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
@@ -173,7 +174,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         "dtype": method.base_dtype(dtype),
         "attn_implementation": method.attention(spec.attention),
     }
-    with explained(spec, "weights"), _quiet():
+    with explained(spec, "weights"), quiet():
         dense = None
         if located.gguf_file:
             plain = {"config": load_config(spec), "dtype": settings["dtype"]}
@@ -233,19 +234,6 @@ def keep_packed(model: nn.Module) -> None:
     for module in model.modules():
         if is_4bit(module):
             cast(Any, module).support_avx512bf16_for_cpu = False
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _dequantized(path_or_id: str, settings: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import ModelError
 from ftune.methods import Method
 from ftune.methods._layer_by_layer import hollow
+from ftune.methods._whole import quiet
 from ftune.plan.base_model import configured, gguf_path
 from ftune.plan.gguf import found_weights
 from ftune.plan.shapes import build_on_meta
@@ -33,6 +35,9 @@ class StoredWeights:
         files: Its safetensors files, in order.
         places: Name of the parameter → the file it is in, and its name there; in the order they are stored.
         shapes: Name of the parameter → its shape.
+        converted: Names among them that are the file's own: transformers makes parameters of other names or shapes
+            of these tensors as it loads them.
+        absent: The parameters that are made of those.
         tied: Parameters that are another one under a second name, and the name that is kept.
     """
 
@@ -40,6 +45,8 @@ class StoredWeights:
     places: dict[str, tuple[Path, str]]
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str] = field(default_factory=dict)
+    converted: frozenset[str] = frozenset()
+    absent: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored; read, not mapped: it leaves memory when it is let go of."""
@@ -93,7 +100,10 @@ def base_files(spec: ModelSpec, dtype: torch.dtype) -> list[Path]:
 
 
 def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeights:
-    """Match the tensors of a checkpoint with the parameters of a model, one to one.
+    """Match the tensors of a checkpoint with the parameters of a model, one to one where the file has them so.
+
+    Tensors that transformers converts as it loads them (experts one by one, a head under another name) keep the
+    file's names.
 
     Args:
         files: The safetensors files.
@@ -101,7 +111,7 @@ def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeight
         what: What the checkpoint is, for messages.
 
     Raises:
-        ModelError: A name, shape or dtype is not the model's: transformers converts this checkpoint as it loads it.
+        ModelError: A tensor is quantized, or this checkpoint does not make this model.
     """
     from safetensors import safe_open
 
@@ -109,6 +119,7 @@ def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeight
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     places: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    converted: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt", backend="pread") as opened:
             for stored in opened.offset_keys():
@@ -118,20 +129,47 @@ def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeight
                     # Whether it is a copy of the other is checked where both are at hand.
                     places.setdefault(name, (file, stored))
                     continue
-                if name not in wanted:
-                    if stored.endswith("rotary_emb.inv_freq"):
-                        continue  # computed from the configuration; older checkpoints hold it all the same
-                    raise _converted(what, f"it holds `{stored}`, which is no parameter of the model")
-                if tuple(about.get_shape()) != wanted[name]:
-                    found = " x ".join(map(str, about.get_shape()))
-                    raise _converted(what, f"`{stored}` is {found} there, {' x '.join(map(str, wanted[name]))} here")
                 if about.get_dtype() not in STORED:
                     raise ModelError(f"{what} stores `{stored}` as {about.get_dtype()}: quantized", help=IN_MEMORY)
-                places[name], shapes[name] = (file, stored), wanted[name]
-    missing = [name for name in wanted if name not in places]
-    if missing:
-        raise _converted(what, f"it has no `{missing[0]}`")
-    return StoredWeights(tuple(files), places, shapes, tied)
+                shape = tuple(about.get_shape())
+                if wanted.get(name) != shape:
+                    if stored.endswith("rotary_emb.inv_freq"):
+                        continue  # computed from the configuration; older checkpoints hold it all the same
+                    name = stored
+                    converted.add(name)
+                places[name], shapes[name] = (file, stored), shape
+    absent = tuple(name for name in wanted if name not in places or name in converted)
+    if converted or absent:
+        _require_readable(files, model, what)
+    return StoredWeights(tuple(files), places, shapes, tied, frozenset(converted), absent)
+
+
+def _require_readable(files: list[Path], model: Any, what: str) -> None:
+    """Hold that transformers makes the whole model of a checkpoint, and uses every tensor of it.
+
+    Raises:
+        ModelError: Names what is left over or missing.
+    """
+    with quiet(reports=False):
+        # On the meta device nothing is read but the files' headers.
+        _, report = type(model).from_pretrained(
+            str(files[0].parent),
+            config=copy.deepcopy(model.config),
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    for key, how in (
+        ("unexpected_keys", "it holds `{}`, which is no parameter of the model"),
+        ("mismatched_keys", "`{}` has another shape there"),
+        ("missing_keys", "it has no `{}`"),
+    ):
+        for name in sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in report[key]):
+            raise ModelError(
+                f"{what} is not this model: {how.format(name)}",
+                help="check that the files and config.json belong together",
+            )
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -146,10 +184,3 @@ def _parameters(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str,
             first[id(tensor)] = name
             shapes[name] = tuple(tensor.shape)
     return shapes, tied
-
-
-def _converted(what: str, how: str) -> ModelError:
-    return ModelError(
-        f"{what} cannot be read tensor by tensor: {how}; transformers converts its weights as it loads them",
-        help=IN_MEMORY,
-    )
