@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import ftune
-from ftune.errors import FtuneError, Interrupted, RecipeError
+from ftune.errors import FtuneError, Interrupted, LocatedDataError, RecipeError
 from ftune.heap import begin_again
 from ftune.streams import outlive_reader
 
@@ -150,6 +150,17 @@ def _load(path: Path, overrides: list[str] | None) -> Loaded:
 
 
 @contextlib.contextmanager
+def _located(loaded: Loaded) -> Iterator[None]:
+    """Show what the data says of fields of the recipe at the fields."""
+    from ftune.recipe import at_fields
+
+    try:
+        yield
+    except LocatedDataError as error:
+        raise at_fields(error, loaded, color=_color(sys.stderr)) from error
+
+
+@contextlib.contextmanager
 def _libraries() -> Iterator[None]:
     """Quieten libraries whose notices are not the user's business; ftune reports what matters itself."""
     import logging
@@ -230,7 +241,8 @@ def validate(
     """Check a recipe: every mistake at once, each with its place."""
     loaded = _load(recipe, overrides)
     if data:
-        _show_data(loaded.recipe)
+        with _located(loaded):
+            _show_data(loaded.recipe)
     if as_json:
         _print_json({"valid": True, "recipe": loaded.recipe.model_dump(mode="json")})
     elif not data:
@@ -280,7 +292,7 @@ def plan(
     require_several(choice, num_processes)
     target = find_device(device) if device else None
     loaded = _load(recipe, overrides)
-    with _libraries():
+    with _libraries(), _located(loaded):
         from ftune.plan.resolve import resolve
 
         summary = resolve(

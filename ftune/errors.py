@@ -5,6 +5,7 @@
     FtuneError                 2   the user's mistake: a message, no traceback
     ├── RecipeError            2   one or more located mistakes in a recipe or in an option
     ├── DataError              2   a file or a row that cannot be trained on
+    │   └── LocatedDataError   2   fields of the recipe that the data does not bear out
     ├── ModelError             2   a base model that cannot be found or cannot do what was asked
     ├── RunDirError            2   a run directory that is missing, unfinished or already taken
     ├── RunFailed              1   the run started and did not do what it promised
@@ -15,12 +16,15 @@ A broken invariant of ftune's own is an ``AssertionError`` and keeps its traceba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ftune.scrub import harmless, scrub
 
 __all__ = [
     "DataError",
     "FtuneError",
     "Interrupted",
+    "LocatedDataError",
     "ModelError",
     "RecipeError",
     "RunDirError",
@@ -69,6 +73,20 @@ class RecipeError(FtuneError):
 
 class DataError(FtuneError):
     """Data that cannot be read, or a row that does not fit its format."""
+
+
+class LocatedDataError(DataError):
+    """Data that is not what fields of the recipe say of it.
+
+    Args:
+        places: Of each mistake the field's path, what is wrong, and how to mend it.
+    """
+
+    def __init__(self, places: Sequence[tuple[tuple[str | int, ...], str, str | None]]) -> None:
+        self.places = tuple(places)
+        (path, message, help), *others = places
+        lines = [f"`{'.'.join(map(str, other))}`: {text}" for other, text, _ in others]
+        super().__init__("\n  ".join([f"`{'.'.join(map(str, path))}`: {message}", *lines]), help=help)
 
 
 class ModelError(FtuneError):

@@ -4,6 +4,9 @@
 
     readers   the bytes of a file → rows, each with its line
     sources   files and hub data sets → Rows, each row with its file and line
+    columns   Rows under the names that the recipe's `columns` give
+    leftover  columns that nothing uses: told or refused
+    read      a source of the recipe → Rows and their format
     turns     a turn as any tool writes it → a message
     formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
     chat      Conversation → text and the character spans that are trained

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
+from ftune.data.columns import Unfit
+from ftune.data.leftover import block_to_copy, proposal
 from ftune.data.readers import DECODER, Row
 from ftune.data.sources import Rows
 from ftune.data.turns import (
@@ -43,8 +46,10 @@ __all__ = [
     "Message",
     "Plain",
     "Record",
+    "columns_of",
     "convert",
     "detect_format",
+    "fits",
     "resolve_format",
 ]
 
@@ -130,32 +135,59 @@ def detect_format(columns: Sequence[str], first_row: Row) -> Format:
         return "text"
     found = names(columns, "`")
     expected = "".join(f"\n  {name}: {columns}" for name, columns in EXPECTED.items())
-    raise DataError(
-        f"no format fits the columns {found}; expected the columns of one of{expected}",
-        help="rename the columns, or write the rows out as `messages`",
-    )
+    raise DataError(f"no format fits the columns {found}; expected the columns of one of{expected}")
 
 
-def resolve_format(rows: Rows, asked: SourceFormat) -> Format:
+def resolve_format(rows: Rows, asked: SourceFormat, path: str = "", key: str = "train") -> Format:
     """The format asked for, or the one detected; an asked one must have its columns.
+
+    Args:
+        rows: The rows, under the names of the recipe's mapping where it has one.
+        asked: What the recipe says.
+        path: The source as the recipe names it, for an example in the error.
+        key: Which source it is.
 
     Raises:
         DataError: The columns do not fit; names the source.
     """
+    source = rows.origin[0]
     try:
         if asked == "auto":
             _, first = next(iter(rows))
             return detect_format(rows.columns, first)
-        missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
-        if missing:
-            found = names(rows.columns, "`")
-            raise DataError(
-                f"format `{asked}` needs the column `{missing[0]}`; found {found}",
-                help=f"expected {EXPECTED[asked]}; or set `format: auto`",
-            )
-        return asked
     except DataError as error:
-        raise DataError(f"{rows.origin[0]}: {error.message}", help=error.help) from None
+        copy = block_to_copy(proposal(rows), key, path or source)
+        header = "; the first line of a .csv names its columns" if _is_table(source) else ""
+        raise DataError(
+            f"{source}: {error.message}",
+            help=f"say in the recipe what the columns are, for example\n{copy}{header}",
+        ) from None
+    missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
+    if missing:
+        raise DataError(
+            f"{source}: format `{asked}` needs the column `{missing[0]}`; found {names(rows.columns, '`')}",
+            help=f"expected {EXPECTED[asked]}; set `format: auto`, or say with `columns` what the columns are",
+        )
+    return asked
+
+
+def fits(format: SourceFormat, columns: Sequence[str]) -> bool:
+    """Whether some columns are enough for a format."""
+    return format != "auto" and set(_needed(format, columns)) <= set(columns)
+
+
+def columns_of(format: Format, rows: Rows) -> tuple[str, ...]:
+    """The columns that a format takes, where they are there."""
+    if format in ("messages", "sharegpt"):
+        return (_chat_column(rows.columns) or "messages", "system", "tools")
+    if format == "prompt_completion":
+        turns = any(isinstance(row.get("prompt"), list) for _, row in islice(rows, 1))
+        return ("prompt", "completion", *(("system", "tools") if turns else ()))
+    return ("instruction", "input", "output", "system", "history") if format == "alpaca" else ("text",)
+
+
+def _is_table(name: str) -> bool:
+    return name.lower().endswith((".csv", ".tsv"))
 
 
 def _needed(name: Format, columns: Sequence[str]) -> tuple[str, ...]:
@@ -176,13 +208,14 @@ def _chat_column(columns: Sequence[str]) -> str | None:
 # --- conversion ---
 
 
-def convert(rows: Rows, name: Format, *, chat_template: bool) -> list[Record]:
+def convert(rows: Rows, name: Format, *, chat_template: bool, shown: int = SHOWN) -> list[Record]:
     """Every row as a conversation or a plain text, in order.
 
     Args:
         rows: The rows.
         name: Their format.
         chat_template: Whether there is a chat template; alpaca rows become conversations only then.
+        shown: How many misfits an error names.
 
     Raises:
         DataError: Rows do not fit; names the first few with place, column, what was found and what is
@@ -194,19 +227,29 @@ def convert(rows: Rows, name: Format, *, chat_template: bool) -> list[Record]:
     count = 0
     for number, row in rows:
         try:
+            if isinstance(row, Unfit):
+                raise Misfit(row.why)
             records.append(_convert(row, number, name, chat, chat_template))
         except Misfit as misfit:
             count += 1
-            if len(misfits) < SHOWN:
-                misfits.append(f"\n  {rows.where(number)}: {misfit}")
+            if len(misfits) < shown:
+                misfits.append(f"\n  {rows.where(number)}: {_in_the_files_words(str(misfit), rows.named)}")
     if count:
-        more = f"\n  and {count - SHOWN} more" if count > SHOWN else ""
+        more = f"\n  and {count - shown} more" if count > shown else ""
         verb = "does" if count == 1 else "do"
         raise DataError(
             f"{count} of {len(rows)} rows {verb} not fit the format `{name}`{''.join(misfits)}{more}",
             help=f"`{name}` expects {EXPECTED[name]}",
         )
     return records
+
+
+def _in_the_files_words(misfit: str, named: Mapping[str, str]) -> str:
+    """A misfit that names a column as the format does, with what the recipe made that column from."""
+    for name, source in named.items():
+        if f"`{name}`" in misfit and source != name:
+            return misfit.replace(f"`{name}`", f"`{name}` (from {short(source)})", 1)
+    return misfit
 
 
 def _convert(row: Row, number: int, name: Format, chat: str, chat_template: bool) -> Record:

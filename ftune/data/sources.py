@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -36,6 +36,8 @@ class Rows:
         file_of: Index into ``origin`` for each row of ``source``; empty: all from the first.
         line_of: Line of each row of ``source``, counted from 1; empty where there are no lines.
         commit: Of the hub, for a data set whose files say from which they are.
+        named: Where the recipe maps columns: what each was made from.
+        notes: What should be told of the source: what of it is not used.
     """
 
     source: Sequence[Row]
@@ -46,6 +48,8 @@ class Rows:
     file_of: Sequence[int] = ()
     line_of: Sequence[int] = ()
     commit: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -16,8 +16,9 @@ from ftune.data import token_cache
 from ftune.data.chat import ChatTemplate, generation_prompt, load_template
 from ftune.data.encode import Encoder, Part, RowError, encodable
 from ftune.data.examples import IGNORE, Example, Examples, Ids
-from ftune.data.formats import SHOWN, Format, Plain, convert, resolve_format
-from ftune.data.sources import Rows, load_rows
+from ftune.data.formats import SHOWN, Format, Plain, convert
+from ftune.data.read import read_source
+from ftune.data.sources import Rows
 from ftune.data.workers import encode_all
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSpec
@@ -118,13 +119,11 @@ def load_splits(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -
     Raises:
         DataError: Anything in the data that cannot be trained on.
     """
-    train = load_rows(spec.train)
-    format = resolve_format(train, spec.train.format)
+    train, format = read_source(spec.train)
     held_out: Rows | None = None
     held_out_format = format
     if spec.eval is not None:
-        held_out = load_rows(spec.eval)
-        held_out_format = resolve_format(held_out, spec.eval.format)
+        held_out, held_out_format = read_source(spec.eval, "eval", like=spec.train)
     elif spec.eval_fraction > 0:
         train, held_out = _hold_out(train, spec.eval_fraction, seed)
     return Splits(

@@ -161,6 +161,8 @@ def _warnings(plan: Plan) -> list[str]:
             f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
+    sources = [train, *([plan.splits.eval] if plan.splits.eval else [])]
+    found += dict.fromkeys(note for split in sources for note in split.rows.notes)
     found += recipe.method.remarks(plan.context)
     if recipe.optimizer.weight_decay and not recipe.method.decaying:
         found.append(

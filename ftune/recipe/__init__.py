@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ftune.errors import LocatedDataError, RecipeError
+from ftune.methods import Problem
 from ftune.recipe.checks import advise, check
 from ftune.recipe.diagnose import fail, from_problems, render
 from ftune.recipe.load import Loaded, load_recipe, parse_recipe
@@ -21,6 +23,7 @@ __all__ = [
     "LocatedData",
     "Recipe",
     "annotated_recipe",
+    "at_fields",
     "check",
     "json_schema",
     "load_checked",
@@ -41,6 +44,12 @@ def require(loaded: Loaded, *, color: bool = False) -> None:
     """
     if problems := check(loaded.recipe):
         raise fail(from_problems(problems, loaded.positions), loaded.positions.source, color=color)
+
+
+def at_fields(error: LocatedDataError, loaded: Loaded, *, color: bool = False) -> RecipeError:
+    """What the data says of fields of the recipe, at the lines where they are written."""
+    problems = [Problem(path, message, help) for path, message, help in error.places]
+    return fail(from_problems(problems, loaded.positions), loaded.positions.source, color=color)
 
 
 def warnings(loaded: Loaded, *, color: bool = False) -> list[str]:

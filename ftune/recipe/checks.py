@@ -13,6 +13,7 @@ from typing import Any
 
 from ftune.errors import DataError, FtuneError, RunDirError
 from ftune.methods import Problem
+from ftune.recipe.columns import FORMATS, Field, format_of, is_template, parse_template
 from ftune.recipe.diagnose import closest
 from ftune.recipe.locate import as_path, is_installed, locate_data, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
@@ -127,7 +128,39 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def _columns(source: DataSource, key: str) -> Iterator[Problem]:
+    """Templates that do not parse, and fields that contradict each other."""
+    given = source.columns.given() if source.columns else {}
+    at = ("data", key, "columns")
+    formats = format_of(set(given))
+    if len(formats) > 1:
+        groups = [", ".join(f"`{name}`" for name in FORMATS[name_of] if name in given) for name_of in formats]
+        yield Problem(at, f"`columns` maps to {len(formats)} formats: {' and '.join(groups)}", "keep those of one")
+    elif formats and source.format not in ("auto", "sharegpt" if formats == ["messages"] else "auto", formats[0]):
+        yield Problem(
+            ("data", key, "format"),
+            f"`columns` maps to `{formats[0]}`, and `format` is `{source.format}`",
+            "remove one of them",
+        )
+    for name, value in given.items():
+        if not value.strip():
+            yield Problem((*at, name), f"`{name}` names no column", "remove it, or name one")
+        if not is_template(value):
+            continue
+        if name in ("messages", "history", "tools"):
+            yield Problem((*at, name), f"`{name}` is a list, which no text with columns in it can be", "name a column")
+            continue
+        try:
+            if not any(isinstance(part, Field) for part in parse_template(value)):
+                yield Problem(
+                    (*at, name), f"no column stands in the text of `{name}`", "write {column} where it stands"
+                )
+        except ValueError as error:
+            yield Problem((*at, name), str(error))
+
+
 def _source(source: DataSource, key: str) -> Iterator[Problem]:
+    yield from _columns(source, key)
     try:
         located = locate_data(source)
     except FtuneError as error:

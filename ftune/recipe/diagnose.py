@@ -724,6 +724,8 @@ def _conversion(value: object, words: Sequence[str]) -> str:
         return f"write {int(value)}"
     if isinstance(value, (bool, int, float)) and "a string" in words:
         return "write it in quotes"
+    if isinstance(value, Mapping) and "a string" in words and len(value) == 1 and None in value.values():
+        return f'write it in quotes: "{{{next(iter(value))}}}"'  # braces that were meant as text
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict, tuple)):
         return "write it without the brackets"
     return ""

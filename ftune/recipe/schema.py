@@ -15,6 +15,7 @@ from ftune.methods import AnyMethod, OptimizerSpec
 __all__ = [
     "SHORT_FORMS",
     "CheckpointSpec",
+    "ColumnMap",
     "DataSource",
     "DataSpec",
     "EvaluationSpec",
@@ -74,6 +75,25 @@ class ModelSpec(_Block):
 SourceFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 
 
+class ColumnMap(_Block):
+    """Which column is what: a column's name, or a text with {column} in it."""
+
+    messages: str | None = Field(None, description="A conversation: a list of turns.")
+    prompt: str | None = Field(None, description="What comes before the answer; no chat template is put around it.")
+    completion: str | None = Field(None, description="The answer to `prompt`.")
+    instruction: str | None = Field(None, description="What the user says, in the chat template if there is one.")
+    input: str | None = Field(None, description="What belongs to `instruction`, below it.")
+    output: str | None = Field(None, description="The answer to `instruction`.")
+    history: str | None = Field(None, description="Turns before `instruction`: a list of [instruction, output].")
+    text: str | None = Field(None, description="A document, all of it trained on.")
+    system: str | None = Field(None, description="The system message of a conversation.")
+    tools: str | None = Field(None, description="The tools of a conversation: a list of JSON schemas.")
+
+    def given(self) -> dict[str, str]:
+        """The fields that are given."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
 class DataSource(_Block):
     """One set of rows: a file, a directory of files, or a hub data set."""
 
@@ -81,7 +101,14 @@ class DataSource(_Block):
         min_length=1,
         description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data set's name.",
     )
-    format: SourceFormat = Field("auto", description="How a row is read. auto: detected from the columns.")
+    format: SourceFormat = Field(
+        "auto", description="How a row is read. auto: detected from the columns, all of which must have a use."
+    )
+    columns: ColumnMap | None = Field(
+        None,
+        description="What the file's columns are: {prompt: question, completion: answer}, or texts with columns in "
+        'them: {prompt: "Ticket: {body} Team:", completion: "{team}"}. data.eval takes those of data.train.',
+    )
     subset: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     revision: str | None = Field(None, description="Hub branch, tag or commit of a data set.")

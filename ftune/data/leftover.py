@@ -1,0 +1,202 @@
+"""Columns that a format does not use: told, or refused where they look like something to be learned.
+
+A column that is left over is refused under ``format: auto``, unless its name says that it is about the row and not in
+it (``id``, ``source``, ``url``, ``metadata``, ... ), or it only repeats what is used. With a format or with columns
+that the recipe names it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ftune.data.sources import Rows
+from ftune.data.turns import CHAT_COLUMNS, names
+from ftune.errors import DataError
+
+__all__ = ["block_to_copy", "proposal", "unused_columns"]
+
+_ABOUT_THE_ROW = frozenset(
+    "id idx index row uid uuid guid hash sha256 md5 url uri link source origin dataset dataset_name subset split file "
+    "filename file_name path date time timestamp license licence meta metadata".split()
+)
+"""Names of columns that say where a row is from, and nothing that could be learned."""
+_ABOUT_THE_ROW_ENDS = ("_id", "_ids", "_idx", "_index", "_url", "_hash", "_at")
+
+COUNTED_ROWS = 100_000
+"""Rows of a source that are looked through for what its unused columns hold."""
+
+# what people call the parts of an example, the likeliest first
+_ANSWERS = (
+    "completion",
+    "answer",
+    "answers",
+    "response",
+    "output",
+    "target",
+    "label",
+    "labels",
+    "reply",
+    "summary",
+    "translation",
+    "chosen",
+    "category",
+    "class",
+    "sentiment",
+    "intent",
+    "code",
+    "sql",
+)
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+
+
+@dataclass
+class Unused:
+    """Where a column that nothing takes holds something.
+
+    Attributes:
+        count: Rows in which it does.
+        first: The number of the first of them.
+    """
+
+    count: int = 0
+    first: int = 0
+
+
+def unused_columns(rows: Rows, used: Sequence[str]) -> dict[str, Unused]:
+    """The columns that nothing takes and that hold something.
+
+    Left out are those that repeat what is used in every row.
+
+    Args:
+        rows: The rows as they were read.
+        used: The columns that are taken.
+    """
+    left = [name for name in rows.columns if name not in used]
+    if not left:
+        return {}
+    found = {name: Unused() for name in left}
+    repeats = set(left)
+    for number, row in islice(rows, COUNTED_ROWS):
+        for name in left:
+            if not _is_empty(row.get(name)):
+                found[name].first = number if not found[name].count else found[name].first
+                found[name].count += 1
+        taken = [text for name in used for text in _texts(row.get(name))] if repeats else []
+        repeats = {name for name in repeats if _is_empty(row.get(name)) or _repeats(row.get(name), taken)}
+    return {name: unused for name, unused in found.items() if unused.count and name not in repeats}
+
+
+def is_about_the_row(name: str) -> bool:
+    """Whether a column's name says that it is not content."""
+    lower = name.strip().lower()
+    # pandas writes its index as a column without a name, or reads it as `Unnamed: 0`
+    counted = lower == "" or lower.startswith(("_", "unnamed: "))
+    return counted or lower in _ABOUT_THE_ROW or lower.endswith(_ABOUT_THE_ROW_ENDS)
+
+
+def note(unused: Mapping[str, Unused], rows: Rows, key: str) -> list[str]:
+    """What to tell of unused columns; nothing where there are none."""
+    if not unused:
+        return []
+    of = min(len(rows), COUNTED_ROWS)
+    cut = "first " if of < len(rows) else ""
+    shown = [
+        f"`{name[:40]}`" if one.count == of else f"`{name[:40]}` (in {one.count:,} of the {cut}{of:,} rows)"
+        for name, one in list(unused.items())[:20]
+    ]
+    more = [f"{len(unused) - 20} more"] if len(unused) > 20 else []
+    return [f"data.{key}: not used: {', '.join([*shown, *more])}"]
+
+
+def refusal(
+    unused: Mapping[str, Unused], rows: Rows, format: str, used: Sequence[str], key: str, path: str
+) -> DataError:
+    """The error for columns that may be what was meant to be learned."""
+    several = len(unused) > 1
+    taken = names([name for name in used if name in rows.columns], "`")
+    columns = proposal(rows)
+    without = f"write `format: {format}` there"
+    if any(name in value for name in unused for value in columns.values()):
+        help = (
+            f"say in the recipe what the columns are for, for example\n{block_to_copy(columns, key, path)}\n"
+            f"  or {without} instead of `columns`"
+        )
+    else:
+        help = f"{without.replace('there', f'in `data.{key}`')}"
+    sparse = next((one for one in unused.values() if one.count < len(rows)), None)
+    first = f" (first at {rows.where(sparse.first)})" if sparse else ""
+    which = f"the column{'s' if several else ''} {names(list(unused), '`')}"
+    return DataError(
+        f"{rows.origin[0]}: {which} would not be used{first}: format `{format}`, which was detected, takes {taken}",
+        help=f"{help}, to go on without {'them' if several else 'it'}",
+    )
+
+
+def proposal(rows: Rows) -> dict[str, str]:
+    """What the columns of a file are, by their names: an example to change."""
+    columns = [name for name in rows.columns if not is_about_the_row(name)] or list(rows.columns)
+    _, first = next(iter(rows))
+    found: dict[str, str] = {}
+    for field, known in (("system", _SYSTEMS), ("tools", _TOOLS)):
+        name = next((name for name in columns if name.lower() in known), None)
+        if name is not None:
+            found[field] = name
+    content = [name for name in columns if name not in found.values()]
+    turns = next((name for name in content if name.lower() in CHAT_COLUMNS or _holds_turns(first.get(name))), None)
+    if turns is not None:
+        return {"messages": turns, **found}
+    if len(content) == 1:
+        return {"text": content[0]}
+    by_name = {name.lower(): name for name in content}
+    answer = next((by_name[name] for name in _ANSWERS if name in by_name), content[-1] if content else "")
+    rest = [name for name in content if name != answer]
+    asked = rest[0] if len(rest) == 1 else "\n".join(f"{name}: {{{name}}}" for name in rest[:6])
+    # a system message stands in a conversation, and tools belong to one
+    return {"instruction": asked, "output": answer, **found} if found else {"prompt": asked, "completion": answer}
+
+
+def block_to_copy(columns: Mapping[str, str], key: str, path: str) -> str:
+    """The part of a recipe that names a source and its columns."""
+    lines = ["data:", f"  {key}:", f"    path: {_yaml(path)}", "    columns:"]
+    lines += [f"      {field}: {_yaml(name)}" for field, name in columns.items()]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _yaml(text: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text) and text.lower() not in ("null", "true", "false")
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _holds_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """What is said in a value: a string, or the contents of turns."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, Mapping):
+                yield from _texts(inner.get("content", inner.get("value")))
+            else:
+                yield from _texts(inner)
+
+
+def _repeats(value: Any, taken: Sequence[str]) -> bool:
+    """Whether a value is one of the texts that are used, or a rendering of all of them."""
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    return text in taken or (len(taken) > 1 and all(part in text for part in taken))

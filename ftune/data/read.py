@@ -1,0 +1,46 @@
+"""A source of the recipe as rows of a known format, with what should be told of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from ftune.data.columns import renamed
+from ftune.data.formats import Format, columns_of, fits, resolve_format
+from ftune.data.leftover import is_about_the_row, note, refusal, unused_columns
+from ftune.data.sources import Rows, load_rows
+from ftune.recipe.schema import DataSource
+
+__all__ = ["read_source"]
+
+
+def read_source(
+    source: DataSource, key: Literal["train", "eval"] = "train", like: DataSource | None = None
+) -> tuple[Rows, Format]:
+    """Read a source, under the names that its format knows.
+
+    Args:
+        source: What to read.
+        key: Which source of the recipe it is.
+        like: The source whose columns and format this one takes where it has none of its own.
+
+    Raises:
+        DataError: It cannot be read, no format fits, or columns would be left over that look like content.
+    """
+    at: tuple[str, ...] = ("data", key, "columns")
+    columns = source.columns
+    if columns is None and like is not None and like.columns is not None:
+        columns, at = like.columns, ("data", key)
+    read = load_rows(source)
+    rows, used = (read, ()) if columns is None or not columns.given() else renamed(read, columns, at)
+    asked = source.format
+    if asked == "auto" and like is not None and like.format != "auto" and fits(like.format, rows.columns):
+        asked = like.format
+    format = resolve_format(rows, asked, source.path, key)
+    used = used or columns_of(format, rows)
+    unused = unused_columns(read, used)
+    if not rows.named and asked == "auto":
+        content = {name: one for name, one in unused.items() if not is_about_the_row(name)}
+        if content:
+            raise refusal(content, read, format, used, key, source.path)
+    return replace(rows, notes=(*rows.notes, *note(unused, read, key))), format

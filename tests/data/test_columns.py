@@ -1,0 +1,251 @@
+"""What the recipe says of columns, and what becomes of those that it does not speak of."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.kit import build_tokenizer, chat
+from ftune.data.formats import convert
+from ftune.data.read import read_source
+from ftune.data.tokenize import load_splits
+from ftune.errors import DataError, LocatedDataError
+from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
+
+Write = Callable[..., Path]
+
+
+def source(path: Path, columns: dict[str, str] | None = None, **options: Any) -> DataSource:
+    return DataSource(path=str(path), columns=None if columns is None else ColumnMap(**columns), **options)
+
+
+def plain(path: Path, columns: dict[str, str] | None = None, **options: Any) -> list[tuple[str, str]]:
+    """Prompt and completion of each row."""
+    rows, format = read_source(source(path, columns, **options))
+    return [(record.prompt, record.completion) for record in convert(rows, format, chat_template=False)]
+
+
+CSV = 'text,label\n"Printer, again",hardware\nNA,007\n'
+
+
+def test_columns_are_mapped_by_name(write: Write) -> None:
+    path = write([{"question": "q", "answer": "a"}])
+    assert plain(path, {"prompt": "question", "completion": "answer"}) == [("q", "a")]
+    rows, format = read_source(source(write([{"body": "b", "id": 1}]), {"text": "body"}))
+    assert (format, [dict(row) for _, row in rows]) == ("text", [{"text": "b"}])
+
+
+def test_a_template_holds_values_as_they_are_written_in_a_csv(write: Write) -> None:
+    columns = {"prompt": "Ticket: {text} Team:", "completion": " {label}"}
+    assert plain(write(CSV, "t.csv"), columns) == [
+        ("Ticket: Printer, again Team:", " hardware"),
+        ("Ticket: NA Team:", " 007"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "template", "expected"),
+    [
+        ("é{x}", "{v}", "é{x}"),
+        (7, "{v}", "7"),
+        (True, "{v}", "true"),
+        (None, "<{v}>", "<>"),
+        ("", "<{v}>", "<>"),
+        (3.5, "{v}", "3.5"),
+        (3.0, "{v:d}", "3"),
+        ("1234.5", "{v:,.2f}", "1,234.50"),
+        (["a", 1], "{v}", '["a", 1]'),
+        ({"a": {"b": ["x", "y"]}}, "{v.a.b.1}", "y"),
+        ('say "hi"', '{{"team": {v:json}}}', '{"team": "say \\"hi\\""}'),
+        ("x", "{{v}} {v}", "{v} x"),
+    ],
+)
+def test_values_of_any_type_have_one_way_to_be_written(write: Write, value: Any, template: str, expected: str) -> None:
+    path = write([{"v": value, "a": "b"}])
+    assert plain(path, {"prompt": template, "completion": "a"}) == [(expected, "b")]
+
+
+def test_a_key_that_a_row_lacks_is_empty_in_a_template(write: Write) -> None:
+    path = write([{"q": "a", "more": "b", "a": "c"}, {"q": "d", "a": "e"}])
+    assert plain(path, {"prompt": "{q}|{more}", "completion": "a"}) == [("a|b", "c"), ("d|", "e")]
+
+
+def test_a_whole_number_that_a_table_made_a_float_is_refused_where_it_is(write: Write) -> None:
+    from datasets import Dataset
+
+    path = write("", "t.parquet")
+    Dataset.from_dict({"q": ["a", "b"], "label": [1.0, None]}).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"t.parquet: row 1: `label`: found 1.0, which may stand for 1: write `{l"):
+        plain(path, {"prompt": "q", "completion": "label"})
+    assert plain(path, {"prompt": "q", "completion": "<{label:d}>"}) == [("a", "<1>"), ("b", "<>")]
+
+
+def test_dates_and_decimals_of_a_table_are_written_out(write: Write) -> None:
+    from datasets import Dataset
+
+    path = write("", "t.parquet")
+    Dataset.from_dict({"day": [datetime.date(2024, 5, 1)], "a": ["b"]}).to_parquet(str(path))
+    assert plain(path, {"prompt": "{day}", "completion": "a"}) == [("2024-05-01", "b")]
+
+
+@pytest.mark.parametrize("template", ["{v:d}", "{v:.2f}"])
+@pytest.mark.parametrize("value", ["x", True, "1e99999999", [1], "nan"])
+def test_no_number_where_one_is_asked_for_is_located(write: Write, template: str, value: Any) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:1: `v`: found .* takes a (whole )?number"):
+        plain(write([{"v": value, "a": "b"}]), {"prompt": template, "completion": "a"})
+
+
+def test_attributes_are_out_of_reach(write: Write) -> None:
+    path = write([{"v": "x", "a": "b"}])
+    for template in ("{v.__class__}", "{v!r}", "{v[0]}", "{v:>10}", "{0}"):
+        with pytest.raises(LocatedDataError, match="has no column"):
+            plain(path, {"prompt": template, "completion": "a"})
+
+
+def test_an_unknown_column_says_which_there_are(write: Write) -> None:
+    path = write([{"ticket_text": "x", "team": "b"}])
+    with pytest.raises(LocatedDataError) as caught:
+        read_source(source(path, {"prompt": "Ticket: {ticket_txt}", "completion": "taem"}))
+    places = caught.value.places
+    assert [place for place, _, _ in places] == [
+        ("data", "train", "columns", "prompt"),
+        ("data", "train", "columns", "completion"),
+    ]
+    assert [message for _, message, _ in places] == [f"{path} has no column `{n}`" for n in ("ticket_txt", "taem")]
+    assert places[0][2] == "did you mean `ticket_text`? The columns are `ticket_text`, `team`"
+
+
+def test_lists_of_turns_are_mapped_as_they_are(write: Write) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = write([{"chat": chat("a", "b"), "functions": tools, "sys": "S"}])
+    rows, format = read_source(source(path, {"messages": "chat", "tools": "functions", "system": "sys"}))
+    (record,) = convert(rows, format, chat_template=True)
+    assert [m["content"] for m in record.messages] == ["S", "a", "b"]  # type: ignore[union-attr]
+    assert record.tools == tuple(tools)  # type: ignore[union-attr]
+
+
+def test_an_instruction_with_the_same_system_message_in_every_row(write: Write) -> None:
+    path = write([{"q": "a", "a": "b"}])
+    columns = {"instruction": "q", "output": "a", "system": "You sort tickets."}
+    rows, format = read_source(source(path, columns))
+    (record,) = convert(rows, format, chat_template=True)
+    assert [m["content"] for m in record.messages] == ["You sort tickets.", "a", "b"]  # type: ignore[union-attr]
+    with pytest.raises(LocatedDataError, match="has no column `prompt`"):  # one word: a column that is not there
+        read_source(source(path, {**columns, "system": "prompt"}))
+
+
+def test_a_misfit_names_the_files_column(write: Write) -> None:
+    path = write([{"question": "q", "answer": None}])
+    with pytest.raises(DataError, match=r"data.jsonl:1: `completion` \(from 'answer'\): found null"):
+        plain(path, {"prompt": "question", "completion": "answer"})
+
+
+def test_the_mapping_is_part_of_the_fingerprint(write: Write) -> None:
+    path = write([{"q": "a", "a": "b"}])
+    one, _ = read_source(source(path, {"prompt": "q", "completion": "a"}))
+    other, _ = read_source(source(path, {"prompt": "{q}?", "completion": "a"}))
+    assert one.fingerprint != other.fingerprint
+
+
+# --- held-out rows ---
+
+
+def test_held_out_rows_take_the_columns_of_the_training_rows(write: Write) -> None:
+    train, held_out = write(CSV, "t.csv"), write(CSV, "e.csv")
+    columns = ColumnMap(prompt="{text}", completion="label")
+    spec = DataSpec(train=source(train, columns.given()), eval=source(held_out))
+    splits = load_splits(spec, build_tokenizer(), seed=7)
+    assert splits.eval is not None
+    assert splits.eval.format == "prompt_completion"
+    own = DataSpec(train=source(train, columns.given()), eval=source(held_out, {"text": "{text} {label}"}))
+    assert load_splits(own, build_tokenizer(), seed=7).eval.format == "text"  # type: ignore[union-attr]
+    other = write([{"prompt": "a", "completion": "b"}], "e.jsonl")
+    with pytest.raises(LocatedDataError, match="`data.eval.completion`: .*e.jsonl has no column `label`"):
+        load_splits(DataSpec(train=source(train, columns.given()), eval=source(other)), build_tokenizer(), seed=7)
+    none = DataSpec(train=source(train, columns.given()), eval=source(other, {}))
+    assert load_splits(none, build_tokenizer(), seed=7).eval is not None
+
+
+# --- columns left over ---
+
+
+def test_a_label_is_not_left_out_in_silence(write: Write) -> None:
+    path = write(CSV, "t.csv")
+    with pytest.raises(DataError) as caught:
+        read_source(source(path))
+    assert "the column `label` would not be used: format `text`, which was detected, takes `text`" in str(caught.value)
+    assert "columns:\n          prompt: text\n          completion: label" in (caught.value.help or "")
+    rows, format = read_source(source(path, format="text"))
+    assert format == "text"
+    assert rows.notes == ("data.train: not used: `label`",)
+
+
+def test_columns_about_the_row_are_told_with_their_number(write: Write) -> None:
+    path = write([{"text": "a", "id": 1, "Unnamed: 0": 0, "doc_id": "x", "url": None}, {"text": "b", "id": 2}])
+    rows, _ = read_source(source(path))
+    assert rows.notes == (
+        "data.train: not used: `id`, `Unnamed: 0` (in 1 of the 2 rows), `doc_id` (in 1 of the 2 rows)",
+    )
+
+
+def test_a_column_that_repeats_what_is_used_is_no_loss(write: Write) -> None:
+    rendered = {"instruction": "Add.", "input": "", "output": "3", "text": "### Add.\n### 3"}
+    assert read_source(source(write([rendered])))[0].notes == ()
+    ultrachat = {"prompt": "a", "messages": chat("a", "b")}
+    assert read_source(source(write([ultrachat])))[0].notes == ()
+    with pytest.raises(DataError, match="the column `prompt` would not be used"):
+        read_source(source(write([ultrachat, {**ultrachat, "prompt": "c"}])))
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
+        ({"body": "a"}, {"text": "body"}),
+        ({"id": 1, "title": "a", "body": "b", "label": "c"}, {"prompt": '"title: {title}\\nbody: {body}"'}),
+        ({"turns": chat("a", "b")}, {"messages": "turns"}),
+        ({"system_prompt": "s", "question": "a", "response": "b"}, {"instruction": "question", "output": "response"}),
+        ({"text": "a", "chosen": "b", "rejected": "c"}, {"completion": "chosen"}),
+        ({"messages": chat("a", "b"), "functions": [{"name": "f"}]}, {"messages": "messages", "tools": "functions"}),
+    ],
+)
+def test_the_refusal_proposes_a_mapping_that_works(write: Write, row: dict[str, Any], proposed: dict[str, str]) -> None:
+    import yaml
+
+    path = write([row])
+    with pytest.raises(DataError) as caught:
+        read_source(source(path))
+    for field, value in proposed.items():
+        assert f"\n          {field}: {value}\n" in f"{caught.value.help}\n"
+    lines = [line for line in (caught.value.help or "").splitlines() if line.startswith("    ")]
+    copied = yaml.safe_load("\n".join(lines))["data"]["train"]
+    read_source(DataSource.model_validate(copied))
+
+
+def test_a_mapping_tells_what_it_leaves_out(write: Write) -> None:
+    path = write([{"q": "a", "a": "b", "score": 3}])
+    rows, _ = read_source(source(path, {"prompt": "q", "completion": "a"}))
+    assert rows.notes == ("data.train: not used: `score`",)
+
+
+def test_a_column_that_no_mapping_has_a_place_for_asks_for_the_format(write: Write) -> None:
+    with pytest.raises(DataError) as caught:
+        read_source(source(write([{"messages": chat("a", "b"), "quality": 3}])))
+    assert caught.value.help == "write `format: messages` in `data.train`, to go on without it"
+
+
+def test_system_beside_strings_is_not_dropped(write: Write) -> None:
+    with pytest.raises(DataError, match="the column `system` would not be used"):
+        read_source(source(write([{"prompt": "a", "completion": "b", "system": "s"}])))
+
+
+def test_a_conversation_in_a_cell_is_read(write: Write) -> None:
+    cell = json.dumps(chat("a", "b")).replace('"', '""')
+    rows, format = read_source(source(write(f'messages\n"{cell}"\n', "t.csv")))
+    (record,) = convert(rows, format, chat_template=True)
+    assert [m["content"] for m in record.messages] == ["a", "b"]  # type: ignore[union-attr]
