@@ -8,9 +8,12 @@ there is none.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
+import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -22,6 +25,8 @@ __all__ = ["cache_dir", "publish", "touch"]
 
 DEFAULT_GIB = 10.0
 TEMPORARY = ".tmp"
+# stands beside a directory of entries that this module made
+MADE = ".made-by-ftune-"
 # a temporary file of this age belongs to a process that was killed
 ABANDONED_SECONDS = 24 * 3600.0
 
@@ -30,7 +35,8 @@ def cache_dir(kind: str) -> Path | None:
     """The directory for entries of one kind, made if need be; None where caching is off.
 
     The root is ``$FTUNE_CACHE``, else ``$XDG_CACHE_HOME/ftune``, else ``~/.cache/ftune``. Caching is off where
-    the directory cannot be made or written, and with ``FTUNE_CACHE_GIB=0``. Raises FtuneError if
+    the directory cannot be made or written, where everybody on the machine may write it (what is read from there would
+    be theirs), and with ``FTUNE_CACHE_GIB=0``. Raises FtuneError if
     ``$FTUNE_CACHE_GIB`` is not a number of at least 0.
     """
     if _limit_bytes() == 0:
@@ -38,11 +44,24 @@ def cache_dir(kind: str) -> Path | None:
     try:
         directory = _root() / kind
         # entries hold the user's data, which a cache below a shared directory must not show to others
-        for missing in (directory.parent, directory):
-            missing.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, exist_ok=True)
+            (directory.parent / f"{MADE}{kind}").touch()
+        if any(part.stat().st_mode & stat.S_IWOTH for part in (directory.parent, directory)):
+            _warn_of(directory.parent)
+            return None
     except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return directory if os.access(directory, os.W_OK | os.X_OK) else None
+
+
+@functools.cache
+def _warn_of(root: Path) -> None:
+    print(
+        f"warning: the cache {root} is not used: everybody may write there; `chmod o-w` it, or set FTUNE_CACHE",
+        file=sys.stderr,
+    )
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> bool:
@@ -95,9 +114,13 @@ def _limit_bytes() -> int:
 
 
 def _prune(root: Path, limit: int, keep: Path) -> None:
-    """Delete entries, the least recently used first, until the total is within ``limit`` bytes."""
+    """Delete entries, the least recently used first, until the total is within ``limit`` bytes.
+
+    Only of directories that this module made: ``$FTUNE_CACHE`` may name one in which the user keeps other things.
+    """
     entries: list[tuple[float, int, Path]] = []
-    for path in root.glob("*/*"):
+    kinds = [path.name.removeprefix(MADE) for path in root.glob(f"{MADE}*")]
+    for path in (path for kind in kinds for path in root.glob(f"{kind}/*")):
         # another process may delete what is being looked at
         with contextlib.suppress(OSError):
             used = path.stat().st_mtime

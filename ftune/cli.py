@@ -211,19 +211,21 @@ def init(
     Every field stands in it, with its default and what it does.
     """
     from ftune.recipe.template import annotated_recipe, json_schema
+    from ftune.run.files import write_text
 
     text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE)
     if out == Path("-"):
         print(text, end="")
         return
     path = out or Path(f"{method}.yaml")
-    if path.exists() and not force:
+    # Also where a link stands that leads nowhere: what is written would appear there.
+    if os.path.lexists(path) and not force:
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
     schema_path = path.parent / SCHEMA_FILE
     try:
-        path.write_text(text, encoding="utf-8")
-        if not schema_path.exists():
-            schema_path.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+        write_text(path, text)
+        if not os.path.lexists(schema_path):
+            write_text(schema_path, json.dumps(json_schema(), indent=2) + "\n")
     except OSError as error:
         raise FtuneError(
             f"cannot write the recipe: {error}", help="--out names a file in a directory that exists"
@@ -457,9 +459,8 @@ def merge(
     with _libraries():
         from ftune.artifacts.merge import merge as merge_run
         from ftune.artifacts.run_dir import RunDir
-        from ftune.run.lock import RunLock
 
-        with RunLock(run, shared=True):
+        with RunDir(run).reading():
             report = merge_run(RunDir(run), out, dtype, by_shard)
     _print_json(report) if as_json else print(merge_summary(report))
 
@@ -483,9 +484,8 @@ def convert(
     with _libraries():
         from ftune.artifacts.convert import to_lora
         from ftune.artifacts.run_dir import RunDir
-        from ftune.run.lock import RunLock
 
-        with RunLock(run, shared=True):
+        with RunDir(run).reading():
             report = to_lora(RunDir(run), out, rank)
     _print_json(report) if as_json else print(convert_summary(report))
 

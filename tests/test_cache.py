@@ -175,3 +175,30 @@ def test_tests_do_not_use_the_cache_of_the_user() -> None:
     assert directory is not None
     assert Path.home() not in directory.parents
     assert directory.is_relative_to(Path(os.environ["FTUNE_CACHE"]))
+
+
+def test_what_others_keep_in_the_root_is_never_deleted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "photos").mkdir(parents=True)
+    (root / "photos/a.jpg").write_bytes(b"x" * 1000)
+    (root / "tokens").mkdir()  # not made by ftune, though of that name
+    (root / "tokens/mine.txt").write_bytes(b"x" * 1000)
+    for path in root.glob("*/*"):
+        os.utime(path, (0, 0))
+    monkeypatch.setenv("FTUNE_CACHE_GIB", str(100 / 2**30))
+    entry("tokens", "a")
+    entry("gguf", "b", size=90)
+    entry("gguf", "c", size=90)
+    assert (root / "photos/a.jpg").exists()
+    assert (root / "tokens/mine.txt").exists()
+    assert not (root / "gguf/b").exists()
+
+
+def test_a_cache_that_everybody_can_write_is_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cache_dir("tokens") is not None
+    for part in (root, root / "tokens"):
+        mode = part.stat().st_mode
+        part.chmod(mode | 0o002)
+        assert cache_dir("tokens") is None
+        part.chmod(mode)
+    assert capsys.readouterr().err.count("everybody may write there") == 1
+    assert cache_dir("tokens") is not None

@@ -28,6 +28,7 @@ LAYERS = [
     "installed",
     "heap",
     "streams",
+    "regular",
     "errors",
     "scrub",
 ]

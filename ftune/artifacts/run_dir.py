@@ -8,16 +8,19 @@
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
     RUN/eval.json         what `ftune eval` measured
     RUN/merged/           what `ftune merge` made
+    RUN/lora/             what `ftune convert` made
     RUN/.lock             held by whoever writes here (``ftune.run.lock``)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,17 @@ from ftune.errors import RunDirError
 from ftune.installed import version_of
 from ftune.plan.pinned import repinned
 from ftune.recipe.schema import Recipe
+from ftune.regular import kind_of, read_regular, walk_irregular
 from ftune.run.files import remove_leftovers, write_json
-from ftune.run.lock import LOCK
+from ftune.run.lock import LOCK, RunLock
 from ftune.scrub import scrub_data
 
 __all__ = ["RunDir", "package_versions"]
 
-_OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "merged", "eval.json", "tracking")
+_OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "merged", "lora", "eval.json", "tracking")
+_DAMAGED = "restore it from a copy, or train anew with --overwrite"
+MAX_RECORD_BYTES = 16_000_000
+"""A larger ``run.json`` is not one that ftune wrote."""
 _PACKAGES = (
     "torch",
     "transformers",
@@ -105,7 +112,7 @@ class RunDir:
 
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return self.record_path.is_file()
+        return os.path.lexists(self.record_path)
 
     def read(self) -> dict[str, Any]:
         """The content of ``run.json``.
@@ -114,14 +121,18 @@ class RunDir:
             RunDirError: There is none, or it is not JSON.
         """
         try:
-            data: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
+            data: dict[str, Any] = json.loads(read_regular(self.record_path, MAX_RECORD_BYTES))
         except FileNotFoundError:
             raise RunDirError(
                 f"{self.root} is no run directory: it has no run.json",
                 help="give the output_dir of a recipe that was trained",
             ) from None
-        except ValueError as error:
-            raise RunDirError(f"{self.record_path} is damaged: {error}") from error
+        except OSError as error:
+            raise RunDirError(f"{self.record_path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RunDirError(f"{self.record_path} is damaged: {error}", help=_DAMAGED) from error
+        if not isinstance(data, dict):
+            raise RunDirError(f"{self.record_path} is damaged: it is no JSON object", help=_DAMAGED)
         return data
 
     def recipe(self) -> Recipe:
@@ -175,6 +186,50 @@ class RunDir:
         """Replace ``run.json``; secrets are left out of it."""
         write_json(self.record_path, scrub_data(record))
 
+    def require_plain(self) -> None:
+        """Hold that whatever ftune reads or writes here is a file or a directory of its own.
+
+        The run directory itself may be a link; inside, one could lead what is written to any file of the user's.
+
+        Raises:
+            RunDirError: Something is a link, a pipe, a socket or a device; the message names each.
+        """
+        wrong = []
+        try:
+            for name in (*_OURS, LOCK):
+                for path, kind in walk_irregular(self.root / name):
+                    if kind == "a link" and name == self.tracking.name and self._leads_inside(path):
+                        continue  # trackers link to their newest run
+                    wrong.append(f"{path.relative_to(self.root)} is {kind}")
+        except OSError as error:
+            raise RunDirError(f"cannot read the run: {error}") from error
+        if wrong:
+            more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise RunDirError(
+                f"{self.root} holds what is neither a file nor a directory:\n  " + "\n  ".join(wrong[:10]) + more,
+                help="ftune follows no links inside a run directory; `cp -rL RUN COPY` makes a copy without any, if "
+                "you trust where they lead",
+            )
+
+    def _leads_inside(self, link: Path) -> bool:
+        try:
+            return link.resolve(strict=True).is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError):
+            return False
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep training out of the run while it is read, and sweep away what a killed command left.
+
+        Raises:
+            RunDirError: It is being written, or holds links.
+        """
+        self.require_plain()
+        with RunLock(self.root, shared=True):
+            with contextlib.suppress(OSError):  # a run that may only be read
+                self.sweep()
+            yield
+
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the directory ready for a run.
 
@@ -186,6 +241,7 @@ class RunDir:
                 f"{self.root} already holds a run",
                 help="--resume continues it, --overwrite replaces it, or choose another output_dir",
             )
+        self.require_plain()
         try:
             if not self.exists() and self.root.is_dir() and any(map(_foreign, self.root.iterdir())):
                 raise RunDirError(
@@ -216,7 +272,7 @@ class RunDir:
     def clear(self, contents: Sequence[Path]) -> None:
         """Delete the run that was here: what ``contents`` gave, and nothing else."""
         for path in contents:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if kind_of(path) == "a directory" else path.unlink(missing_ok=True)
         if self.tracking.is_dir():
             for path in sorted(self.tracking.rglob("*"), reverse=True):
                 if path.is_dir() and not any(path.iterdir()):

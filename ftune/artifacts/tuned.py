@@ -15,7 +15,6 @@ from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import Plan, written_out
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe
-from ftune.run.lock import RunLock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +74,7 @@ def reading(path: Path) -> Iterator[Target]:
     root = path if path.is_dir() else None
     if root is None and path.exists():
         root = Path(load_checked(path)[0].recipe.output_dir).expanduser()
-    with contextlib.nullcontext() if root is None else RunLock(root, shared=True):
+    with contextlib.nullcontext() if root is None else RunDir(root).reading():
         yield find_target(path)
 
 

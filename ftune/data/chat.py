@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ftune.data.formats import Conversation, Message
 from ftune.errors import DataError
+from ftune.regular import read_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ __all__ = ["ChatTemplate", "Span", "generation_prompt", "load_template", "render
 Span = tuple[int, int]
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MAX_TEMPLATE_BYTES = 1_000_000
 HELP = (
     "put {% generation %} and {% endgeneration %} around what the assistant writes, in a copy of the "
     "template, and name that file as `data.chat_template`"
@@ -56,7 +58,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -
     """
     if path is not None:
         try:
-            source = Path(path).expanduser().read_text(encoding="utf-8")
+            source = read_regular(Path(path).expanduser(), MAX_TEMPLATE_BYTES, follow=True).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not valid UTF-8"
             raise DataError(f"data.chat_template: {path}: {reason}") from error

@@ -18,11 +18,14 @@ from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
 from ftune.recipe.schema import ModelSpec
+from ftune.regular import read_regular
 from ftune.scrub import scrub
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+MAX_TEMPLATE_BYTES = 1_000_000
 
 __all__ = ["choose_device", "configured", "explained", "gguf_path", "load_base", "load_config", "load_tokenizer"]
 
@@ -145,7 +148,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, MAX_TEMPLATE_BYTES, follow=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read the chat template {path}: {error}", help="`data.chat_template` names a UTF-8 Jinja file"

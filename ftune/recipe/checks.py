@@ -17,6 +17,7 @@ from ftune.recipe.columns import FORMATS, Field, format_of, is_template, parse_t
 from ftune.recipe.diagnose import closest
 from ftune.recipe.locate import as_path, is_installed, locate_data, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
+from ftune.regular import kind_of
 from ftune.scrub import find_secret
 
 __all__ = ["advise", "check", "metric_names"]
@@ -116,9 +117,10 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             return
         if not path.is_file():
             near = near_path(path)
+            kind = kind_of(path, follow=True)
             message = (
-                f"`{data.chat_template}` is a directory"
-                if path.is_dir()
+                f"`{data.chat_template}` is {kind}"
+                if kind is not None
                 else f"there is no chat template file `{data.chat_template}`"
             )
             yield Problem(

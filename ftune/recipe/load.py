@@ -8,6 +8,7 @@ refused, and size, depth and aliases are bounded: a recipe from a stranger is re
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from ftune.recipe.diagnose import (
     translate,
 )
 from ftune.recipe.schema import SHORT_FORMS, Recipe
+from ftune.regular import IrregularError, open_regular
 
 __all__ = ["Loaded", "load_recipe", "parse_recipe"]
 
@@ -79,8 +81,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, color: bool = Fals
     """
     name = str(path)
     try:
-        # A directory or a device has no useful size: read one byte more than is allowed instead.
-        with path.open("rb") as file:
+        # One byte more than is allowed: a file may grow while it is read.
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise fail([_unreadable(path, error)], Source(name, ""), color=color) from error
@@ -140,8 +142,9 @@ def _unreadable(path: Path, error: OSError) -> Mistake:
             "there is no such recipe",
             help=f"did you mean `{path.parent / near}`?" if near else "see `ftune init`",
         )
-    if isinstance(error, IsADirectoryError):
-        return Mistake("the recipe is a directory", help="name a .yaml file in it")
+    if isinstance(error, IrregularError):
+        help = "name a .yaml file in it" if error.kind == "a directory" else "write the recipe to a file"
+        return Mistake(f"the recipe is {error.kind}", help=help)
     return Mistake(f"the recipe cannot be read: {error.strerror}")
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from ftune.errors import DataError, FtuneError, ModelError
 from ftune.recipe.diagnose import closest
 from ftune.recipe.schema import DataSource, ModelSpec
+from ftune.regular import kind_of
 from ftune.scrub import scrub
 
 __all__ = [
@@ -103,6 +104,7 @@ def locate_model(spec: ModelSpec) -> Located:
 
 
 def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
+    _refuse_irregular(path, spec)
     if path.is_dir():
         if spec.gguf_file is None:
             if not (path / "config.json").is_file():
@@ -122,6 +124,18 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
     if spec.gguf_file is not None:
         raise ModelError("`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`")
     return Located("gguf", str(path.parent), path.name, None, public_name)
+
+
+def _refuse_irregular(path: Path, spec: ModelSpec) -> None:
+    """Refuse pipes, sockets and devices, on which whoever reads the model would wait; the hub's cache has links."""
+    try:
+        entries = list(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise ModelError(f"cannot read `{spec.id}`: {error.strerror}") from error
+    for entry in entries:
+        kind = kind_of(entry, follow=True)
+        if kind not in (None, "a directory"):
+            raise ModelError(f"`{entry}` is {kind}, not a file of a model", help="put the file itself there")
 
 
 def _refuse_pickle(directory: Path, spec: ModelSpec) -> None:

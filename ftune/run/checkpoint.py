@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ftune.errors import RunFailed
 from ftune.methods import Method
+from ftune.regular import token
 from ftune.run.engines import Gathered
 from ftune.run.files import as_os_error, new_directory, sync
 from ftune.run.manifest import damage, write_manifest
@@ -114,7 +115,7 @@ class Checkpoints:
             )
         for old in self.steps()[: -self.keep]:
             # Renamed first: a deletion that is cut short leaves no half checkpoint under a whole one's name.
-            gone = self.directory / f".tmp-old-step-{old}"
+            gone = self.directory / f".tmp-old-step-{old}-{token()}"
             os.replace(self.path(old), gone)
             shutil.rmtree(gone)
         return self.path(step)

@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ftune.errors import FtuneError
+from ftune.regular import kind_of, new_file, token
 
 __all__ = [
     "as_os_error",
@@ -27,6 +29,7 @@ __all__ = [
 
 _ASIDE = ".tmp-"
 _REPLACED = ".tmp-replaced-"
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 def sync(path: Path) -> None:
@@ -44,11 +47,23 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: after a crash it is the old one or the new one, whole."""
-    aside = path.with_name(_ASIDE + path.name)
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
+    """Replace a text file in one step: after a crash it is the old one or the new one, whole.
+
+    A link at ``path`` is replaced, not followed, and so is none on the way: the new file has a name that nobody can
+    foresee until it is whole.
+    """
+    aside = path.with_name(f"{_ASIDE}{path.name}-{token()}")
+    try:
+        with new_file(aside) as file:
+            _hold(file.fileno())
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
     sync(path.parent)
 
 
@@ -73,6 +88,8 @@ def as_os_error() -> Iterator[None]:
 def require_writable(target: Path, marker: str, what: str) -> None:
     """Hold that ``new_directory`` can and may make ``target``, before the work that fills it.
 
+    What a process that was killed left of the same target is deleted.
+
     Args:
         target: A directory to be made, or replaced where it holds an older one of its kind.
         marker: The file by which that kind is known.
@@ -81,10 +98,15 @@ def require_writable(target: Path, marker: str, what: str) -> None:
     Raises:
         FtuneError: It cannot be written, or holds something else.
     """
-    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise FtuneError(f"{target} exists and is no {what}", help="choose another --out")
+    kind = kind_of(target)
+    if kind == "a link":
+        raise FtuneError(f"{target} is a link, and ftune writes through none", help="name the directory that is meant")
+    ours = kind == "a directory" and kind_of(target / marker) is None and (target / marker).is_file()
     try:
+        if os.path.lexists(target) and not ours and (kind != "a directory" or any(target.iterdir())):
+            raise FtuneError(f"{target} exists and is no {what}", help="choose another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, of=target.name)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=_ASIDE):
             pass
     except OSError as error:
@@ -95,22 +117,24 @@ def require_writable(target: Path, marker: str, what: str) -> None:
 def new_directory(target: Path) -> Iterator[Path]:
     """Give a directory to write into, which becomes ``target`` when the block ends well.
 
-    Everything in it reaches the disk before the rename. An older ``target`` is replaced. When the block raises,
-    nothing is left.
+    It is new and its name cannot be foreseen, so nothing in it is a link that somebody put there. Everything in it
+    reaches the disk before the rename. An older ``target`` is replaced; a link of that name too, not followed. When
+    the block raises, nothing is left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{_ASIDE}{target.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = target.with_name(f"{_ASIDE}{target.name}-{token()}")
     aside.mkdir()
-    try:
+    with contextlib.ExitStack() as held:
+        held.callback(shutil.rmtree, aside, ignore_errors=True)
+        held.enter_context(_held(aside))
         yield aside
         for path in sorted(aside.rglob("*")):
             sync(path)
         sync(aside)
         old = None
-        if target.exists():
+        if os.path.lexists(target):
             # A directory cannot be renamed over a full one: the old one steps aside first.
-            old = target.with_name(f"{_REPLACED}{target.name}-{os.getpid()}")
+            old = target.with_name(f"{_REPLACED}{target.name}-{token()}")
             os.replace(target, old)
         try:
             os.replace(aside, target)
@@ -120,18 +144,90 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise
         sync(target.parent)
         if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            _delete(old)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed process left half written in ``directory``; put back what it was about to replace."""
+def remove_leftovers(directory: Path, *, of: str | None = None) -> None:
+    """Delete what a killed process left half written in ``directory``; put back what it was about to replace.
+
+    What a living process is writing stays: it holds a lock on it.
+
+    Args:
+        directory: Where to look; nothing happens where there is none.
+        of: Only what was to become a file or directory of this name. None: everything of the form of ftune's
+            temporary names, which is for a directory that is ftune's own.
+
+    Raises:
+        OSError: Something cannot be deleted.
+    """
     if not directory.is_dir():
         return
-    for path in list(directory.iterdir()):
-        replaced = re.fullmatch(re.escape(_REPLACED) + r"(.+)-\d+", path.name)
-        if replaced and not path.with_name(replaced[1]).exists():
-            os.replace(path, path.with_name(replaced[1]))
-        elif path.name.startswith(_ASIDE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(directory.iterdir()):
+        if not path.name.startswith(_ASIDE):
+            continue
+        named = re.fullmatch(rf"({re.escape(_REPLACED)}|{re.escape(_ASIDE)})(.+)-[0-9a-f]+", path.name)
+        if of is not None and (named is None or named[2] != of):
+            continue
+        if named and named[1] == _REPLACED and not os.path.lexists(path.with_name(named[2])):
+            os.replace(path, path.with_name(named[2]))
+        elif not _is_held(path):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a directory with all that is in it."""
+    if kind_of(path) == "a directory":
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- who is still writing: a lock that goes with its process, however it ends ---
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a lock on a temporary directory while it is filled, so that no other command sweeps it away."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a directory cannot be opened, on Windows
+        yield
+        return
+    try:
+        _hold(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> None:
+    with contextlib.suppress(ImportError, OSError):  # a system or a file system without locks
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a living process is writing it; where that cannot be asked, whether it was written within a day."""
+    if kind_of(path) not in (None, "a directory"):
+        return False
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (ImportError, OSError):
+        return _is_fresh(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES) or _is_fresh(path)
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _is_fresh(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime < _ABANDONED_SECONDS
+    except OSError:
+        return False

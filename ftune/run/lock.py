@@ -20,6 +20,7 @@ from typing import Self
 
 from ftune.errors import RunDirError
 from ftune.human import now_text
+from ftune.regular import IrregularError, open_regular, read_regular
 
 __all__ = ["LOCK", "RunLock"]
 
@@ -45,7 +46,9 @@ class RunLock:
     def __enter__(self) -> Self:
         path = self._root / LOCK
         try:
-            self._file = os.open(path, os.O_RDONLY if self._shared else os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = open_regular(path, flags=os.O_RDONLY if self._shared else os.O_RDWR | os.O_CREAT)
+        except IrregularError as error:
+            raise RunDirError(f"the run's lock cannot be taken: {error}", help=f"delete {path}") from error
         except OSError as error:
             if self._shared:  # nobody ever locked it
                 return self
@@ -60,9 +63,7 @@ class RunLock:
             )
         if not self._shared:
             me = {"pid": os.getpid(), "host": platform.node(), "since": now_text()}
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
-                os.ftruncate(self._file, 0)
-                os.pwrite(self._file, (json.dumps(me) + "\n").encode(), 0)
+            self._write((json.dumps(me) + "\n").encode())
         return self
 
     def __exit__(
@@ -70,10 +71,18 @@ class RunLock:
     ) -> None:
         if self._file is not None:
             if not self._shared:
-                with contextlib.suppress(OSError):  # or the next to hold it, a reader, would go by this name
-                    os.ftruncate(self._file, 0)
+                self._write(b"")  # or the next to hold it, a reader, would go by this name
             os.close(self._file)  # the file stays: deleting it would let two hold two files of one name
             self._file = None
+
+    def _write(self, content: bytes) -> None:
+        """Replace what the file says of its holder."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            # A file of two names may be another one of the user's: locked, but left as it is.
+            if os.fstat(self._file).st_nlink == 1:
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, content, 0)
 
     def _take(self) -> bool:
         """Take the lock; False where another has it."""
@@ -95,7 +104,7 @@ class RunLock:
 def _holder(path: Path) -> str:
     """Who wrote its name into the lock."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(read_regular(path, 10_000))
         return f"pid {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "one that reads it (eval, chat, merge or convert), or has just begun"
