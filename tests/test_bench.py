@@ -47,6 +47,43 @@ def test_the_page_is_the_one_of_its_figures(bench) -> None:
     assert report.PAGE.read_text(encoding="utf-8") == page, "run scripts/bench/report.py"
 
 
+def test_times_on_a_shared_machine_are_not_given_but_ratios_are(bench) -> None:
+    report = bench["report"]
+    tables, arithmetic, gpu = report.read_figures()
+    (figures,) = tables[:1]
+    whole, shared = (report.render([figures | {"shared": flag}], arithmetic, gpu) for flag in (False, True))
+    assert "| tool | tokens/s |" in whole
+    assert "| tool | tokens/s |" not in shared
+    assert whole.partition("## Ratios")[2] == shared.partition("## Ratios")[2]
+    assert "not alone" in shared
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tool_computes_in_the_dtype_that_it_is_given(bench, job, dtype: str) -> None:
+    job = dataclasses.replace(job, dtype=dtype)
+    bench["work"].write_data(job.data)
+    half = dtype == "bfloat16"
+    for tool in (bench["ours"].OURS | {name: bench["peers"].PEERS[name] for name in ("trl", "axolotl")}).values():
+        settings = yaml.safe_load(Path(tool.configure(job, Path("bin"))[-1]).read_text(encoding="utf-8"))
+        named = [settings.get("dtype"), (settings.get("model") or {}).get("dtype")] if "model" in settings else []
+        assert dtype in named or settings["bf16"] is half, tool.title
+    settings = yaml.safe_load(Path(bench["peers"].PEERS["llamafactory"].configure(job, Path("bin"))[-1]).read_text())
+    assert (settings["bf16"], settings["infer_dtype"]) == (half, dtype)
+
+
+def test_the_dtype_is_measured_with_what_the_tools_may_use(bench, monkeypatch, tmp_path) -> None:
+    asked = {}
+
+    def run(command, env, **_):
+        asked.update(env)
+        return type("Done", (), {"stdout": "float32\n"})
+
+    monkeypatch.setattr(bench["work"].subprocess, "run", run)
+    variables = bench["environments"].variables(tmp_path, 2, cuda=False, isa="avx2")
+    assert bench["work"].best_dtype("cpu", variables) == "float32"
+    assert (asked["ONEDNN_MAX_CPU_ISA"], asked["OMP_NUM_THREADS"]) == ("AVX2", "2")
+
+
 def test_every_tool_is_asked_for_the_same_update(bench, job) -> None:
     bench["work"].write_data(job.data)
     bench["ours"].OURS["ftune"].configure(job, Path("bin"))
@@ -199,7 +236,7 @@ def test_a_tool_whose_loss_differs_is_not_timed(bench, monkeypatch) -> None:
 
     monkeypatch.setattr(run.Bench, "train", train)
     comparison = run.Bench.__new__(run.Bench)
-    comparison.tools = {name: tools[name] for name in losses}
+    comparison.tools, comparison.dtype = {name: tools[name] for name in losses}, "bfloat16"
     expected = {
         "with_rest": {"tokens": 681, "token": 3.32, "document": 3.62},
         "to_end_of_turn": {"tokens": 673, "token": 3.358, "document": 3.99},

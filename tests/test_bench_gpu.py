@@ -250,6 +250,7 @@ def comparison(bench, model, tmp_path):
     made.cuda, made.root, made.directory, made.runs = False, tmp_path, tmp_path, tmp_path / "runs"
     made.model, made.figures, made.variables = model, tmp_path / "gpu.json", {}
     made.facts = json.loads((model / "random.json").read_text())
+    made.dtype = "bfloat16"
     made.words = json.loads((model / "words.json").read_text())
     made.bins, made.absent = {"trl": Path(sys.executable).parent}, {}
     made.header, made.results, made.checkpointing = made._header(), {}, set()

@@ -79,8 +79,19 @@ def versions(bin_directory: Path) -> dict[str, str]:
     return found
 
 
-def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
-    """Environment variables that every tool is given: threads, caches, no network, and no holes in a GPU's memory."""
+ISAS = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
+"""Variables with which torch, oneDNN and MKL use no newer instructions, as on a CPU that has none."""
+
+
+def variables(directory: Path, threads: int, cuda: bool, isa: str | None = None) -> dict[str, str]:
+    """Environment variables that every tool is given: threads, caches, no network, and no holes in a GPU's memory.
+
+    Args:
+        directory: Where caches go.
+        threads: Of every tool.
+        cuda: On a GPU; else it is hidden.
+        isa: The newest instructions to use, of ``ISAS``; None: all that the CPU has.
+    """
     cache = str(directory / "cache")
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -89,4 +100,5 @@ def variables(directory: Path, threads: int, cuda: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": cache,
         "XDG_CACHE_HOME": cache,
+        **(ISAS[isa] if isa else {}),
     } | ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if cuda else {"CUDA_VISIBLE_DEVICES": ""})

@@ -99,6 +99,7 @@ class Bench:
         self.variables = environments.variables(self.root, args.threads, self.cuda)
         self.model = self.directory / f"{args.sizes.resolve().name}-random"
         self.facts = self._write_model()
+        self.dtype = work.best_dtype(args.device, self.variables)
         self.words = json.loads((self.model / WORDS).read_text(encoding="utf-8"))
         self.bins: dict[str, Path] = {}
         self.absent: dict[str, str] = {}
@@ -221,11 +222,11 @@ class Bench:
     def _command(self, tool: str, case: Case, updates: int, checkpointing: bool, rows: Path, out: Path) -> list[str]:
         if tool == OURS:
             hidden = self.facts["sizes"]["hidden_size"]
-            settings = recipe(case, self.model, rows, updates, hidden, out / "run", recompute=checkpointing)
+            settings = recipe(case, self.model, rows, updates, hidden, out / "run", checkpointing, self.dtype)
             path = out / "recipe.yaml"
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             return [sys.executable, "-m", "ftune", "train", str(path)]
-        job = Job(self.model, out, rows.stem, updates, BATCH, 1, case.length, self.cuda, out)
+        job = Job(self.model, out, rows.stem, updates, BATCH, 1, case.length, self.cuda, out, self.dtype)
         return gpu_peers.command(tool, case, checkpointing, job, rows, self.bins[tool])
 
     def _clean(self, text: str) -> str:

@@ -80,14 +80,14 @@ def cases(methods: list[str], lengths: list[int], flash: bool) -> Iterator[Case]
             yield from (Case(method, length, recompute=True) for method in compared)
 
 
-def method_block(method: str, hidden: int) -> dict[str, Any]:
+def method_block(method: str, hidden: int, dtype: str) -> dict[str, Any]:
     """The ``method`` of a recipe."""
     lora = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "target_modules": "all-linear"}
     if method == "galore":
         # A quarter of the width is the paper's rank at 7B. Weights in bf16: fp32 ones and their gradients are 60 GiB.
         # The subspaces of 224 matrices by `eigh` take minutes, which is the first update's time and no other's.
         rank = min(1024, hidden // 4)
-        return {"name": "galore", "rank": rank, "weights": "bfloat16", "basis": "randomized"}
+        return {"name": "galore", "rank": rank, "weights": dtype, "basis": "randomized"}
     if method == "longlora":
         return {"name": "longlora"}
     if method == "s2":
@@ -99,14 +99,32 @@ def method_block(method: str, hidden: int) -> dict[str, Any]:
 
 
 def recipe(
-    case: Case, model: Path, rows: Path, updates: int, hidden: int, out: Path, recompute: bool = False
+    case: Case,
+    model: Path,
+    rows: Path,
+    updates: int,
+    hidden: int,
+    out: Path,
+    recompute: bool = False,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """The recipe of a case; ``recompute``: every block, where ``auto`` was too hopeful."""
+    """The recipe of a case.
+
+    Args:
+        case: What to train.
+        model: Directory of the weights.
+        rows: File of the examples.
+        updates: How many.
+        hidden: The model's width.
+        out: The run's directory.
+        recompute: Every block, where ``auto`` was too hopeful.
+        dtype: What to compute in: that in which the device is fast.
+    """
     optimizer = {"galore": "adamw_8bit", PAPER: "paged_adamw"}.get(case.method, "adamw")
     return {
         "version": 1,
-        "model": {"id": str(model), "dtype": "bfloat16", "attention": case.attention},
-        "method": method_block(case.method, hidden),
+        "model": {"id": str(model), "dtype": dtype, "attention": case.attention},
+        "method": method_block(case.method, hidden, dtype),
         "data": {"train": str(rows), "max_length": case.length, "train_on": "assistant"},
         "optimizer": {"name": optimizer, "learning_rate": LEARNING_RATE},
         "schedule": {"name": "constant", "warmup_ratio": 0.0},

@@ -30,6 +30,7 @@ def command(tool: str, case: Case, checkpointing: bool, job: Job, rows: Path, bi
         "model": str(job.model),
         "data": str(rows),
         "cuda": job.cuda,
+        "dtype": job.dtype,
         "four_bit": case.method == "qlora",
         "max_length": case.length,
         "rank": RANK,

@@ -25,6 +25,7 @@ class Job:
         micro_batch: Examples in a forward pass, where a tool has no better way to split an update.
         max_length: Longest example, in tokens.
         cuda: On a GPU; else on the CPU.
+        dtype: ``float32`` or ``bfloat16``, in which every tool computes.
         out: Directory for its configuration and output; empty.
     """
 
@@ -37,6 +38,12 @@ class Job:
     max_length: int
     cuda: bool
     out: Path
+    dtype: str = "bfloat16"
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether to compute in bfloat16, as most tools ask."""
+        return self.dtype == "bfloat16"
 
     @property
     def accumulation(self) -> int:

@@ -14,7 +14,7 @@ def _ftune(training: dict[str, Any]) -> Callable[[Job, Path], list[str]]:
     def configure(job: Job, bin_directory: Path) -> list[str]:
         recipe = {
             "version": 1,
-            "model": {"id": str(job.model), "dtype": "bfloat16"},
+            "model": {"id": str(job.model), "dtype": job.dtype},
             "method": {
                 "name": "lora",
                 "rank": RANK,

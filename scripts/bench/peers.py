@@ -15,7 +15,7 @@ from job import ALPHA, LEARNING_RATE, RANK, SEED, Job, Phase, Tool, write_yaml
 def trainer_settings(job: Job) -> dict[str, Any]:
     """What everything on the trainer of transformers understands."""
     return {
-        "bf16": True,
+        "bf16": job.bfloat16,
         "per_device_train_batch_size": job.micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "max_steps": job.updates,
@@ -40,7 +40,7 @@ def _read_trainer(job: Job, log: str) -> Phase:
 def _trl(job: Job, bin_directory: Path) -> list[str]:
     settings = {
         "model_name_or_path": str(job.model),
-        "dtype": "bfloat16",
+        "dtype": job.dtype,
         "datasets": [{"path": "json", "data_files": str(job.data / f"{job.split}.pairs.jsonl")}],
         "use_cpu": not job.cuda,
         "use_peft": True,
@@ -69,6 +69,7 @@ def _llamafactory(job: Job, bin_directory: Path) -> list[str]:
         "dataset_dir": str(job.data),
         "dataset": job.split,
         "cutoff_len": job.max_length,
+        "infer_dtype": job.dtype,
         "use_cpu": not job.cuda,
         "disable_gradient_checkpointing": True,
         **trainer_settings(job),
@@ -104,7 +105,7 @@ def _litgpt(job: Job, bin_directory: Path) -> list[str]:
     settings = {
         "checkpoint_dir": str(_litgpt_checkpoint(job.model, bin_directory)),
         "out_dir": str(job.out / "run"),
-        "precision": "bf16-true",
+        "precision": "bf16-true" if job.bfloat16 else "32-true",
         "lora_r": RANK,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
@@ -177,7 +178,7 @@ def _axolotl(job: Job, bin_directory: Path) -> list[str]:
         "lr_scheduler": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
-        "bf16": True,
+        "bf16": job.bfloat16,
         "seed": SEED,
         "output_dir": str(job.out / "run"),
     }
@@ -189,6 +190,7 @@ def _unsloth(job: Job, bin_directory: Path) -> list[str]:
         "model": str(job.model),
         "data": str(job.data / f"{job.split}.pairs.jsonl"),
         "cuda": job.cuda,
+        "dtype": job.dtype,
         "four_bit": False,
         "checkpointing": False,
         "max_length": job.max_length,
@@ -222,7 +224,8 @@ PEERS = {
         _litgpt,
         _read_litgpt,
         ("document", "to_end_of_turn"),
-        "adapters in bf16; an update is the mean of its documents' means; saving writes the merged model too",
+        "adapters in the base's dtype; an update is the mean of its documents' means; saving writes the merged model, "
+        "too",
         check_updates=2,  # its cosine divides by the updates after the warm-up
     ),
     "unsloth": Tool(

@@ -7,8 +7,11 @@ so that what else the machine does burdens them alike; a ratio is always one of 
     python scripts/bench/run.py                                   # every tool that runs on this machine's CPU
     python scripts/bench/run.py --peers trl --tools ftune --pairs 1
     python scripts/bench/run.py --device cuda --model DIRECTORY   # the same on a GPU, with the peers that need one
+    python scripts/bench/run.py --isa avx2                        # as on a CPU without newer instructions
 
-The figures go to docs/figures/benchmarks.json, the page to docs/benchmarks.md.
+All tools compute in the dtype in which this device multiplies faster, as measured, unless ``--dtype`` names one. The
+figures of bfloat16 go to docs/figures/benchmarks.json, those of float32 to docs/figures/benchmarks_fp32.json, the page
+of both to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from job import ALPHA, RANK, Job, Tool
 from ours import OURS
 from peers import ABSENT, PEERS
 
-TOLERANCE = 0.01  # of a loss in bf16 against the same in fp32
+TOLERANCE = {"bfloat16": 0.01, "float32": 0.001}  # of a loss against the one expected, which is in fp32
 TIMEOUT_SECONDS = 1800.0
 
 
@@ -48,7 +51,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a directory of safetensors; default: the quickstart's model")
     parser.add_argument("--micro-batch", type=int, help="examples in a forward pass; default 1, on a GPU a batch")
     parser.add_argument("--directory", type=Path, default=work.ROOT / "build/bench", help="environments and runs")
-    parser.add_argument("--figures", type=Path, default=report.FIGURES)
+    parser.add_argument("--dtype", choices=["auto", *report.FIGURES], default="auto", help="default: as measured")
+    parser.add_argument("--isa", choices=list(environments.ISAS), help="use no newer instructions of this CPU")
+    parser.add_argument("--shared", action="store_true", help="other work is on this machine: the page gives no times")
+    parser.add_argument("--figures", type=Path, help="default: those of the dtype under docs/figures")
     parser.add_argument("--check-only", action="store_true", help="compare the losses, time nothing")
     return parser.parse_args(argv)
 
@@ -71,6 +77,11 @@ class Bench:
         self.args, self.tools, self.cuda = args, tools, args.device == "cuda"
         self.micro = args.micro_batch or (work.BATCH if self.cuda else 1)
         self.directory: Path = args.directory.resolve()
+        self.dtype: str = args.dtype
+        if self.dtype == "auto":
+            self.dtype = work.best_dtype(args.device, self._environment())
+        print(f"every tool computes in {self.dtype}", flush=True)
+        self.figures: Path = args.figures or report.FIGURES[self.dtype]
         self.model = args.model.resolve() if args.model else work.export_model(self.directory / work.MODEL)
         self.data = self.directory / "data"
         work.write_data(self.data)
@@ -94,7 +105,8 @@ class Bench:
         tool, out = self.tools[name], self.directory / "runs" / f"{run}-{name}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        job = Job(self.model, self.data, split, updates, work.BATCH, self.micro, work.MAX_LENGTH, self.cuda, out)
+        sizes = work.BATCH, self.micro, work.MAX_LENGTH
+        job = Job(self.model, self.data, split, updates, *sizes, self.cuda, out, self.dtype)
         command = tool.configure(job, self.bins[name])
         load = os.getloadavg()[0]
         measured = measure.run(command, self._environment(), out / "log.txt", TIMEOUT_SECONDS, self.cuda)
@@ -114,7 +126,7 @@ class Bench:
             entry = {"mean": mean, "span": span, "tokens": expected[span]["tokens"], "expected": expected[span][mean]}
             try:
                 entry["loss"] = self.train(name, "check", tool.check_updates, "check")["first_loss"]
-                entry["agrees"] = abs(entry["loss"] / entry["expected"] - 1) <= TOLERANCE
+                entry["agrees"] = abs(entry["loss"] / entry["expected"] - 1) <= TOLERANCE[self.dtype]
             except (measure.ProcessFailed, LookupError) as error:
                 print(error, file=sys.stderr)
                 entry |= {"loss": None, "agrees": False}
@@ -123,7 +135,7 @@ class Bench:
         return checked
 
     def _environment(self) -> dict[str, str]:
-        return environments.variables(self.directory, self.args.threads, self.cuda)
+        return environments.variables(self.directory, self.args.threads, self.cuda, self.args.isa)
 
     def facts(self, expected: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
         """Everything that the page says beside the runs."""
@@ -133,6 +145,9 @@ class Bench:
             "device": measure.device_name(self.cuda),
             "cuda": self.cuda,
             "threads": self.args.threads,
+            "dtype": self.dtype,
+            "isa": self.args.isa,
+            "shared": self.args.shared,
             "model": self.model.name,
             "micro_batch": self.micro,
             "work": expected["train"] | {"updates": work.UPDATES, "batch": work.BATCH, "rank": RANK, "alpha": ALPHA},
@@ -164,8 +179,8 @@ def main() -> None:
     if not args.check_only:
         for runs in bench.rounds(agreeing):
             figures = bench.facts(expected, checked) | {"runs": runs}
-            args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            if args.figures == report.FIGURES:
+            bench.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            if bench.figures in report.FIGURES.values():
                 report.write_page()
     if len(agreeing) < len(tools):
         raise SystemExit(f"not timed, their loss differs: {', '.join(sorted(set(tools) - set(agreeing)))}")

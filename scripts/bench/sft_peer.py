@@ -28,11 +28,11 @@ def _trl(settings: dict[str, Any], attention: str) -> tuple[Any, Any, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, settings["dtype"]),
     )
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"],
-        dtype=torch.bfloat16,
+        dtype=getattr(torch, settings["dtype"]),
         attn_implementation=attention,
         device_map={"": 0 if settings["cuda"] else "cpu"},
         quantization_config=quantization if settings["four_bit"] else None,

@@ -23,7 +23,7 @@ def unsloth_model(settings: dict[str, Any]) -> tuple[Any, Any]:
     model, tokenizer = FastLanguageModel.from_pretrained(
         settings["model"],
         max_seq_length=settings["max_length"],
-        dtype=torch.bfloat16,
+        dtype=getattr(torch, settings["dtype"]),
         load_in_4bit=settings["four_bit"],
     )
     model = FastLanguageModel.get_peft_model(

@@ -2,9 +2,9 @@
 
     python scripts/bench/startup.py [PAIRS]
 
-Both start as fresh processes, in turns, on the quickstart's model in bfloat16; one pair before the measured ones
-fills ftune's cache and the system's. CPU seconds are those of all threads (Linux only): other work on the machine
-disturbs them less than wall time.
+Both start as fresh processes, in turns, on the quickstart's model in the dtype that ``auto`` is on this device; one
+pair before the measured ones fills ftune's cache and the system's. CPU seconds are those of all threads (Linux only):
+other work on the machine disturbs them less than wall time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BARE = """
 import sys
 import torch, transformers, accelerate, peft
-transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 print("loaded", flush=True)
 sys.stdin.read()
 """
@@ -54,20 +54,20 @@ def _until(arguments: list[str], reached: Callable[[subprocess.Popen[bytes]], bo
         process.communicate()
 
 
-def bare(model: Path) -> Seconds:
+def bare(model: Path, dtype: str) -> Seconds:
     """Import what a LoRA run uses, and load the weights."""
 
     def loaded(process: subprocess.Popen[bytes]) -> bool:
         assert process.stdout is not None
         return process.stdout.readline() == b"loaded\n"
 
-    return _until([sys.executable, "-c", BARE, str(model)], loaded)
+    return _until([sys.executable, "-c", BARE, str(model), dtype], loaded)
 
 
-def to_first_step(model: Path, run: Path) -> Seconds:
+def to_first_step(model: Path, run: Path, dtype: str) -> Seconds:
     """Run the quickstart's recipe on that model, until the first step begins."""
     metrics = run / "metrics.jsonl"
-    settings = [f"model.id={model}", f"output_dir={run}"]
+    settings = [f"model.id={model}", f"model.dtype={dtype}", f"output_dir={run}"]
     command = [sys.executable, "-m", "ftune", "train", "recipes/quickstart.yaml"]
     for setting in settings:
         command += ["--set", setting]
@@ -85,25 +85,28 @@ def table(pairs: list[tuple[Seconds, Seconds]]) -> str:
     return "\n".join(lines)
 
 
-def measure(model: Path, pairs: int) -> list[tuple[Seconds, Seconds]]:
+def measure(model: Path, pairs: int, dtype: str) -> list[tuple[Seconds, Seconds]]:
     """Bare and ftune in turns; the first pair is not counted.
 
     Args:
         model: A directory with the weights in bfloat16.
         pairs: How many to count.
+        dtype: What both compute in.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        timed = [(bare(model), to_first_step(model, Path(scratch) / str(pair))) for pair in range(pairs + 1)]
+        timed = [
+            (bare(model, dtype), to_first_step(model, Path(scratch) / str(pair), dtype)) for pair in range(pairs + 1)
+        ]
     return timed[1:]
 
 
 def main() -> None:
     """Measure and print the table."""
-    from work import MODEL, export_model
+    from work import MODEL, best_dtype, export_model
 
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    pairs, dtype = int(sys.argv[1]) if len(sys.argv) > 1 else 3, best_dtype()
     with tempfile.TemporaryDirectory() as scratch:
-        print(table(measure(export_model(Path(scratch) / MODEL), pairs)))
+        print(dtype, table(measure(export_model(Path(scratch) / MODEL), pairs, dtype)), sep="\n\n")
 
 
 if __name__ == "__main__":
