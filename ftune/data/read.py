@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from ftune.data.columns import renamed
@@ -15,14 +17,18 @@ __all__ = ["read_source"]
 
 
 def read_source(
-    source: DataSource, key: Literal["train", "eval"] = "train", like: DataSource | None = None
+    source: DataSource,
+    key: Literal["train", "eval"] = "train",
+    like: DataSource | None = None,
+    without: Collection[Path] = (),
 ) -> tuple[Rows, Format]:
     """Read a source, under the names that its format knows.
 
     Args:
         source: What to read.
         key: Which source of the recipe it is.
-        like: The source whose columns and format this one takes where it has none of its own.
+        like: The source whose columns, format and `split_on` this one takes where it has none of its own.
+        without: Files that a directory does not give: those of the other source.
 
     Raises:
         DataError: It cannot be read, no format fits, or columns would be left over that look like content.
@@ -31,7 +37,9 @@ def read_source(
     columns = source.columns
     if columns is None and like is not None and like.columns is not None:
         columns, at = like.columns, ("data", key)
-    read = load_rows(source)
+    if source.split_on is None and like is not None:
+        source = source.model_copy(update={"split_on": like.split_on})
+    read = load_rows(source, key, without)
     rows, used = (read, ()) if columns is None or not columns.given() else renamed(read, columns, at)
     asked = source.format
     if asked == "auto" and like is not None and like.format != "auto" and fits(like.format, rows.columns):

@@ -15,13 +15,13 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ftune.errors import DataError
 
-__all__ = ["DECODER", "READERS", "Placed", "Row", "without_nested_nulls"]
+__all__ = ["DECODER", "SPLITS_ON", "Placed", "Row", "read_file", "without_nested_nulls"]
 
 Row = Mapping[str, Any]
 Placed = tuple[Row, int]
@@ -38,7 +38,7 @@ def _decode(file: Path, content: bytes) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{file}:{line}: not valid UTF-8 (byte 0x{content[error.start]:02x})",
-            help="save the file as UTF-8",
+            help=f"save the file as UTF-8; if it is Windows': iconv -f cp1252 -t utf-8 {file.name} > utf8-{file.name}",
         ) from error
 
 
@@ -126,26 +126,50 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
 
 
 def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
-    """A JSON list of objects; a file of one object a line is read as .jsonl."""
+    """A list of objects, or objects one after the other: usually one a line."""
     text = _decode(file, content)
     start = _skip(text, 0)
     if start == len(text):
         return
-    if text[start] == "{":
-        yield from _read_jsonl_or_explain(file, content)
-        return
-    if text[start] != "[":
+    if text[start] == "[":
+        yield from _read_values(file, text, start)
+    elif file.suffix.lower() == ".jsonl" or text[start] == "{":
+        yield from _read_objects(file, content, text, start)
+    else:
         raise DataError(f"{file}:{text.count(chr(10), 0, start) + 1}: expected a JSON list of objects")
+
+
+def _read_objects(file: Path, content: bytes, text: str, start: int) -> Iterator[Placed]:
+    """Objects one a line; or, where the first is written over several lines, as they come."""
+    if text.find("\n", start) == start + 1 or text[start : text.find("\n", start)].rstrip() == "{":
+        try:
+            _, end = DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            end = 0
+        if end and text[_skip(text, end) : _skip(text, end) + 1] == "{":
+            yield from _read_values(file, text, start)
+            return
+    if file.suffix.lower() == ".json":
+        yield from _read_jsonl_or_explain(file, content)
+    else:
+        yield from _read_jsonl(file, content)
+
+
+def _read_values(file: Path, text: str, start: int) -> Iterator[Placed]:
+    """The objects of a JSON list, or objects without a list around them, each with the line where it begins."""
     # item by item and not json.loads: each row then has its line
-    line, counted, position = 1, 0, _skip(text, start + 1)
-    if text[position : position + 1] == "]":
+    listed = text[start] == "["
+    line, counted, position = 1, 0, _skip(text, start + 1) if listed else start
+    if listed and text[position : position + 1] == "]":
         return
     try:
-        while True:
+        while listed or position < len(text):
             line, counted = line + text.count("\n", counted, position), position
             value, end = DECODER.raw_decode(text, position)
             yield _is_row(file, line, value, text[position:end]), line
             position = _skip(text, end)
+            if not listed:
+                continue
             if text[position : position + 1] == "]":
                 break
             if text[position : position + 1] != ",":
@@ -175,7 +199,7 @@ def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
     keys = ", ".join(key[:40] for key in list(whole)[:5]).encode(errors="backslashreplace").decode()
     raise DataError(
         f"{file}: expected a JSON list of objects, found one object with the keys {keys}",
-        help="save the list alone: [{...}, {...}]",
+        help="save the list alone: [{...}, {...}]; or name the file .jsonl, if the object is its only row",
     )
 
 
@@ -184,36 +208,105 @@ _C_LONG_MAX = 2**31 - 1
 
 
 def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
-    """Comma-separated values under a header; every value is a string."""
+    """Values under a header, each a string as it is written: ``007``, ``NA`` and ``1.0`` stay what they are.
+
+    Commas lie between the values, or what alone cuts the header into several names: semicolons, tabs or bars.
+    """
+    text = _decode(file, content)
     # Python's own limit of 131,072 characters is shorter than a long document; the whole file is already in
     # memory, so no cell needs another bound than its length. The limit is global, hence only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), min(len(content), _C_LONG_MAX)))
-    reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
-    line = 1
+    skipped = 0
+    if told := re.match(r'"?sep=(.)"?\r?\n', text):  # Excel's own way to name what lies between the values
+        text, skipped = text[told.end() :], 1
+    line = 1 + skipped
     try:
-        header = next(reader, [])
+        if file.suffix.lower() == ".tsv":
+            reader = _csv(text, "\t", quoting=csv.QUOTE_MINIMAL if _is_quoted(text) else csv.QUOTE_NONE)
+        else:
+            delimiter = told[1] if told else _delimiter(text[:HEADER])
+            spaced = _is_spaced(next(_csv(text[:HEADER], delimiter), []))
+            reader = _csv(text, delimiter, skipinitialspace=spaced)
+        header = [name.strip() for name in next((values for values in reader if values), [])]
+        columns = len(header)
+        while columns and not header[columns - 1]:  # a sheet that was once wider leaves columns without a name
+            columns -= 1
+        header = header[: columns or None]
         if len(set(header)) != len(header):
             twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(f"{file}:1: the header names the column {twice[:40]!r} twice")
-        line = reader.line_num + 1
+            raise DataError(
+                f"{file}:{reader.line_num + skipped}: the header names the column {twice[:40]!r} twice",
+                help="the first line of the file names its columns, each by its own name",
+            )
+        line = reader.line_num + 1 + skipped
         for values in reader:
-            if values and len(values) != len(header):
+            if values and (len(values) < len(header) or any(values[len(header) :])):
                 raise DataError(
                     f"{file}:{line}: {len(values)} values under a header of {len(header)} columns",
                     help='put a value that holds a comma or a line break between double quotes: "a, b"',
                 )
             if values:
-                yield dict(zip(header, values, strict=True)), line
-            line = reader.line_num + 1
+                yield dict(zip(header, values, strict=False)), line
+            line = reader.line_num + 1 + skipped
     except csv.Error as error:
         raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
 
 
-def _read_txt(file: Path, content: bytes) -> Iterator[Placed]:
-    """One document a line, as the column ``text``; blank lines are passed over."""
-    for line, text in enumerate(_decode(file, content).split("\n"), 1):
-        if text.strip():
-            yield {"text": text.rstrip("\r")}, line
+HEADER = 100_000
+"""Characters in which a header ends."""
+
+
+def _csv(text: str, delimiter: str, **options: Any) -> Any:
+    return csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, **options)
+
+
+def _delimiter(start: str) -> str:
+    """What lies between the values of a file, by its header: a comma, or what alone cuts it into several names."""
+    for delimiter in (",", ";", "\t", "|"):
+        try:
+            if len(next((values for values in _csv(start, delimiter) if values), [])) > 1:
+                return delimiter
+        except csv.Error:
+            continue
+    return ","
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether double quotes enclose values in a .tsv; to most programs that write such files they are text."""
+    try:
+        return len({len(values) for values in _csv(text, "\t") if values}) == 1
+    except csv.Error:
+        return False
+
+
+def _is_spaced(header: Sequence[str]) -> bool:
+    """Whether a space follows every delimiter; it is then no part of the values."""
+    return len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+
+
+SPLITS_ON = ("line", "blank_line")
+"""Where texts are cut, beside the text of a separator."""
+
+
+def _read_txt(file: Path, content: bytes, split_on: str | None) -> Iterator[Placed]:
+    """Documents as the column ``text``: the whole file, or what stands between separators; blank ones are passed over.
+
+    Line breaks around a document are no part of it.
+    """
+    text = _decode(file, content).replace("\r\n", "\n")
+    if split_on is None:
+        pieces = [text]
+    elif split_on == "line":
+        pieces = text.split("\n")
+    else:
+        pieces = re.split(r"(\n(?:[ \t]*\n)+)" if split_on == "blank_line" else f"({re.escape(split_on)})", text)
+    line = 1
+    for index, piece in enumerate(pieces):
+        separator = index % 2 == 1 and split_on not in (None, "line")
+        if piece.strip() and not separator:
+            lead = piece[: len(piece) - len(piece.lstrip())].count("\n")
+            yield {"text": piece.strip("\n")}, line + lead
+        line += 1 if split_on == "line" else piece.count("\n")
 
 
 def _read_parquet(file: Path, content: bytes) -> Iterator[Placed]:
@@ -263,13 +356,26 @@ def without_nested_nulls(row: Row) -> Row:
     return {key: without(value) for key, value in row.items()}
 
 
-READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
+def read_file(file: Path, content: bytes, split_on: str | None = None) -> Iterator[Placed]:
+    """The rows of a file of any kind, by how its name ends.
+
+    Args:
+        file: Its name.
+        content: Its bytes.
+        split_on: Where a .txt file is cut into documents.
+
+    Raises:
+        DataError: It is malformed; names the line.
+    """
+    match file.suffix.lower():
+        case ".jsonl" | ".json":
+            return _read_json(file, content)
+        case ".csv" | ".tsv":
+            return _read_csv(file, content)
+        case ".parquet":
+            return _read_parquet(file, content)
+        case _:
+            return _read_txt(file, content, split_on)
 
 
 def _reason(error: json.JSONDecodeError) -> str:

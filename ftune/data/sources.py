@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
-from ftune.data.readers import READERS, Row, without_nested_nulls
+from ftune.data.readers import SPLITS_ON, Row, read_file, without_nested_nulls
 from ftune.errors import DataError
-from ftune.recipe.locate import locate_data
+from ftune.recipe.data_files import locate_data
 from ftune.recipe.schema import DataSource
 
 __all__ = ["Changed", "Row", "Rows", "load_rows"]
@@ -106,31 +106,34 @@ class Changed(Sequence[Row]):
         return self._change(self._source[index])
 
 
-def load_rows(source: DataSource) -> Rows:
-    """Read a file, a directory of files of one kind, or a hub data set.
+def load_rows(source: DataSource, key: Literal["train", "eval"] = "train", without: Collection[Path] = ()) -> Rows:
+    """Read a file, the files of a directory, or a hub data set.
+
+    Args:
+        source: What to read.
+        key: Which source of the recipe it is: a directory gives other files to each.
+        without: Files that a directory does not give.
 
     Raises:
         DataError: Nothing is there, a file is empty or malformed (with its line), or the hub does not answer.
     """
-    located = locate_data(source)
+    located = locate_data(source, key, without)
     if located.kind == "hub":
         return _read_hub(source)
-    if located.kind == "directory":
-        kinds = sorted({file.suffix.lower() for file in located.files})
-        if len(kinds) > 1:
-            raise DataError(
-                f"{source.path}: files of {len(kinds)} kinds in one directory: {', '.join(kinds)}",
-                help="keep one kind in the directory, or name one file",
-            )
-    return _read_files(located.files, source.max_examples)
+    rows = _read_files(located.files, source.max_examples, source.split_on)
+    left_out = tuple(f"data.{key}: left out of {source.path}: {text}" for text in located.left_out)
+    return replace(rows, notes=left_out)
 
 
 # --- local files ---
 
 
-def _read_files(files: Sequence[Path], limit: int | None) -> Rows:
+def _read_files(files: Sequence[Path], limit: int | None, split_on: str | None) -> Rows:
     """Concatenate the rows of files of one kind; every file counts into the fingerprint."""
     digest = hashlib.sha256()
+    if split_on is not None:
+        digest.update(split_on.encode())
+    separated = split_on in (None, *SPLITS_ON)
     rows: list[Row] = []
     file_of: list[int] = []
     line_of: list[int] = []
@@ -142,13 +145,20 @@ def _read_files(files: Sequence[Path], limit: int | None) -> Rows:
         if len(files) > 1:  # the same bytes, cut into files elsewhere, are other rows
             digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
+        separated |= split_on is not None and split_on.encode() in content.replace(b"\r\n", b"\n")
         wanted = None if limit is None else limit - len(rows)
-        placed = list(islice(READERS[file.suffix.lower()](file, content), wanted))
+        placed = list(islice(read_file(file, content, split_on), wanted))
         if not placed and wanted != 0:
             raise DataError(f"{file}: no rows in this file")
         rows += [row for row, _ in placed]
         line_of += [line for _, line in placed]
         file_of += [index] * len(placed)
+    if not separated:
+        where = "it" if len(files) == 1 else "these files"
+        raise DataError(
+            f"{files[0]}: `split_on` names the separator {split_on!r}, which is nowhere in {where}",
+            help="remove `split_on`: a file is then one document",
+        )
     return Rows(
         source=rows,
         columns=tuple({key: None for row in rows for key in row}),

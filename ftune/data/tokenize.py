@@ -21,6 +21,7 @@ from ftune.data.read import read_source
 from ftune.data.sources import Rows
 from ftune.data.workers import encode_all
 from ftune.errors import DataError
+from ftune.recipe.data_files import locate_data
 from ftune.recipe.schema import DataSpec
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def load_splits(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -
     Raises:
         DataError: Anything in the data that cannot be trained on.
     """
-    train, format = read_source(spec.train)
+    held_out_files = () if spec.eval is None else locate_data(spec.eval, "eval").files
+    train, format = read_source(spec.train, without=held_out_files)
     held_out: Rows | None = None
     held_out_format = format
     if spec.eval is not None:

@@ -45,6 +45,8 @@ def summary_of(plan: Plan) -> dict[str, Any]:
         "data": {
             "format": train.format,
             "rows": train.stats.rows,
+            "files": len(train.rows.origin),
+            "documents": train.rows.origin[0].lower().endswith(".txt"),
             "examples": len(train.examples),
             "tokens": train.stats.tokens,
             "target_tokens": train.stats.target_tokens,

@@ -115,7 +115,9 @@ def _trains(model: dict[str, Any], method: dict[str, Any]) -> Iterator[str]:
 
 def _data(data: dict[str, Any]) -> Iterator[str]:
     yield _say(data.get("format"), "format {}")
-    yield _say(data.get("rows"), "{:,} rows")
+    rows = _say(data.get("rows"), "{:,} documents" if data.get("documents") else "{:,} rows")
+    files = data.get("files") or 1
+    yield f"{rows} in {files:,} file{'s' if files > 1 else ''}" if files > 1 or data.get("documents") else rows
     yield _say(data.get("tokens"), "{:,} tokens")
     targets, tokens = data.get("target_tokens"), data.get("tokens")
     if targets is not None:

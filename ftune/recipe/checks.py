@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftune.errors import DataError, FtuneError, RunDirError
 from ftune.methods import Problem
 from ftune.recipe.columns import FORMATS, Field, format_of, is_template, parse_template
+from ftune.recipe.data_files import locate_data
 from ftune.recipe.diagnose import closest
-from ftune.recipe.locate import as_path, is_installed, locate_data, locate_model, near_path
+from ftune.recipe.locate import as_path, is_installed, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
 from ftune.regular import kind_of
 from ftune.scrub import find_secret
@@ -33,6 +34,16 @@ _TRACKER_PACKAGES = {
     "aim": ("aim", "pip install aim"),
     "clearml": ("clearml", "pip install clearml"),
 }
+
+
+_NOT_SEPARATORS = {
+    **dict.fromkeys(("lines", "newline", "newlines", "new_line", "Line", "row", "rows"), "line"),
+    **dict.fromkeys(
+        ("blank_lines", "blank", "blankline", "blank line", "empty_line", "empty_lines", "paragraph", "paragraphs"),
+        "blank_line",
+    ),
+}
+"""Words that stand for a place to cut at, and are none of the names that `split_on` knows."""
 
 
 def check(recipe: Recipe) -> list[Problem]:
@@ -161,13 +172,21 @@ def _columns(source: DataSource, key: str) -> Iterator[Problem]:
             yield Problem((*at, name), str(error))
 
 
-def _source(source: DataSource, key: str) -> Iterator[Problem]:
+def _source(source: DataSource, key: Literal["train", "eval"]) -> Iterator[Problem]:
     yield from _columns(source, key)
     try:
-        located = locate_data(source)
+        located = locate_data(source, key)
     except FtuneError as error:
         yield Problem(("data", key, "path"), error.message, error.help)
         return
+    texts = all(file.suffix.lower() == ".txt" for file in located.files) and located.kind != "hub"
+    if source.split_on is not None and not texts:
+        yield Problem(("data", key, "split_on"), "`split_on` cuts .txt files, and this is none", "remove it")
+    elif source.split_on is not None and not source.split_on:
+        yield Problem(("data", key, "split_on"), "`split_on` is empty", "line, blank_line, or the text of a separator")
+    elif source.split_on in _NOT_SEPARATORS:
+        help = f"did you mean `{_NOT_SEPARATORS[source.split_on]}`?"
+        yield Problem(("data", key, "split_on"), f"`split_on` cannot be the word `{source.split_on}`", help)
     if located.kind == "hub":
         return
     given = {
@@ -346,10 +365,20 @@ def _doubtful(recipe: Recipe) -> Iterator[Problem]:
                 "it happens at the end only",
             )
     train, held_out = recipe.data.train, recipe.data.eval
-    same = ("path", "subset", "split")
-    if held_out is not None and all(getattr(train, name) == getattr(held_out, name) for name in same):
+    if held_out is not None and _same_rows(train, held_out):
         yield Problem(
             ("data", "eval"),
             "the held-out rows are the training rows",
             "use `eval_fraction` to hold some of them out",
         )
+
+
+def _same_rows(train: DataSource, held_out: DataSource) -> bool:
+    """Whether both name the same rows; one directory may give other files to each."""
+    same = ("path", "subset", "split")
+    if any(getattr(train, name) != getattr(held_out, name) for name in same):
+        return False
+    try:
+        return locate_data(train, "train").files == locate_data(held_out, "eval").files
+    except FtuneError:
+        return False

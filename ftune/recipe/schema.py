@@ -99,7 +99,8 @@ class DataSource(_Block):
 
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv, .parquet or .txt file (or a directory of them), or a hub data set's name.",
+        description="A .jsonl, .json, .csv, .tsv, .parquet or .txt file (or a directory of them, without what is named "
+        "for another split), or a hub data set's name.",
     )
     format: SourceFormat = Field(
         "auto", description="How a row is read. auto: detected from the columns, all of which must have a use."
@@ -108,6 +109,11 @@ class DataSource(_Block):
         None,
         description="What the file's columns are: {prompt: question, completion: answer}, or texts with columns in "
         'them: {prompt: "Ticket: {body} Team:", completion: "{team}"}. data.eval takes those of data.train.',
+    )
+    split_on: str | None = Field(
+        None,
+        description="Where a .txt file is cut into documents: line, blank_line, or the text of a separator. Default: "
+        "a file is one document.",
     )
     subset: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")

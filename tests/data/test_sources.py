@@ -35,11 +35,12 @@ def test_every_kind_of_file_gives_the_same_rows(write: Write) -> None:
         write(json.dumps(ROWS, indent=2), "rows.json"),
         write("".join(json.dumps(row) + "\n" for row in ROWS), "lines.json"),
         write('text\none\ntwo\u2028still two\n"three"\n', "rows.csv"),
-        write("one\n\ntwo\u2028still two\r\nthree", "rows.txt"),
+        write('text;n\none;\ntwo\u2028still two;\n"three";\n'.replace(";n", ";").replace(";", "\t"), "rows.tsv"),
         parquet,
     ]
     for file in files:
         assert read(file) == ROWS, file.name
+    assert read(write("one\n\ntwo\u2028still two\r\nthree", "rows.txt"), split_on="line") == ROWS
 
 
 def test_a_row_knows_its_file_and_line(write: Write) -> None:

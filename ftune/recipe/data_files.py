@@ -1,0 +1,156 @@
+"""Where the data of a recipe is, and which files of a directory are meant.
+
+Nothing is opened: files are told apart by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ftune.errors import DataError
+from ftune.recipe.locate import HUB_NAME, as_path, looks_local, missing
+from ftune.recipe.schema import DataSource
+
+__all__ = ["DATA_SUFFIXES", "LocatedData", "locate_data"]
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""Files that rows are read from."""
+ENDINGS = f"files end in {', '.join(DATA_SUFFIXES)}"
+
+_ADVICE = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "unpack it: compressed files are not read"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as .csv"),
+    ".arrow": "write the data set out with `to_parquet` or `to_json`",
+    ".ndjson": "name it .jsonl",
+    **dict.fromkeys((".md", ".html", ".pdf", ".docx"), f"write its text to a .txt file; {ENDINGS}"),
+}
+"""What to do with a file that is not read, by how its name ends."""
+
+# as `datasets` knows the files of a split by their names
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "heldout", "holdout"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_ABOUT_THE_DATA = re.compile(
+    r"(readme|license|licence|copying|notice|changelog|authors|citation|requirements)(\..*)?"
+    r"|dataset_infos?\.json|dataset_dict\.json|state\.json"
+)
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LocatedData:
+    """A source of rows.
+
+    Attributes:
+        kind: ``hub``, ``file`` or ``directory``.
+        path_or_id: The hub data set's name, or the path as given (``~`` expanded).
+        files: The files to read, sorted; empty for ``hub``.
+        left_out: Of a directory, why something in it is not read and its names, for people.
+    """
+
+    kind: Literal["hub", "file", "directory"]
+    path_or_id: str
+    files: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def locate_data(
+    source: DataSource, key: Literal["train", "eval"] = "train", without: Collection[Path] = ()
+) -> LocatedData:
+    """Find the rows that a data source names.
+
+    Args:
+        source: What the recipe says.
+        key: Which source it is: a directory gives other files to each.
+        without: Files that a directory does not give: those of the other source.
+
+    Raises:
+        DataError: It names a file or directory that is not there, or one that holds no rows ftune can read.
+    """
+    path = as_path(source.path, DataError)
+    if path.is_dir():
+        return _in_directory(path, source.path, key, {file.resolve() for file in without})
+    if path.exists():
+        if not path.is_file():  # a pipe or a device: reading one may never end, and it cannot be read twice
+            raise DataError(f"`{source.path}` is no data file, but a pipe or a device", help="write the rows to a file")
+        if path.suffix.lower() not in DATA_SUFFIXES:
+            raise DataError(f"`{source.path}` is no data file", help=_ADVICE.get(path.suffix.lower(), ENDINGS))
+        return LocatedData("file", str(path), (path,))
+    if path.suffix.lower() in (*DATA_SUFFIXES, *_ADVICE) or looks_local(source.path, path):
+        raise missing(DataError, source.path, path, what="data file")
+    if not HUB_NAME.match(source.path):
+        raise DataError(
+            f"`{source.path}` is neither a path that exists nor a hub data set", help="those are `org/name`"
+        )
+    return LocatedData("hub", source.path)
+
+
+def _in_directory(path: Path, name: str, key: Literal["train", "eval"], without: Collection[Path]) -> LocatedData:
+    """The files of a directory that hold a source's rows."""
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    about = [entry for entry in entries if _ABOUT_THE_DATA.fullmatch(entry.name.lower())]
+    inner = [entry for entry in entries if entry.is_dir()]
+    data = [
+        entry for entry in entries if entry.suffix.lower() in DATA_SUFFIXES and entry.is_file() and entry not in about
+    ]
+    other = [entry for entry in entries if entry not in data and entry not in about and entry not in inner]
+    held_out = [file for file in data if file.resolve() in without]
+    rest = [file for file in data if file not in held_out]
+    files = _of_split(rest, key)
+    if not files:
+        raise _nothing_in(name, rest, other, inner)
+    kinds = sorted({file.suffix.lower() for file in files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{name}: files of {len(kinds)} kinds in one directory: {', '.join(kinds)}",
+            help="keep one kind in the directory, or name one file",
+        )
+    reasons = {
+        "named for another split": [file for file in rest if file not in files],
+        "held out": held_out,
+        "about the data, by its name": [entry for entry in about if entry.suffix.lower() in DATA_SUFFIXES],
+        "no data file": other,
+        "a directory": inner,
+    }
+    left_out = tuple(f"{_shown(these)} ({why})" for why, these in reasons.items() if these)
+    return LocatedData("directory", str(path), tuple(files), left_out)
+
+
+def _of_split(files: Sequence[Path], key: Literal["train", "eval"]) -> list[Path]:
+    """The files whose names speak for a source, or for none; for ``eval`` those of the best name."""
+    split_of = {file: _split(file) for file in files}
+    if key == "train":
+        return [file for file, split in split_of.items() if split in (None, "train")]
+    for wanted in ("validation", "test", None):
+        if found := [file for file, split in split_of.items() if split == wanted]:
+            return found
+    return []
+
+
+def _split(file: Path) -> str | None:
+    """The split that a file is named for, by a word of its name; None where there is none, or several."""
+    found = {_SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _nothing_in(name: str, data: Sequence[Path], other: Sequence[Path], inner: Sequence[Path]) -> DataError:
+    if data:
+        return DataError(
+            f"every data file in `{name}` is named for another split: {_shown(data)}",
+            help=f"name the file itself: `{data[0]}`",
+        )
+    advice = next((_ADVICE[entry.suffix.lower()] for entry in other if entry.suffix.lower() in _ADVICE), None)
+    if advice is None and inner:
+        advice = f"name one of the directories in it: {_shown(inner)}"
+    return DataError(f"no data files in `{name}`", help=advice or ENDINGS)
+
+
+def _shown(entries: Sequence[Path]) -> str:
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return ", ".join(entry.name for entry in entries[:SHOWN]) + more
