@@ -38,7 +38,7 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
         ("Updates", f"{training['steps']:,} of {training['global_batch']} rows, {training['epochs']:.2g} epochs"),
         ("Learning rate", f"{training['learning_rate']:g}, {training['schedule']}, {training['optimizer']}"),
         ("Training loss", _number(measured.get("first_loss")) + " → " + _number(measured.get("loss"))),
-        ("Held-out loss", _number(measured.get("held_out_loss"))),
+        ("Held-out loss", _number(measured.get("base_loss")) + " → " + _number(measured.get("held_out_loss"))),
         ("Seed", str(record["seed"])),
         ("Computed in", f"{plan['model']['dtype']} on {record['device']['name']}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),

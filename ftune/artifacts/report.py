@@ -28,18 +28,36 @@ def training_summary(record: dict[str, Any], output_dir: str, width: int) -> str
     saved = f"saved: {output_dir}/{method['artifact']}"
     if not measured:
         return f"{saved} (every step had been made before)"
-    held_out = measured.get("held_out_loss")
+    effect = record.get("effect") or {"verdict": "unknown"}
     lines = [
         f"done: {measured['steps']} steps in {time_text(measured['wall_seconds'])}, "
         f"{measured['tokens_per_second']:,.0f} tokens/s, loss {measured['first_loss']:.4f} -> {measured['loss']:.4f}"
-        + (f", held-out {held_out:.4f}" if held_out is not None else ""),
+        + _held_out(measured),
         f"peak memory {bytes_text(measured['peak_bytes'])}, predicted "
         f"{bytes_text(measured['predicted_peak_bytes'])} ({measured['predicted_over_measured']:.2f} x)",
     ]
     if record["vitals"]:
-        lines.append(f"at work: {record['vitals_line']}")
+        label = "vitals" if effect["verdict"] in ("worse", "hardly_moved") else "at work"
+        lines.append(f"{label}: {record['vitals_line']}")
+    lines += _effect(effect)
     wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join([*map(wrap.fill, lines), saved])
+
+
+def _held_out(measured: dict[str, Any]) -> str:
+    after, before = measured.get("held_out_loss"), measured.get("base_loss")
+    if after is None:
+        return ""
+    return ", held-out " + (f"{before:.4f} -> " if before is not None else "") + f"{after:.4f}"
+
+
+def _effect(effect: dict[str, Any]) -> list[str]:
+    """What to say of a run that did not make the model better."""
+    change = {"worse": "worse than before", "hardly_moved": "hardly better than before"}.get(effect["verdict"])
+    if change is None:
+        return []
+    losses = f"{effect['of']} loss {effect['before']:.4f} -> {effect['after']:.4f}"
+    return [f"warning: the model is {change} training ({losses}): {'; '.join(effect['advice'])}"]
 
 
 def evaluation_table(result: dict[str, Any], width: int) -> str:

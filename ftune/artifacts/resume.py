@@ -153,8 +153,11 @@ def _saved(metrics: Path) -> str | None:
 
 
 def evaluation_missed(plan: Plan, step: int, metrics: Path) -> bool:
-    """Whether the run was stopped after the checkpoint of ``step``, before the evaluation that was due then."""
+    """Whether the evaluation that is due after ``step`` updates, one of them before the first, was not made yet.
+
+    A run may have been stopped between a checkpoint and its evaluation.
+    """
     every = plan.recipe.evaluation.every_steps
-    due = step == plan.total_steps or (every is not None and step % every == 0)
+    due = step in (0, plan.total_steps) or (every is not None and step % every == 0)
     done = any(event.get("event") == "eval" and event.get("step") == step for event in read_events(metrics))
-    return bool(step and plan.eval_rows and due and not done)
+    return bool(plan.eval_rows and due and not done)

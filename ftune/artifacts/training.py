@@ -199,7 +199,7 @@ def _train(
                     )
             if main:
                 truncate_after(run.metrics, start)
-                tally.recall(run.metrics)
+                tally.recall(run.metrics, kept)
                 run.write(record)
                 sinks = [*_local_sinks(plan.recipe, run, asked.progress), *trackers]
             sinks.append(tally)
@@ -229,9 +229,8 @@ def _train(
             )
             try:
                 with using(kernels):
-                    if agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics)):
-                        loop.evaluate(start)
-                    loop.run(start)
+                    missed = agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics))
+                    loop.run(start, evaluate_first=missed)
             finally:
                 if replay is not None:
                     if replay.why_not is not None:
@@ -248,6 +247,7 @@ def _train(
                 with new_directory(run.root / recipe.method.artifact) as out, as_os_error():
                     _save_artifact(plan, model, out)
                     record["measured"] = tally.measured(plan.memory.total)
+                    record["effect"] = tally.effect(summary["training"])
                     record["measured"] |= {
                         "wall_seconds": time.perf_counter() - clock,
                         "loop_seconds": forecaster.spent,

@@ -176,6 +176,11 @@ def _warnings(plan: Plan) -> list[str]:
     found += plan.slower
     if recipe.model.trust_remote_code:
         found.append("trust_remote_code is ON: the model's own Python code runs on this machine")
+    if not plan.eval_rows:
+        found.append(
+            "no rows are held out: whether the model gets better at rows it was not trained on will not be known. "
+            "`data.eval_fraction: 0.1` holds out a tenth, `data.eval: FILE` names others"
+        )
     if few := few_updates(recipe, plan.total_steps, plan.steps_per_epoch):
         found.append(few)
     if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:

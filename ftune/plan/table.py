@@ -139,6 +139,8 @@ def _packing(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _held_out(data: dict[str, Any]) -> Iterator[str]:
+    if data.get("eval_rows") == 0:
+        yield "none"
     if data.get("eval_rows"):
         yield f"{data['eval_rows']:,} rows"
         yield _say(data.get("eval_tokens"), "{:,} tokens")

@@ -60,7 +60,7 @@ class Loop:
         emit: Called with every event, on the main process only.
         stop: Whether a signal asked to stop.
         progress: Facts kept with every checkpoint: which parameters have not moved yet (``resting``), how often
-            micro-batches were halved (``halvings``).
+            micro-batches were halved (``halvings``), the held-out loss before the first update (``base_loss``).
         auto_batch: Whether to halve micro-batches where memory runs out.
         replay: Computes micro-batches by CUDA graphs where that pays; None: all as usual.
     """
@@ -82,8 +82,12 @@ class Loop:
         """How the rows of an update are split among processes and micro-batches."""
         return Portions(self.plan, self.objective.flat, self.engine.lockstep)
 
-    def run(self, start: int = 0) -> None:
+    def run(self, start: int = 0, *, evaluate_first: bool = False) -> None:
         """Make updates ``start`` to the last, evaluating and saving when due.
+
+        Args:
+            start: Updates made so far.
+            evaluate_first: Measure the held-out loss before any further update.
 
         Raises:
             RunFailed: A loss or gradient is not finite, or a trained parameter does not move.
@@ -94,6 +98,8 @@ class Loop:
         if self.accelerator.device.type == "cpu":
             trim_between_blocks(model)
         wrapped = self.engine.wrap(self.objective, self.optimizer, method)
+        if evaluate_first:
+            self.evaluate(start)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         watch, meter = (
             MoveWatch(
@@ -207,14 +213,19 @@ class Loop:
             raise Interrupted(f"stopped after step {step} of {self.plan.total_steps}", signal_number=stopping)
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss and emit it."""
+        """Measure the held-out loss and emit it; before the first update, that of the base model."""
         assert self.plan.splits.eval is not None
         began = time.perf_counter()
-        loss, count = self._held_out_loss()
+        method, model = self.plan.recipe.method, self.objective.model
+        as_base = None if step or method.starts_as_base else method.switched_off(model)
+        with as_base or nullcontext():
+            loss, count = self._held_out_loss()
+        if not step:
+            # Kept with every checkpoint: it cannot be measured any more.
+            self.progress["base_loss"] = loss
         perplexity = math.exp(min(loss, 700.0))
         self.emit(EvalEnd(step, loss, perplexity, count, time.perf_counter() - began))
-        if step < self.plan.total_steps:  # those of the end are judged, by the caller
-            method, model = self.plan.recipe.method, self.objective.model
+        if 0 < step < self.plan.total_steps:  # those of the end are judged, by the caller
             with self.engine.whole_adapters(model, method):
                 vitals = method.vitals(model, self.optimizer)
             self.emit(Vitals(step, vitals))

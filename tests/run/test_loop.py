@@ -323,8 +323,9 @@ def test_loss_falls(tmp_path: Path) -> None:
 
 
 def test_a_failing_evaluation_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*_: object) -> None:
-        raise MemoryError
+    def out_of_memory(_: object, step: int) -> None:
+        if step:
+            raise MemoryError
 
     loaded = tiny.recipe(tmp_path)
     with monkeypatch.context() as patched:

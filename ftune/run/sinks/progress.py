@@ -47,7 +47,8 @@ class ProgressSink:
                 f"step {event.step}: about {time_text(event.seconds)} in all, by the first {event.updates} updates"
             )
         elif isinstance(event, EvalEnd):
-            self._line(f"step {event.step}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
+            when = f"step {event.step}" if event.step else "before training"
+            self._line(f"{when}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
         elif isinstance(event, Saved):
             self._line(f"step {event.step}: saved {event.path}")
         elif isinstance(event, Halved):
