@@ -40,9 +40,22 @@ app = typer.Typer(
 SCHEMA_FILE = "recipe.schema.json"
 """Written beside a recipe by `ftune init`, for editors; the recipe's first line points to it."""
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (a recipe's output_dir).")]
-RunOrRecipe = Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory, or a recipe.")]
+
+def _home(path: Path | None) -> Path | None:
+    """A path whose ``~`` the shell left as it was (``--out=~/x``)."""
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError as error:
+        raise FtuneError(f"`{path}`: {error}", help="write the path out") from error
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", callback=_home, help="A recipe (YAML).")]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", callback=_home, help="A run directory (a recipe's output_dir).")
+]
+RunOrRecipe = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_RECIPE", callback=_home, help="A run directory, or a recipe.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_steps=20. Repeatable."),
@@ -203,7 +216,9 @@ def init(
     data: Annotated[str, typer.Option(help="Training data: a file, a directory or a hub data set.")] = (
         "data/train.jsonl"
     ),
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: METHOD.yaml. `-` prints.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_home, help="Where to write; default: METHOD.yaml. `-` prints.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write an annotated recipe for a method.
@@ -435,7 +450,9 @@ def evaluate(
 @app.command()
 def merge(
     run: RunPath,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default RUN/merged.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=_home, help="Where to write; default RUN/merged.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: what the run computed in.")
     ] = None,
@@ -468,7 +485,7 @@ def merge(
 @app.command()
 def convert(
     run: RunPath,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default RUN/lora.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", callback=_home, help="Where to write; default RUN/lora.")] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of the adapter; default: the least that is exact.")
     ] = None,

@@ -29,11 +29,20 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("HF_TOKEN", "short"), ("SSH_KEY", "/home/me/.ssh/id"), ("MONKEYS", SECRET)]
+    ("name", "value"), [("HF_TOKEN", "short"), ("SSH_KEY", __file__), ("SSH_KEYS", "/usr/bin"), ("MONKEYS", SECRET)]
 )
 def test_what_is_no_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     assert scrub(f"a {value} b") == f"a {value} b"
+
+
+@pytest.mark.parametrize(
+    "value", ["/9j4AAQSkZJRgABAQAAAQ", "~tilde-and-more", "/", "~nobody-of-that-name/x", "/" + "x" * 5000, "/a//b==\n"]
+)
+def test_a_secret_may_begin_as_a_path_does(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", value)
+    masked = scrub(f"a {value} b")
+    assert masked == (f"a {value} b" if len(value) < 8 else f"a {'*' * len(value)} b")
 
 
 @pytest.mark.parametrize(

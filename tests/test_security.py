@@ -169,9 +169,12 @@ def test_a_models_code_does_not_run(model_with_code: tuple[Path, Path]) -> None:
     from ftune.recipe.schema import ModelSpec
 
     directory, marker = model_with_code
-    with pytest.raises(FtuneError):
+    with pytest.raises(FtuneError, match="needs Python code that comes with the model") as refused:
         load_config(ModelSpec(id=str(directory)))
     assert not marker.exists()
+    # in the recipe's words, not in those of transformers' arguments
+    assert "trust_remote_code: true" in refused.value.render()
+    assert "trust_remote_code=True" not in refused.value.render()
 
 
 def test_where_it_is_trusted_it_is_shouted(

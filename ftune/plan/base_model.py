@@ -82,6 +82,13 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
             help="check the id and the network; HF_HUB_OFFLINE=1 reads the local cache only",
         ) from error
     except (ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+            raise ModelError(
+                f"the {what} of model `{spec.id}` needs Python code that comes with the model, and ftune runs none "
+                "unless the recipe says so",
+                help="read that code; if you trust it, write `model: {id: ..., trust_remote_code: true}`, and its "
+                "commit as `revision`",
+            ) from error
         raise ModelError(f"cannot read the {what} of model `{spec.id}`: {error}") from error
 
 

@@ -18,6 +18,7 @@ from ftune.recipe.data_files import locate_data
 from ftune.recipe.diagnose import closest
 from ftune.recipe.locate import as_path, is_installed, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
+from ftune.recipe.variables import unbraced
 from ftune.regular import kind_of
 from ftune.scrub import find_secret
 
@@ -57,6 +58,7 @@ def check(recipe: Recipe) -> list[Problem]:
         *_schedule(recipe),
         *_packages(recipe),
         *_output(recipe),
+        *_unbraced(recipe),
         *_secrets(recipe.model_dump(mode="json"), ()),
     ]
 
@@ -312,6 +314,23 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
                 "name a directory that is free",
             )
             return
+
+
+def _unbraced(recipe: Recipe) -> Iterator[Problem]:
+    """A path with ``$NAME`` in it: a directory of that name is hardly meant."""
+    data = recipe.data
+    paths: list[tuple[tuple[str | int, ...], str | None]] = [
+        (("output_dir",), recipe.output_dir),
+        (("model", "id"), recipe.model.id),
+        (("data", "train", "path"), data.train.path),
+        (("data", "eval", "path"), data.eval.path if data.eval is not None else None),
+        (("data", "chat_template"), data.chat_template),
+    ]
+    for at, path in paths:
+        if path is not None and (name := unbraced(path)) is not None:
+            yield Problem(
+                at, f"`${name}` is not expanded", f"write `${{{name}}}`: the environment's variable in braces"
+            )
 
 
 def _secrets(value: Any, at: tuple[str | int, ...]) -> Iterator[Problem]:

@@ -35,6 +35,7 @@ __all__ = [
     "Span",
     "closest",
     "dotted",
+    "error_paths",
     "fail",
     "from_problems",
     "models_in",
@@ -574,6 +575,11 @@ def translate(error: ValidationError, raw: Any, positions: Positions) -> list[Mi
             continue
         by_path.setdefault(entry.path, []).append(entry)
     return [_mistake(path, group, raw, positions) for path, group in by_path.items()]
+
+
+def error_paths(error: ValidationError, raw: Any) -> list[KeyPath]:
+    """Where in ``raw`` pydantic found something wrong."""
+    return [_clean(item["loc"], raw)[0] for item in error.errors(include_url=False)]
 
 
 def _below(path: KeyPath, above: KeyPath) -> bool:

@@ -33,10 +33,12 @@ from ftune.recipe.diagnose import (
     Span,
     closest,
     dotted,
+    error_paths,
     fail,
     translate,
 )
 from ftune.recipe.schema import SHORT_FORMS, Recipe
+from ftune.recipe.variables import Expanded, expand_variables
 from ftune.regular import IrregularError, open_regular
 
 __all__ = ["Loaded", "load_recipe", "parse_recipe"]
@@ -114,8 +116,7 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
         raise fail(refused.mistakes, source, color=color) from None
     recipe = None
     try:
-        # Strict: a string is no number and true is no 1. Sequences arrive as tuples, as the schema has them.
-        recipe = Recipe.model_validate(_frozen(raw), strict=True)
+        recipe = _validated(raw)
     except ValidationError as error:
         # A value that the parser refused stands as 0: what the schema says of that 0 is no news.
         known = {problem.span for problem in problems}
@@ -125,7 +126,33 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
     return Loaded(recipe, text, Path(filename), raw, positions, tuple(overrides))
 
 
+def _validated(raw: dict[str, Any]) -> Recipe:
+    """The recipe in plain data. Where a variable gave a string and no string can stand, it is read as YAML reads it.
+
+    Strict: a string is no number and true is no 1. Sequences arrive as tuples, as the schema has them.
+    """
+    try:
+        return Recipe.model_validate(_frozen(raw), strict=True)
+    except ValidationError as error:
+        read_again = False
+        for path in set(error_paths(error, raw)):
+            parent: Any = raw
+            try:
+                for key in path[:-1]:
+                    parent = parent[key]
+                value = parent[path[-1]]
+            except (KeyError, IndexError, TypeError):  # what is missing
+                continue
+            if isinstance(value, Expanded) and not isinstance(value.typed, str):
+                parent[path[-1]], read_again = value.typed, True
+        if not read_again:
+            raise
+    return Recipe.model_validate(_frozen(raw), strict=True)
+
+
 def _frozen(value: Any) -> Any:
+    if isinstance(value, Expanded):
+        return str(value)
     if isinstance(value, dict):
         return {key: _frozen(inner) for key, inner in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
@@ -286,7 +313,7 @@ class _Builder:
             message = f"aliases expand to more than {MAX_NODES} values"
             raise _Refused(Mistake(message, self._span(node), "write fewer, or without aliases"))
         if isinstance(node, ScalarNode):
-            return self._scalar(node)
+            return self._with_variables(node)
         if id(node) in self._open:
             raise _Refused(Mistake("an alias contains itself", self._span(node)))
         self._open.add(id(node))
@@ -376,6 +403,27 @@ class _Builder:
                 return 0.0
             return real
         return text
+
+    def _with_variables(self, node: ScalarNode) -> Any:
+        """A value, with the environment's variables in it; each that is not set is a mistake."""
+        value = self._scalar(node)
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        text, wrong = expand_variables(value)
+        for part in wrong:
+            span = self._span(node)
+            line = span.source.lines[span.line] if span.line < len(span.source.lines) else ""
+            column = line.find(part.part, span.column)
+            if column >= 0:
+                span = Span(span.source, span.line, column, len(part.part))
+            self.mistakes.append(Mistake(part.message, span, help=part.help))
+        if wrong or text == value:
+            return text
+        if node.style is not None:  # in quotes: a string, whatever it looks like
+            return Expanded(text, text)
+        tag = BaseResolver.resolve(_Yaml12(""), ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        plain = ScalarNode(tag, text, node.start_mark, node.end_mark)
+        return Expanded(text, self._scalar(plain, report=False))
 
     def _note(self, path: KeyPath, key: Node | None, value: Node) -> None:
         at = self._span(value)
