@@ -17,7 +17,7 @@ FLOOR_PYTHON ?= python3.11
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast test-floor smoke quickstart methods bench bench-gpu docs golden audit clean
+.PHONY: help setup check fix test test-fast test-capped test-floor smoke quickstart methods bench bench-gpu docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ test: test-fast ## all tests
 
 test-fast: $(STAMP) ## the tests that need no real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)
+
+# As on processors older than this one, each of which rounds its own way; nothing on one without AVX-512.
+test-capped: $(STAMP) ## the tests that compute, with newer instructions left unused and memory unaligned
+	$(BIN)/python scripts/capped/run.py --jobs $(JOBS)
 
 # Their warnings are their own, and help is laid out as the pinned typer does it: neither fails here.
 test-floor: $(FLOOR)/.stamp ## the fast tests with the oldest versions admitted, and the GPU's kernels interpreted

@@ -343,23 +343,28 @@ def test_dora_computes_its_norms_once_an_update(how: str, computed: list[torch.T
 
 
 def test_dora_s_norms_follow_whatever_changes_a_and_b(computed: list[torch.Tensor]) -> None:
+    def loss(of: Any) -> Any:
+        # fp32 matmuls of equal weights differ in the last bit where the memory is aligned otherwise; a push by 1e-3.
+        return pytest.approx(loss_of(of).item(), rel=1e-5)
+
     model = lean_dora()
-    first, start = loss_of(model), copy.deepcopy(model.state_dict())
+    first, start = loss_of(model).item(), copy.deepcopy(model.state_dict())
     tiny.disturb(model)
-    assert loss_of(model) != first
+    assert loss(model) != first
     model.load_state_dict(start)
-    assert loss_of(model) == first
+    assert loss_of(model).item() == first, "the same memory"
     twin = copy.deepcopy(model)
-    assert loss_of(twin) == first
+    assert loss(twin) == first
     assert len(computed) == 4 * 14
     tiny.disturb(twin)
-    changed = loss_of(twin)
-    assert changed != first == loss_of(model)
+    changed = loss_of(twin).item()
+    assert loss(model) == first
+    assert loss(model) != changed
     for name, parameter in list(twin.named_parameters()):
         if parameter.requires_grad:  # another parameter in its place
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(parameter.detach().clone()))
-    assert loss_of(model) == changed
+    assert loss(model) == changed
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(model)
     assert len(computed) == 7 * 14
