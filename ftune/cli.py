@@ -182,6 +182,7 @@ def _libraries() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # GGUF files are dequantized behind a bar of their own that transformers' switch does not reach.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a level set before it is imported would not stay
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,13 +8,15 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods._whole import quiet
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
+from ftune.plan.missing import check_files, require_whole
+from ftune.plan.shapes import build_on_meta
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
 from ftune.recipe.schema import ModelSpec
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
 
 MAX_TEMPLATE_BYTES = 1_000_000
 
-__all__ = ["choose_device", "configured", "explained", "gguf_path", "load_base", "load_config", "load_tokenizer"]
+__all__ = [
+    "check_weights",
+    "choose_device",
+    "configured",
+    "explained",
+    "gguf_path",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+]
 
 
 def choose_device() -> torch.device:
@@ -70,6 +81,7 @@ def gguf_path(located: Located) -> Path:
 @contextlib.contextmanager
 def explained(spec: ModelSpec, what: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be read into one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -81,7 +93,7 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
             f"cannot read the {what} of model `{spec.id}`: {first}",
             help="check the id and the network; HF_HUB_OFFLINE=1 reads the local cache only",
         ) from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, SafetensorError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error) and not spec.trust_remote_code:
             raise ModelError(
                 f"the {what} of model `{spec.id}` needs Python code that comes with the model, and ftune runs none "
@@ -89,7 +101,13 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
                 help="read that code; if you trust it, write `model: {id: ..., trust_remote_code: true}`, and its "
                 "commit as `revision`",
             ) from error
-        raise ModelError(f"cannot read the {what} of model `{spec.id}`: {error}") from error
+        raise ModelError(f"cannot read the {what} of model `{spec.id}`: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error's text without line breaks, in at most 300 characters: transformers may list all it knows."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def load_config(spec: ModelSpec) -> Any:
@@ -115,7 +133,14 @@ def _read_config(spec: ModelSpec) -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
 
     with explained(spec, "configuration"):
-        return kept_config(gguf_path(located), read) if located.gguf_file else read()
+        try:
+            config = kept_config(gguf_path(located), read) if located.gguf_file else read()
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"a value in it is not what it should be ({type(error).__name__}: {error})") from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ModelError(f"the configuration of model `{spec.id}` gives it {layers} layers")
+    return config
 
 
 def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
@@ -183,23 +208,39 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         "config": configured(spec, method),
         "dtype": method.base_dtype(dtype),
         "attn_implementation": method.attention(spec.attention),
+        # Told below by the tensors' names; transformers itself would fill them in.
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
     }
-    with explained(spec, "weights"), quiet():
+    with explained(spec, "weights"), quiet(reports=False):
         dense = None
+        if not located.gguf_file:
+            check_weights(spec)
         if located.gguf_file:
-            plain = {"config": load_config(spec), "dtype": settings["dtype"]}
-            kept = kept_weights(gguf_path(located), settings["dtype"], lambda: _dequantized(where, plain | source))
+            plain = settings | {"config": load_config(spec)}
+            del plain["attn_implementation"]
+            kept = kept_weights(
+                gguf_path(located), settings["dtype"], lambda: _dequantized(spec, where, plain | source)
+            )
             if kept is None:
-                dense = _dequantized(where, settings | source)
+                dense = _dequantized(spec, where, settings | source)
             else:
                 where, source = str(kept), {}
         if dense is None:
             if quantization is not None:
                 settings |= {"quantization_config": quantization, "device_map": {"": device}}
-            model = None if spec.trust_remote_code else load_cast(where, source.get("revision"), settings)
-            if model is None:
-                _require_safetensors(where, spec, source.get("revision"))
-                model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **settings, **source)
+            loaded = None if spec.trust_remote_code else load_cast(where, source.get("revision"), settings)
+            if loaded is None:
+                if not safetensors_files(where, source.get("revision")):
+                    _refuse_others(spec, located)
+                loaded = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **settings, **source)
+            model, found = loaded
+            require_whole(found, model, spec.id)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ModelError(
+                    f"`{spec.id}` holds an adapter beside a model, which transformers puts onto it",
+                    help="take a revision without adapter_config.json, or a model that it is merged into",
+                )
         else:
             model = dense
             if quantization is not None:
@@ -216,14 +257,52 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     return cast("nn.Module", model.train())
 
 
-def _require_safetensors(where: str, spec: ModelSpec, revision: str | None) -> None:
-    """Refuse pickled weights in ftune's own words: transformers would ask a service of the hub to convert them.
+def check_weights(spec: ModelSpec, *, download: bool = True) -> tuple[str, ...]:
+    """Hold that the files of a base model have all of its weights, before they are loaded.
+
+    Of a GGUF file, of a model's own code, and of weights that are stored quantized, that shows only once they are.
+
+    Args:
+        spec: The recipe's model block.
+        download: Fetch files that are not here yet; else what is not here is not looked at.
+
+    Returns:
+        What to tell the user.
 
     Raises:
-        ModelError: There is no safetensors file.
+        ModelError: Names what is missing, of another shape, damaged, or not there at all.
     """
-    if not safetensors_files(where, revision):
-        raise ModelError(f"`{spec.id}` has no safetensors weights, and ftune reads no pickle", help=SAFETENSORS_HELP)
+    located = locate_model(spec)
+    quantized = getattr(_read_config(spec), "quantization_config", None) is not None
+    if located.gguf_file or spec.trust_remote_code or quantized:
+        return ()
+    with explained(spec, "weights"):
+        files = safetensors_files(located.path_or_id, located.revision, download=download)
+    if not files and (download or located.kind == "directory"):
+        _refuse_others(spec, located)
+    if not files:
+        return ()
+    stats = [file.stat() for file in files]
+    return _checked(spec, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@functools.cache
+def _checked(spec: ModelSpec, files: tuple[Path, ...], state: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
+    """Looked at once a process, by the plan and by what loads the weights, unless the files changed between."""
+    return check_files(files, build_on_meta(load_config(spec)), spec.id)
+
+
+def _refuse_others(spec: ModelSpec, located: Located) -> NoReturn:
+    """Refuse a model without safetensors by the names that transformers looks for.
+
+    Pickled weights too, in ftune's own words: transformers would ask a service of the hub to convert them.
+    """
+    if located.kind == "directory" and (others := sorted(Path(located.path_or_id).glob("*.safetensors"))):
+        raise ModelError(
+            f"`{spec.id}` holds `{others[0].name}`, and neither `model.safetensors` nor an index of several files",
+            help="rename it to model.safetensors; of several, copy their model.safetensors.index.json too",
+        )
+    raise ModelError(f"`{spec.id}` has no safetensors weights, and ftune reads no pickle", help=SAFETENSORS_HELP)
 
 
 def _leave_file(model: nn.Module) -> None:
@@ -246,16 +325,18 @@ def keep_packed(model: nn.Module) -> None:
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
-def _dequantized(path_or_id: str, settings: dict[str, Any]) -> Any:
+def _dequantized(spec: ModelSpec, path_or_id: str, settings: dict[str, Any]) -> Any:
     """Read a GGUF file as a dense model. One call cannot both do this and quantize to NF4.
 
     The traces of the file are dropped: dequantized, the model is an ordinary one that can be saved.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any
+    model, found = AutoModelForCausalLM.from_pretrained(
         path_or_id, quantization_config=GgufConfig(dequantize=True), **settings
     )
+    require_whole(found, model, spec.id)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     for attribute in ("hf_quantizer", "quantization_method"):

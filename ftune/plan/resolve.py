@@ -21,7 +21,7 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
-from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.base_model import check_weights, choose_device, configured, load_base, load_tokenizer
 from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
@@ -73,6 +73,7 @@ class Plan:
         target: The device that was planned for, when it is not the one here.
         choices: Training settings that the recipe left out, and why they are what they are.
         slower: What the recipe asks for by name and the device is much slower in, a warning each.
+        notes: What to tell of the base model's files.
     """
 
     recipe: Recipe
@@ -95,6 +96,7 @@ class Plan:
     target: Device | None = None
     choices: tuple[Choice, ...] = ()
     slower: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -178,6 +180,7 @@ def resolve(
     slower = slower_here(recipe, device, target)
     recipe = written_out(recipe, dtype)
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
+    notes = check_weights(recipe.model, download=False) if sizes is None else ()
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
     recipe = recipe.model_copy(update={"data": pin_data(recipe.data, splits)})
@@ -297,6 +300,7 @@ def resolve(
         target=target,
         choices=length.choices + rate_chosen,
         slower=slower,
+        notes=notes,
     )
 
 

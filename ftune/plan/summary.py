@@ -150,7 +150,7 @@ def device_name(device: torch.device) -> str:
 def _warnings(plan: Plan) -> list[str]:
     """What works, but perhaps not as meant."""
     train, recipe = plan.splits.train, plan.recipe
-    found = []
+    found = list(plan.notes)
     if plan.sizes is not None:
         found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
     if train.stats.truncated:

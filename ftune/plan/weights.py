@@ -8,9 +8,12 @@ model. Read by ``pread`` instead, a tensor is gone once it is cast.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ftune.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,8 @@ __all__ = ["STORED", "load_cast", "safetensors_files"]
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating dtypes, as safetensors and as torch names them."""
+
+_AGAIN = "copy, download or convert it again"
 
 
 def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any | None:
@@ -77,20 +82,60 @@ def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:
     return other > total / 2
 
 
-def safetensors_files(where: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a model, downloaded if need be; none where it has no such."""
+def safetensors_files(where: str, revision: str | None, *, download: bool = True) -> list[Path]:
+    """The safetensors files of a model, by the names that transformers looks for; empty where there are none.
+
+    Args:
+        where: A directory of transformers' files, or a hub id.
+        revision: Of a hub id.
+        download: Fetch what the hub's cache does not have; else it counts as not there.
+
+    Raises:
+        ModelError: A directory's index is damaged, or names files that are not there.
+    """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
+    if (directory := Path(where)).is_dir():
+        if (single := directory / SAFE_WEIGHTS_NAME).is_file():
+            return [single]
+        index = directory / SAFE_WEIGHTS_INDEX_NAME
+        return _shards(index) if index.is_file() else []
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         try:
-            found = cached_file(where, name, revision=revision)
+            found = cached_file(where, name, revision=revision, local_files_only=not download)
         except OSError:
             continue
         if found is None:
             continue
         if name == SAFE_WEIGHTS_NAME:
             return [Path(found)]
-        shards, _ = get_checkpoint_shard_files(where, found, revision=revision)
+        try:
+            shards, _ = get_checkpoint_shard_files(where, found, revision=revision, local_files_only=not download)
+        except OSError:
+            if download:
+                raise
+            continue
         return [Path(shard) for shard in shards]
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index beside them names."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in found.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"`{index}` is damaged: it maps no tensors to files ({error})", help=_AGAIN) from error
+    if outside := [name for name in names if Path(name).name != name or "\\" in name]:
+        raise ModelError(f"`{index}` names `{outside[0]}`, which is no file beside it", help=_AGAIN)
+    lost = [name for name in names if not (index.parent / name).is_file()]
+    if lost or not names:
+        which = ", ".join(f"`{name}`" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        what = (
+            f"{len(lost)} of the {len(names)} files that its index names: {which}"
+            if names
+            else "files: its index names none"
+        )
+        raise ModelError(f"the model in `{index.parent}` lacks {what}", help=_AGAIN)
+    return [index.parent / name for name in names]

@@ -89,6 +89,7 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
     _refuse_irregular(path, spec)
     if path.is_dir():
         if spec.gguf_file is None:
+            _refuse_adapter(path, spec)
             if not (path / "config.json").is_file():
                 weights = sorted(entry.name for entry in path.glob("*.gguf"))
                 help = f"add `gguf_file: {weights[0]}`" if weights else "a model directory holds one"
@@ -118,6 +119,21 @@ def _refuse_irregular(path: Path, spec: ModelSpec) -> None:
         kind = kind_of(entry, follow=True)
         if kind not in (None, "a directory"):
             raise ModelError(f"`{entry}` is {kind}, not a file of a model", help="put the file itself there")
+
+
+def _refuse_adapter(directory: Path, spec: ModelSpec) -> None:
+    """Refuse a directory with an adapter in it: transformers would put it on the base, or read another base."""
+    if not (directory / "adapter_config.json").is_file():
+        return
+    if (directory / "config.json").is_file():
+        raise ModelError(
+            f"`{spec.id}` holds an adapter (adapter_config.json) beside a model, which would be put onto it",
+            help="move adapter_config.json and its weights into another directory, or merge them first",
+        )
+    raise ModelError(
+        f"`{spec.id}` is an adapter, not a model (adapter_config.json)",
+        help="name the model it belongs to, or merge it into that first: `ftune merge RUN` for a run of ftune's",
+    )
 
 
 def _refuse_pickle(directory: Path, spec: ModelSpec) -> None:

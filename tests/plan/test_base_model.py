@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.errors import ModelError
 from ftune.methods.full import Full
@@ -88,7 +88,7 @@ def test_the_configuration_is_a_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "attention: eager"),
+        ({"model_type": "gemma2", "head_dim": 16}, "attention: eager"),
         ({"model_type": "mixtral", "num_local_experts": 4}, "method: full"),
     ],
 )
@@ -96,8 +96,8 @@ def test_what_an_architecture_cannot_do_is_refused_by_name(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     loaded = tiny.recipe(tmp_path)
-    path = tmp_path / "base/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    sizes = {name: value for name, value in tiny.config().to_dict().items() if isinstance(value, int)}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | change)).save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=str(change["model_type"])) as refused:
         resolve(loaded.recipe)
     assert message in (refused.value.help or "")
