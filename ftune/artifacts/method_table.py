@@ -8,7 +8,7 @@ from typing import Any
 from ftune.artifacts.report import table
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
-from ftune.recipe.diagnose import closest
+from ftune.recipe.spelling import closest
 
 __all__ = ["method_card", "method_row", "method_rows", "method_table"]
 

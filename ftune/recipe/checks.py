@@ -15,9 +15,9 @@ from ftune.errors import DataError, FtuneError, RunDirError
 from ftune.methods import Problem
 from ftune.recipe.columns import FORMATS, Field, format_of, is_template, parse_template
 from ftune.recipe.data_files import locate_data
-from ftune.recipe.diagnose import closest
 from ftune.recipe.locate import as_path, is_installed, locate_model, near_path
 from ftune.recipe.schema import DataSource, Recipe
+from ftune.recipe.spelling import closest
 from ftune.recipe.variables import unbraced
 from ftune.regular import kind_of
 from ftune.scrub import find_secret

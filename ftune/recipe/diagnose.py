@@ -23,7 +23,9 @@ from pydantic import BaseModel, ValidationError
 from ftune.errors import RecipeError
 from ftune.methods import METHODS, Problem
 from ftune.methods.quantization import Quantization
-from ftune.recipe.schema import SHORT_FORMS, Recipe
+from ftune.recipe.other_tools import ELSEWHERE, GENERIC, HERE, NO_FIELD, NOTES
+from ftune.recipe.schema import SHORT_FORMS, ColumnMap, Recipe
+from ftune.recipe.spelling import closest
 from ftune.scrub import scrub
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "Positions",
     "Source",
     "Span",
-    "closest",
     "dotted",
     "error_paths",
     "fail",
@@ -274,18 +275,6 @@ def dotted(path: Iterable[str | int]) -> str:
     return ".".join(map(str, path))
 
 
-def closest(word: object, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like a word, if any is like it at all; case does not count."""
-    from difflib import get_close_matches
-
-    folded = {candidate.lower(): candidate for candidate in candidates}
-    text = str(word).lower()
-    if len(text) > 100:
-        return None
-    found = get_close_matches(text, folded, n=1, cutoff=cutoff)
-    return folded[found[0]] if found else None
-
-
 def _ticked(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
@@ -311,99 +300,6 @@ def _shown(value: object) -> str:
 
 
 # --- what the schema knows ---
-
-ELSEWHERE = {
-    # names that other tools use, and the field that means the same here
-    "lr": "optimizer.learning_rate",
-    "optim": "optimizer.name",
-    "adam_epsilon": "optimizer.eps",
-    "lora_r": "method.rank",
-    "r": "method.rank",
-    "lora_rank": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_target": "method.target_modules",
-    "lora_target_modules": "method.target_modules",
-    "use_rslora": "method.rslora",
-    "init_lora_weights": "method.init",
-    "loraplus_lr_ratio": "method.lora_plus_ratio",
-    "target_r": "method.target_rank",
-    "init_r": "method.init_rank",
-    "tinit": "method.init_warmup",
-    "tfinal": "method.final_warmup",
-    "deltaT": "method.allocate_every",
-    "orth_reg_weight": "method.orthogonal_weight",
-    "galore_rank": "method.rank",
-    "galore_scale": "method.scale",
-    "galore_target": "method.target_modules",
-    "galore_layerwise": "method.per_layer",
-    "galore_update_interval": "method.update_every",
-    "update_proj_gap": "method.update_every",
-    "trainable_params": "method.train_embeddings",
-    "rope_scaling": "method.rope",
-    "vera_dropout": "method.dropout",
-    "projection_prng_key": "method.projection_seed",
-    "random_loc_seed": "method.location_seed",
-    "num_virtual_tokens": "method.virtual_tokens",
-    "prompt_tuning_init": "method.init",
-    "prompt_tuning_init_text": "method.init_text",
-    "prefix_projection": "method.projection",
-    "adapter": "method.name",
-    "finetuning_type": "method.name",
-    "load_in_4bit": "method.quantization",
-    "bnb_4bit_quant_type": "method.quantization.type",
-    "bnb_4bit_use_double_quant": "method.quantization.double",
-    "bnb_4bit_compute_dtype": "method.quantization.compute_dtype",
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "batch_size": "training.micro_batch_size",
-    "train_batch_size": "training.micro_batch_size",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "gradient_accumulation": "training.gradient_accumulation_steps",
-    "grad_accum": "training.gradient_accumulation_steps",
-    "num_train_epochs": "training.epochs",
-    "num_epochs": "training.epochs",
-    "steps": "training.max_steps",
-    "max_norm": "training.max_grad_norm",
-    "gradient_clipping": "training.max_grad_norm",
-    "random_seed": "training.seed",
-    "lr_scheduler": "schedule.name",
-    "lr_scheduler_type": "schedule.name",
-    "scheduler": "schedule.name",
-    "warmup": "schedule.warmup_steps",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "sample_packing": "data.packing",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "train_file": "data.train",
-    "validation": "data.eval",
-    "validation_file": "data.eval",
-    "val_set_size": "data.eval_fraction",
-    "train_on_inputs": "data.train_on",
-    "assistant_only_loss": "data.train_on",
-    "template": "data.chat_template",
-    "model_name_or_path": "model.id",
-    "model_name": "model.id",
-    "base_model": "model.id",
-    "torch_dtype": "model.dtype",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "attn_implementation": "model.attention",
-    "flash_attention": "model.attention",
-    "save_steps": "checkpoint.every_steps",
-    "save_every_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "evaluation.every_steps",
-    "logging": "tracking",
-    "report_to": "tracking",
-    "out_dir": "output_dir",
-    "save_dir": "output_dir",
-}
-
-_OTHER_UNIT = dict.fromkeys(("tinit", "tfinal"), "a share of all updates, not a number of them")
-"""What to say of a name whose value means something else here."""
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -444,26 +340,42 @@ def _blocks(raw: Any) -> dict[str, type[BaseModel]]:
 def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
     """Label and help for an unknown field."""
     word, parent = path[-1], path[:-1]
+    name, block = str(word), dotted(parent)
     here = model_at(parent, raw)
     siblings = list(here.model_fields) if here else []
     blocks = _blocks(raw)
-    homes = [name for name, model in blocks.items() if word in model.model_fields and (name,) != parent]
-    if not parent:
-        homes = [name for name in homes if name != "data"] or homes
-    elsewhere = ELSEWHERE.get(str(word), "")
-    if elsewhere and _exists(elsewhere, raw):
-        block, _, name = elsewhere.rpartition(".")
-        label = f"did you mean `{name}`?" if block == dotted(parent) else f"write it as `{elsewhere}`"
-        return label, f"`{name}` is {_OTHER_UNIT[str(word)]}" if word in _OTHER_UNIT else None
+
+    def note(field: str) -> str | None:
+        return f"`{field}` is {NOTES[name]}" if name in NOTES else None
+
+    if parent and name in Recipe.model_fields:
+        return f"`{name}` stands beside `{parent[0]}`, not in it", None
+    local = HERE.get((block, name), "")
+    if local in siblings:
+        return f"did you mean `{local}`?", note(local)
+    elsewhere = local or ELSEWHERE.get(name, "")
+    if len(parent) == 2 and parent[0] == "data" and name in ColumnMap.model_fields:
+        elsewhere = f"{block}.columns.{name}"
+    if elsewhere and elsewhere != dotted(path) and _exists(elsewhere, raw):
+        inside, _, field = elsewhere.rpartition(".")
+        label = f"did you mean `{field}`?" if inside == block else f"write it as `{elsewhere}`"
+        return label, note(field)
     if other := _of_other_methods(elsewhere or (dotted(path) if parent == ("method",) else ""), word, raw):
         return other
-    if 1 <= len(homes) <= 2 and not closest(word, siblings, 0.85):
+    if name in NO_FIELD:
+        return "", NO_FIELD[name]
+    homes = [home for home, model in blocks.items() if name in model.model_fields and (home,) != parent]
+    if not parent:
+        homes = [home for home in homes if home != "data"] or homes
+    if 1 <= len(homes) <= 2 and not closest(word, siblings, 1):
         return f"`{word}` belongs to {_either([f'`{home}`' for home in homes])}", None
-    if near := closest(word, siblings):
+    if near := closest(word, siblings, 0 if name in GENERIC else 3):
         return f"did you mean `{near}`?", None
-    far = {name: f"{block}.{name}" for block, model in blocks.items() for name in model.model_fields}
-    far |= {name: name for name in Recipe.model_fields}
-    if near := closest(word, far, 0.8):
+    far = {field: f"{home}.{field}" for home, model in blocks.items() for field in model.model_fields}
+    # a name that several blocks have says nothing of which was meant
+    far = {field: home for field, home in far.items() if field != name}
+    far |= {field: field for field in Recipe.model_fields}
+    if near := closest(word, far, 0 if name in GENERIC else 2):
         return f"did you mean `{far[near]}`?", None
     if meant := _required_instead(parent, raw):
         return f"did you mean `{meant}`?", None

@@ -31,13 +31,13 @@ from ftune.recipe.diagnose import (
     Positions,
     Source,
     Span,
-    closest,
     dotted,
     error_paths,
     fail,
     translate,
 )
 from ftune.recipe.schema import SHORT_FORMS, Recipe
+from ftune.recipe.spelling import closest
 from ftune.recipe.variables import Expanded, expand_variables
 from ftune.regular import IrregularError, open_regular
 

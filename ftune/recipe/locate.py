@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from ftune.errors import FtuneError, ModelError
-from ftune.recipe.diagnose import closest
 from ftune.recipe.schema import ModelSpec
+from ftune.recipe.spelling import closest
 from ftune.regular import kind_of
 from ftune.scrub import scrub
 

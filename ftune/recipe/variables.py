@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftune.recipe.diagnose import closest
+from ftune.recipe.spelling import closest
 
 __all__ = ["Expanded", "Unexpanded", "expand_variables", "unbraced"]
 
