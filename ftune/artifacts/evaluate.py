@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.generate import greedy
-from ftune.artifacts.metrics import find_metric
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.scores import check_references, score
 from ftune.artifacts.stops import stops_of_run
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
+from ftune.data.answers import Answer
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
 from ftune.plan.base_model import configured
@@ -59,6 +60,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     plan = resolve(recipe)
     notes = _changed_data(plan, run) if run else []
     items, too_long = _generation_items(plan)
+    notes += check_references(recipe.evaluation.metrics, [item.reference for item in items])
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
         "method": recipe.method.name,
@@ -68,7 +70,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         "prompts_too_long": too_long,
         "notes": notes,
     }
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, list[Answer]] = {}
     stops = stops_of_run(run, plan)
     loss = loss_of(run.read() if run else {})
 
@@ -90,7 +92,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
             with switched_off:
                 measure("base", model)
     result["samples"] = [
-        {"row": item.row, "reference": item.reference, **{who: texts[i] for who, texts in answers.items()}}
+        {"row": item.row, "reference": item.reference.text, **{who: found[i].text for who, found in answers.items()}}
         for i, item in enumerate(items[:SAMPLES])
     ]
     if run is not None:
@@ -149,14 +151,14 @@ def _measure(
     stops: Sequence[int],
     accelerator: Accelerator,
     loss_by: str,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[Answer]]:
     """Loss, perplexity and metrics of one model, and its answers."""
     spec, dtype = plan.recipe.evaluation, plan.context.dtype
     began = time.perf_counter()
     objective, _ = make_objective(model, plan, accelerator, loss_by)
     loss, count = held_out_loss(objective, plan, accelerator)
     numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": count}
-    answers: list[str] = []
+    answers: list[Answer] = []
     if items:
         answers = greedy(
             model.eval(),
@@ -168,12 +170,9 @@ def _measure(
             stops=stops,
             equal_lengths=_padding_shows(plan, items),
         )
-        numbers["metrics"] = {}
-        for metric in spec.metrics:
-            score = find_metric(metric)
-            values = [score(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
-            same_name = sum(other.name == metric.name for other in spec.metrics) > 1
-            key = f"{metric.name} {metric.pattern}" if same_name else metric.name
-            numbers["metrics"][key] = sum(values) / len(values)
+        found = score(spec.metrics, answers, [item.reference for item in items])
+        numbers["metrics"] = found.metrics
+        if found.classes is not None:
+            numbers["classes"] = {"labels": found.classes.labels, "confusion": found.classes.confusion}
     numbers["seconds"] = time.perf_counter() - began
     return numbers, answers

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ftune.artifacts.stops import end_token_ids
+from ftune.data.answers import Answer, read_answer
+from ftune.data.chat import special_tokens
 from ftune.run.objective import autocast
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def greedy(
     max_new_tokens: int,
     stops: Sequence[int] = (),
     equal_lengths: bool = False,
-) -> list[str]:
+) -> list[Answer]:
     """Answer each prompt greedily.
 
     Args:
@@ -42,11 +44,12 @@ def greedy(
         equal_lengths: Let only prompts of one length share a batch, so that none is padded.
 
     Returns:
-        The answers in the order of the prompts, without special tokens, stripped.
+        The answers in the order of the prompts.
     """
     device = next(model.parameters()).device
     ends = end_token_ids(model, tokenizer, stops)
-    answers = [""] * len(prompts)
+    answers = [Answer("", "")] * len(prompts)
+    specials = tuple(special_tokens(tokenizer))
     for chosen in _batches([len(prompt) for prompt in prompts], batch_size, equal_lengths=equal_lengths):
         longest = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
@@ -69,7 +72,10 @@ def greedy(
                 eos_token_id=ends or None,
             )
         for row, index in enumerate(chosen):
-            answers[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True).strip()
+            written = output[row, longest:].tolist()
+            end = next((i for i, token in enumerate(written) if token in ends), len(written))
+            raw = tokenizer.decode(written[:end], skip_special_tokens=False)
+            answers[index] = read_answer(raw, specials)
     return answers
 
 

@@ -92,11 +92,32 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
     text += f"\n\n{counts}"
     for note in result["notes"]:
         text += f"\nwarning: {note}"
+    for name in who:
+        if "classes" in result[name]:
+            text += f"\n\n{_confusion(name, result[name]['classes'], width)}"
     for sample in result["samples"][:3]:
         text += f"\n\n  reference  {_clip(sample['reference'], width - 13)}"
         for name in who:
             text += f"\n  {name:9}  {_clip(sample[name], width - 13)}"
     return text
+
+
+def _confusion(name: str, classes: dict[str, Any], width: int) -> str:
+    """What was answered (columns) for each class of the references (rows), as far as the width allows."""
+    labels, counts = list(classes["labels"]), classes["confusion"]
+    clip = max(6, min(20, width // 5))
+    head = [f"{name}: right answer", *(_clip(label, clip) for label in labels), "other"]
+    rows = [[_clip(label, clip), *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    shown = table(head, rows, right=range(1, len(head)))
+    if max(map(len, shown.splitlines())) <= width:
+        return shown
+    wrong = sorted(
+        ((count, labels[i], labels[j] if j < len(labels) else "other") for i, row in enumerate(counts)
+         for j, count in enumerate(row) if i != j and count), reverse=True
+    )  # fmt: skip
+    lines = [f"{name}: {len(labels)} classes; what was taken for what most often (all of it is in eval.json):"]
+    lines += [f"  {_clip(right, clip)} -> {_clip(said, clip)}  {count}" for count, right, said in wrong[:10]]
+    return "\n".join(lines)
 
 
 def merge_summary(report: dict[str, Any]) -> str:

@@ -7,13 +7,14 @@ an example's first token is never a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftune.data import token_cache
-from ftune.data.chat import ChatTemplate, generation_prompt, load_template
+from ftune.data.answers import Answer, calls_of, read_answer, same_value, written_answer
+from ftune.data.chat import ChatTemplate, generation_prompt, load_template, special_tokens
 from ftune.data.encode import Encoder, Part, RowError, encodable
 from ftune.data.examples import IGNORE, Example, Examples, Ids
 from ftune.data.formats import SHOWN, Format, Plain, convert
@@ -103,12 +104,12 @@ class GenerationItem:
 
     Attributes:
         prompt_ids: (L,) int32, with the generation prompt.
-        reference: The answer, without special tokens.
+        reference: The answer that the data gives, as the chat template renders it; its calls are those of the data.
         row: The row's number in its source.
     """
 
     prompt_ids: Ids
-    reference: str
+    reference: Answer
     row: int
 
 
@@ -231,12 +232,13 @@ def generation_items(
     template = _template(tokenizer, spec, format, rows)
     encoder = _encoder(tokenizer, template, spec)
     prompts: list[str] = []
-    references: list[str] = []
+    references: list[Answer] = []
+    specials = tuple(special_tokens(tokenizer))
     records = convert(rows, format, chat_template=template is not None)
     for record in records:
         if isinstance(record, Plain):
             prompts.append(record.prompt)
-            references.append(record.completion)
+            references.append(read_answer(record.completion, specials))
             continue
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
         if last == 0:
@@ -246,7 +248,11 @@ def generation_items(
             prompts.append(encodable(generation_prompt(record, last, tokenizer, template)))
         except DataError as error:
             raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
-        references.append(record.messages[last]["content"])
+        written = written_answer(record, last, prompts[-1], tokenizer, template)
+        reference, calls = read_answer(written, specials), calls_of(record.messages[last])
+        # Calls are compared only where what the template writes is understood: the answer is read in the same way.
+        known = same_value(reference.calls, calls)
+        references.append(reference if known else replace(reference, calls=()))
     ids = encoder.ids(prompts)
     return [
         GenerationItem(

@@ -6,7 +6,6 @@ is imported: packages are looked for, not loaded.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,19 @@ from ftune.scrub import find_secret
 
 __all__ = ["advise", "check", "metric_names"]
 
-BUILTIN_METRICS = ("exact_match", "contains", "regex")
+BUILTIN_METRICS = (
+    "exact_match",
+    "contains",
+    "regex",
+    "strict",
+    "f1",
+    "rouge_l",
+    "json",
+    "choice",
+    "accuracy",
+    "macro_f1",
+)
+CLASS_METRICS = ("accuracy", "macro_f1")
 
 _TRACKER_PACKAGES = {
     "tensorboard": ("tensorboard", "pip install 'ftune[tracking]'"),
@@ -221,7 +232,7 @@ def _held_out(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _metrics(recipe: Recipe) -> Iterator[Problem]:
-    seen: set[tuple[str, str | None]] = set()
+    seen: set[object] = set()
     for index, metric in enumerate(recipe.evaluation.metrics):
         at = ("evaluation", "metrics", index)
         if metric.name not in BUILTIN_METRICS and metric.name not in (names := metric_names()):
@@ -236,18 +247,26 @@ def _metrics(recipe: Recipe) -> Iterator[Problem]:
                 f"metric `{metric.name}` takes no `pattern`",
                 "use the metric `regex`, or remove it",
             )
-        if (metric.name, metric.pattern) in seen:
+        if metric.name in CLASS_METRICS and not is_installed("sklearn"):
+            yield Problem(
+                (*at, "name"),
+                f"metric `{metric.name}` needs the package scikit-learn, which is not installed",
+                "pip install 'ftune[metrics]'",
+            )
+        if metric in seen:
             yield Problem((*at, "name"), f"metric `{metric.name}` is given twice", "remove one")
-        seen.add((metric.name, metric.pattern))
+        seen.add(metric)
 
 
 def _pattern(pattern: str | None, at: tuple[str | int, ...]) -> Iterator[Problem]:
     if pattern is None:
         yield Problem(at, "metric `regex` has no `pattern`", "add `pattern: 'answer is (.*)'`, or whatever marks it")
         return
+    import regex
+
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError) as error:
         yield Problem((*at, "pattern"), f"`pattern` is not a regular expression: {error}")
 
 

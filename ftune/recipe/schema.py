@@ -217,10 +217,11 @@ class MetricSpec(_Block):
 
     name: str = Field(
         min_length=1,
-        description="exact_match, contains, regex, or a name that an installed package registers under the "
-        "entry point group ftune.metrics.",
+        description="exact_match, contains, strict, f1, rouge_l, json, choice, regex; accuracy or macro_f1 for few "
+        "classes; or a name that an installed package registers under the entry point group ftune.metrics.",
     )
     pattern: str | None = Field(None, description="regex: its first group (or whole match) must equal the reference's.")
+    reasoning: bool = Field(False, description="Compare the reasoning before an answer too, not the answer alone.")
 
 
 class EvaluationSpec(_Block):
