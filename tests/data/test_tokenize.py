@@ -162,13 +162,13 @@ def test_generation_prompts_end_where_the_answer_begins(write: Callable[..., Pat
     def items(*rows: dict[str, Any], limit: int | None = None) -> list[tuple[str, str, int]]:
         loaded = load_rows(DataSource(path=str(write(list(rows)))))
         found = generation_items(loaded, tokenizer, spec, resolve_format(loaded, "auto"), limit)
-        return [(tokenizer.decode(item.prompt_ids), item.reference, item.row) for item in found]
+        return [(tokenizer.decode(item.prompt_ids), item.reference.text, item.row) for item in found]
 
     assert items({"messages": chat("a", "b", "c", " yes")}, {"messages": chat("x", "y")}, limit=1) == [
         (
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
             "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n",
-            " yes",
+            "yes",
             0,
         )
     ]
