@@ -14,6 +14,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods._whole import quiet
+from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.missing import check_files, require_whole
 from ftune.plan.shapes import build_on_meta
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MAX_TEMPLATE_BYTES = 1_000_000
 
 __all__ = [
+    "check_causal",
     "check_weights",
     "choose_device",
     "configured",
@@ -140,7 +142,22 @@ def _read_config(spec: ModelSpec) -> Any:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
         raise ModelError(f"the configuration of model `{spec.id}` gives it {layers} layers")
+    refuse_other_kinds(config, spec.id)
     return config
+
+
+def check_causal(spec: ModelSpec) -> None:
+    """Hold that no token sees a later one, as a small model of the same configuration tells, where one can be made.
+
+    Raises:
+        ModelError: One does.
+    """
+    require_causal(_small_leaks(spec), spec.id)
+
+
+@functools.cache
+def _small_leaks(spec: ModelSpec) -> bool | None:
+    return None if spec.trust_remote_code else small_sees_later_tokens(_read_config(spec))
 
 
 def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
@@ -202,6 +219,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     from transformers import AutoModelForCausalLM
 
     located = locate_model(spec)
+    check_causal(spec)
     quantization = method.quantization_config(dtype)
     where, source = located.path_or_id, _source(spec, located)
     settings: dict[str, Any] = {
@@ -254,6 +272,8 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     if quantization is None:
         # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
         model.to(device)
+    if _small_leaks(spec) is None:
+        require_causal(sees_later_tokens(model), spec.id)
     return cast("nn.Module", model.train())
 
 

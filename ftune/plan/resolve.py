@@ -21,7 +21,7 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
-from ftune.plan.base_model import check_weights, choose_device, configured, load_base, load_tokenizer
+from ftune.plan.base_model import check_causal, check_weights, choose_device, configured, load_base, load_tokenizer
 from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.engine import DDP, EngineChoice, require_engine
@@ -180,7 +180,10 @@ def resolve(
     slower = slower_here(recipe, device, target)
     recipe = written_out(recipe, dtype)
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
-    notes = check_weights(recipe.model, download=False) if sizes is None else ()
+    notes: tuple[str, ...] = ()
+    if sizes is None:
+        check_causal(recipe.model)
+        notes = check_weights(recipe.model, download=False)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
     recipe = recipe.model_copy(update={"data": pin_data(recipe.data, splits)})

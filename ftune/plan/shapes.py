@@ -55,8 +55,10 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
         help = "use a decoder that transformers' AutoModelForCausalLM knows"
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             help = "the model comes with its own code: read it, and then set `model.trust_remote_code: true`"
+        # transformers may list every class that it knows.
+        why = str(error).strip().splitlines()[0][:300]
         raise ModelError(
-            f"cannot build a causal language model of type `{config.model_type}`: {error}", help=help
+            f"cannot build a causal language model of type `{config.model_type}`: {why}", help=help
         ) from error
 
 

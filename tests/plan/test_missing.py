@@ -102,7 +102,7 @@ def test_names_of_another_kind_are_told_beside_what_is_missing(tmp_path: Path) -
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
 def test_a_head_that_is_really_missing_is_refused(kind: Any, tmp_path: Path) -> None:
     kind(tiny.config()).save_pretrained(tmp_path / "m")
-    error = refused(tmp_path / "m")
+    error = refused(configure(tmp_path / "m", architectures=["LlamaForCausalLM"]))
     assert "no `lm_head.weight`" in error.message
     assert "classifier" in (error.help or "")
 
