@@ -15,6 +15,7 @@
     examples  many examples in a few arrays
     token_cache  Splits that were tokenized before
     tokenize  Rows → Split: token ids, labels, counts
+    overlap   rows that are held out and trained on as well
     packing   lengths → which documents share a row
     batches   order of the rows, micro-batches, tensors
     show      examples for a terminal, trained tokens apart from masked ones

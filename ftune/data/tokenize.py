@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from ftune.data.chat import ChatTemplate, generation_prompt, load_template, spec
 from ftune.data.encode import Encoder, Part, RowError, encodable
 from ftune.data.examples import IGNORE, Example, Examples, Ids
 from ftune.data.formats import SHOWN, Format, Plain, convert
+from ftune.data.overlap import Overlap, overlap
 from ftune.data.read import read_source
 from ftune.data.sources import Rows
 from ftune.data.workers import encode_all
@@ -83,7 +85,7 @@ class Split:
         rows: The rows themselves, for ``generation_items``.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     format: Format
     stats: Stats
     fingerprint: str
@@ -96,6 +98,13 @@ class Splits:
 
     train: Split
     eval: Split | None
+
+    @cached_property
+    def overlap(self) -> Overlap:
+        """Held-out examples that are trained on as well, and training examples that are repeated."""
+        return overlap(
+            self.train.examples, self.eval.examples if self.eval else None, prompts=self.train.format != "text"
+        )
 
 
 @dataclass(frozen=True, slots=True)

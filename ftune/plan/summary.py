@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftune.data.overlap import told
 from ftune.plan.advice import what_to_change
 from ftune.plan.defaults import few_updates
 from ftune.plan.memory import stored_bytes
@@ -61,6 +62,9 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "longest": train.stats.longest,
             "eval_rows": held_out.stats.rows if held_out else 0,
             "eval_tokens": held_out.stats.tokens if held_out else 0,
+            "repeated": plan.splits.overlap.repeated,
+            "eval_also_trained": plan.splits.overlap.whole,
+            "eval_prompts_trained": plan.splits.overlap.prompts,
             "fingerprint": train.fingerprint,
             "eval_fingerprint": held_out.fingerprint if held_out else None,
         },
@@ -163,6 +167,7 @@ def _warnings(plan: Plan) -> list[str]:
             f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
+    found += told(plan.splits.overlap)
     sources = [train, *([plan.splits.eval] if plan.splits.eval else [])]
     found += dict.fromkeys(note for split in sources for note in split.rows.notes)
     found += recipe.method.remarks(plan.context)
