@@ -40,6 +40,9 @@ app = typer.Typer(
 SCHEMA_FILE = "recipe.schema.json"
 """Written beside a recipe by `ftune init`, for editors; the recipe's first line points to it."""
 
+DOES_NOT_FIT = 3
+"""Exit code of `ftune plan` where the run needs more memory than there is."""
+
 
 def _home(path: Path | None) -> Path | None:
     """A path whose ``~`` the shell left as it was (``--out=~/x``)."""
@@ -64,7 +67,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 
 
 def main() -> NoReturn:
-    """Run the command line; exits 0, 1 (failed), 2 (the user's mistake), 130 or 143 (interrupted)."""
+    """Run the command line.
+
+    Exits 0, 1 (failed), 2 (the user's mistake), 3 (a plan that does not fit), 130 or 143 (interrupted).
+    """
     # Rows of many lengths would cut a GPU's memory into pieces. Read when the first tensor goes there.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -282,8 +288,10 @@ def _show_data(recipe: Any) -> None:
 def plan(
     recipe: RecipePath,
     sizes: Annotated[
-        Path | None,
-        typer.Option("--sizes", help="Plan for the sizes in this directory's config.json: configs/shapes/llama-2-7b."),
+        str | None,
+        typer.Option(
+            "--sizes", help="Plan for another model's sizes: llama-3-8b, mistral-7b, ..., or a config.json's directory."
+        ),
     ] = None,
     num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share an update.")] = 1,
     engine: Annotated[
@@ -300,12 +308,15 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would do and need, without loading weights."""
-    if sizes is not None and not (sizes / "config.json").is_file():
-        raise FtuneError(f"there is no {sizes}/config.json", help="configs/shapes has those of well-known models")
+    """Say what a run would do and need, without loading weights.
+
+    Exits 3 where it does not fit into the device's memory.
+    """
     from ftune.plan.devices import find_device
     from ftune.plan.engine import choose_engine, require_several
+    from ftune.plan.sizes import find_sizes
 
+    other = find_sizes(sizes) if sizes is not None else None
     choice = choose_engine(engine, {})
     require_several(choice, num_processes)
     target = find_device(device) if device else None
@@ -315,12 +326,14 @@ def plan(
 
         summary = resolve(
             loaded.recipe,
-            sizes=sizes,
+            sizes=other,
             world_size=num_processes,
             engine=choice,
             target=target,
         ).summary()
     _print_json(summary) if as_json else _print_plan(summary)
+    if not summary["fits"]:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 def _print_plan(summary: dict[str, Any], stream: Any = None) -> None:

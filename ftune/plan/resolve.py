@@ -21,6 +21,7 @@ from ftune.data.packing import pack
 from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
+from ftune.plan.advice import certain
 from ftune.plan.base_model import check_causal, check_weights, choose_device, configured, load_base, load_tokenizer
 from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
@@ -122,6 +123,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the budget is enough, for training and before it for loading."""
         return self.memory.total <= self.budget and (self.through_host or self.memory.loading <= self.budget)
+
+    @property
+    def tight(self) -> bool:
+        """Whether the run fits by less than a predicted peak may be wrong."""
+        return self.fits and self.memory.total > certain(self.budget)
 
     @cached_property
     def row_lengths(self) -> list[int]:
@@ -278,7 +284,7 @@ def resolve(
         training.gradient_checkpointing,
         shape.layers,
         needed=lambda blocks: predicted(blocks).total,
-        budget=_budget(recipe, available),
+        budget=certain(_budget(recipe, available)),
         recomputable=recipe.method.recomputable,
     )
     training = training.model_copy(update={"gradient_checkpointing": written(recomputed)})

@@ -93,6 +93,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
         },
         "budget": plan.budget,
         "fits": plan.fits,
+        "tight": plan.tight,
         "advice": _advice(plan),
         "warnings": _warnings(plan),
     }
@@ -130,10 +131,10 @@ def _ranks(plan: Plan) -> dict[str, Any]:
 
 
 def _advice(plan: Plan) -> list[str]:
-    """What to change where the run does not fit."""
-    if plan.fits:
+    """What to change where the run does not fit for certain."""
+    if plan.fits and not plan.tight:
         return []
-    if plan.memory.total > plan.budget:
+    if plan.memory.total > plan.budget or plan.tight:
         return what_to_change(plan.memory, plan.budget, plan.recipe)
     if plan.recipe.method.base_quantization is not None:
         return ["4-bit weights are made on the device, all of them, before they are shared out: take a larger device"]

@@ -237,6 +237,8 @@ def _verdict(plan: dict[str, Any], total: int) -> str:
         return "fits" if fits else "does not fit"
     if not fits and total <= budget:
         return f"does not fit while it loads: {bytes_text(plan['ranks']['loading_bytes'] - budget)} too much"
+    if plan.get("tight"):
+        return f"may just fit: {bytes_text(budget - total)} to spare, and a peak is predicted to 5 % or so"
     if fits:
         return f"fits: {bytes_text(budget - total)} to spare"
     return f"does not fit: {bytes_text(total - budget)} too much"

@@ -27,7 +27,7 @@ def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
         step: Updates made so far; None while the model is loaded.
     """
     where = "before the first update" if step is None else f"after {step} of {plan.total_steps} updates"
-    changes = [f"{text} (saves {bytes_text(saved)})" for text, _, saved in savings(plan.memory, plan.recipe)]
+    changes = [f"{change.text} (saves {bytes_text(saved)})" for change, saved in savings(plan.memory, plan.recipe)]
     if plan.eval_rows and plan.recipe.evaluation.batch_size > 1:
         changes.append("evaluation.batch_size: 1, if it was while evaluating")
     if plan.engine.name == "ddp" and not plan.recipe.method.updates_in_backward:

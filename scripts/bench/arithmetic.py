@@ -38,7 +38,7 @@ def compute() -> dict[str, Any]:
     from ftune.plan.shapes import read_shape
 
     names = dict.fromkeys(shape for shape, _, _ in ROWS)
-    shapes = {name: read_shape(AutoConfig.from_pretrained(ROOT / "configs/shapes" / name)) for name in names}
+    shapes = {name: read_shape(AutoConfig.from_pretrained(ROOT / "ftune/shapes" / name)) for name in names}
     rows = []
     for name, method, optimizer in ROWS:
         memory = estimate(

@@ -41,7 +41,7 @@ from random_model import WORDS
 from run import TOLERANCE
 
 OURS = "ftune"
-SIZES = work.ROOT / "configs/shapes/llama-3-8b"
+SIZES = work.ROOT / "ftune/shapes/llama-3-8b"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

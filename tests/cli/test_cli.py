@@ -298,3 +298,23 @@ def test_an_unknown_method_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "methods", "dorra")
     assert code == 2
     assert "did you mean `dora`" in err
+
+
+def test_a_plan_that_does_not_fit_exits_3_with_options_to_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny.recipe(tmp_path).text)
+    monkeypatch.chdir(tmp_path)  # the sizes are found by name from anywhere
+    plan = ("plan", path, "--sizes", "llama-3-8b", "--device", "9GiB")
+    code, out, _ = run(capsys, *plan)
+    assert code == 3
+    assert "does not fit" in out
+    assert "--set model.dtype=bfloat16 --set 'method.quantization={type: nf4}': needs" in " ".join(out.split())
+    options = ["--set", "model.dtype=bfloat16", "--set", "method.quantization={type: nf4}"]
+    code, out, _ = run(capsys, *plan, *options)
+    assert code == 0
+    assert "to spare" in out
+    code, out, _ = run(capsys, *plan, "--json")
+    assert code == 3
+    assert json.loads(out)["fits"] is False

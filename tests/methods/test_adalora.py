@@ -31,7 +31,7 @@ from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 # 14 projections; a mean rank of 1 leaves some of them nothing at all.
 SCARCE = {"target_rank": 1, "init_warmup": 0.2, "final_warmup": 0.5, "allocate_every": 2, "dropout": 0.1}
 RUN = {"method": SCARCE, "training": {"max_steps": 10}}

@@ -22,7 +22,7 @@ from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 from ftune.run.objective import autocast
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 
 
 def disturbed(method: Method) -> torch.nn.Module:

@@ -26,7 +26,7 @@ from ftune.plan.shapes import read_shape, shape_of
 from ftune.recipe import check
 from ftune.recipe.load import parse_recipe
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 

@@ -21,7 +21,7 @@ from ftune.recipe import require
 from ftune.recipe.schema import ModelSpec
 from ftune.run.objective import autocast
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 
 
 @pytest.fixture(scope="module")

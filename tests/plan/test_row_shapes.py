@@ -16,7 +16,7 @@ from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
 from ftune.run import loop
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,

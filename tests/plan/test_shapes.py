@@ -15,7 +15,7 @@ from ftune.errors import ModelError
 from ftune.methods import METHODS, Context, Method
 from ftune.plan.shapes import read_shape, shape_of
 
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 
 
 def built(architecture: str, **changes: Any) -> Any:

@@ -22,7 +22,7 @@ from ftune.plan.shapes import read_shape
 from ftune.plan.sharding import communication, on_host, per_rank
 from ftune.plan.table import render_plan
 
-SHAPES = Path(__file__).parents[2] / "configs/shapes"
+SHAPES = Path(__file__).parents[2] / "ftune/shapes"
 GIB = 2**30
 
 
