@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ftune
 from ftune.errors import FtuneError
-from ftune.recipe.diagnose import closest
+from ftune.recipe.spelling import closest
 
 __all__ = ["find_sizes", "known_sizes"]
 
