@@ -198,8 +198,9 @@ def test_a_recipe_that_trusts_is_warned_of(tmp_path: Path, monkeypatch: pytest.M
 
 
 def through(tokenizer: Any, turns: tuple[dict[str, str], ...]) -> None:
-    from ftune.data.chat import load_template, render
+    from ftune.data.chat import load_template
     from ftune.data.formats import Conversation
+    from ftune.data.spans import render
 
     template = load_template(tokenizer)
     assert template is not None

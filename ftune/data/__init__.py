@@ -9,13 +9,18 @@
     read      a source of the recipe → Rows and their format
     turns     a turn as any tool writes it → a message
     formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
-    chat      Conversation → text and the character spans that are trained
+    chat      chat templates, and Conversation → text
+    weights   which turns a row wants trained
+    spans     Conversation → text and the character spans that are trained
+    borders   where a prompt ends, in tokens
+    windows   a long text → several examples
     encode    Conversation or Plain → token ids and what is trained of them
     workers   encoding in this process or several, with progress
     examples  many examples in a few arrays
     token_cache  Splits that were tokenized before
     tokenize  Rows → Split: token ids, labels, counts
     overlap   rows that are held out and trained on as well
+    notes     what was cut, lost or left out, in words
     packing   lengths → which documents share a row
     batches   order of the rows, micro-batches, tensors
     show      examples for a terminal, trained tokens apart from masked ones

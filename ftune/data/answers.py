@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ftune.data.chat import ChatTemplate, render
+from ftune.data.chat import ChatTemplate
 from ftune.data.formats import Conversation
+from ftune.data.spans import render
 from ftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ def written_answer(
     upto = replace(conversation, messages=conversation.messages[: index + 1], trained_from=index)
     content = str(conversation.messages[index]["content"] or "")
     try:
-        text, spans = render(upto, tokenizer, template)
+        rendered = render(upto, tokenizer, template)
     except DataError:  # a template that renders the last turn in a way of its own
         return content
-    if text.startswith(prompt):
-        written = text[len(prompt) :]
-    elif spans:
-        written = text[slice(*spans[-1])]
+    if rendered.text.startswith(prompt):
+        written = rendered.text[len(prompt) :]
+    elif rendered.spans:
+        written = rendered.text[slice(*rendered.spans[-1])]
     else:
         return content
     ends = (*template.specials, *(token.content for token in tokenizer.added_tokens_decoder.values()))

@@ -1,9 +1,4 @@
-"""Conversations as text, with the character spans that are trained.
-
-Every template is rendered by transformers, in its sandbox. Where a template says with ``{% generation %}``
-what the assistant writes, its word is taken. Elsewhere an assistant turn is what rendering adds to the
-conversation before it, generation prompt included: exactly what the model has to write there.
-"""
+"""Chat templates: loading one, and conversations as text. transformers renders, in its sandbox."""
 
 from __future__ import annotations
 
@@ -20,17 +15,21 @@ from ftune.regular import read_regular
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Span", "generation_prompt", "load_template", "render", "special_tokens"]
+__all__ = [
+    "ChatTemplate",
+    "Span",
+    "apply_marked",
+    "apply_template",
+    "generation_prompt",
+    "load_template",
+    "special_tokens",
+]
 
 # start and end in characters, end excluded
 Span = tuple[int, int]
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MAX_TEMPLATE_BYTES = 1_000_000
-HELP = (
-    "put {% generation %} and {% endgeneration %} around what the assistant writes, in a copy of the "
-    "template, and name that file as `data.chat_template`"
-)
 
 
 @dataclass(frozen=True)
@@ -82,49 +81,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return named | added
 
 
-def render(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the spans that the assistant writes, in order.
-
-    A span ends with the end-of-turn token; white space that the template puts behind that is left out, as
-    generation stops before it.
-
-    Raises:
-        DataError: The template refuses the conversation, or gives no way to tell what the assistant writes.
-    """
-    if template.marks_generation:
-        text, spans = _render_marked(conversation, tokenizer, template)
-    else:
-        text = _apply(conversation.messages, conversation, tokenizer, template)
-        spans = [_turn(index, text, conversation, tokenizer, template) for index in _trained(conversation)]
-    return text, [_without_tail(text, span, template.specials) for span in spans]
-
-
-def generation_prompt(
-    conversation: Conversation, upto: int, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> str:
-    """The first ``upto`` messages (at least one), followed by what opens an assistant turn."""
-    return _apply(conversation.messages[:upto], conversation, tokenizer, template, prompt=True)
-
-
-def _trained(conversation: Conversation) -> list[int]:
-    """Indices of the messages that are trained."""
-    messages = conversation.messages
-    return [i for i in range(conversation.trained_from, len(messages)) if messages[i]["role"] == "assistant"]
-
-
-def _without_tail(text: str, span: Span, specials: tuple[str, ...]) -> Span:
-    """The span without white space behind a special token; where there is none, white space ends the turn."""
-    start, end = span
-    stripped = text[start:end].rstrip()
-    return (start, start + len(stripped)) if stripped.endswith(specials) else span
-
-
-# --- rendering ---
-
-
-def _apply(
+def apply_template(
     messages: Sequence[Message],
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -132,7 +89,11 @@ def _apply(
     *,
     prompt: bool = False,
 ) -> str:
-    """Some messages of a conversation as text."""
+    """Some messages of a conversation as text; with ``prompt``, followed by what opens an assistant turn.
+
+    Raises:
+        DataError: The template refuses them.
+    """
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages),
@@ -146,26 +107,27 @@ def _apply(
     return text
 
 
-def _refused(error: Exception) -> DataError:
-    return DataError(f"the chat template refuses this conversation: {type(error).__name__}: {error}")
-
-
-def _render_marked(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+def apply_marked(
+    messages: Sequence[Message],
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
 ) -> tuple[str, list[Span]]:
-    """Text and spans from ``{% generation %}``.
+    """Some messages as text, and what ``{% generation %}`` encloses in it.
 
     Not through ``apply_chat_template(return_assistant_tokens_mask=True)``: its mask stays empty from the
     first span on whose first character belongs to no token (white space that the tokenizer drops). The spans
     behind that mask are in characters, and are what is wanted here.
+
+    Raises:
+        DataError: The template refuses the messages.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # None values are left out as apply_chat_template does: templates test for presence
-    messages = [{k: v for k, v in message.items() if v is not None} for message in conversation.messages]
     try:
         texts, marked = render_jinja_template(
-            conversations=[messages],
+            # None values are left out as apply_chat_template does: templates test for presence
+            conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
             tools=list(conversation.tools) or None,
             chat_template=template.source,
             return_assistant_tokens_mask=True,
@@ -173,83 +135,18 @@ def _render_marked(
         )
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise _refused(error) from error
-    text: str = texts[0]
-    spans: list[Span] = [(start, end) for start, end in marked[0] if start < end]
-    if conversation.trained_from:
-        before = sum(m["role"] == "assistant" for m in conversation.messages[: conversation.trained_from])
-        if len(spans) != before + len(_trained(conversation)):
-            raise DataError(
-                f"the chat template marks {len(spans)} spans with {{% generation %}} in a conversation of "
-                f"{before + len(_trained(conversation))} assistant turns, so the prompt cannot be told apart"
-            )
-        spans = spans[before:]
-    if not spans:
-        raise DataError("the chat template marks nothing of this conversation with {% generation %}")
-    return text, spans
+    return texts[0], [(start, end) for start, end in marked[0] if start < end]
 
 
-def _turn(
-    index: int,
-    text: str,
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-) -> Span:
-    """The span of one assistant turn in the rendered conversation, found by rendering what precedes it."""
-    messages = conversation.messages
-    start = None
-    if index > 0:  # templates cannot render no messages at all
-        prefix = generation_prompt(conversation, index, tokenizer, template)
-        start = len(prefix) if text.startswith(prefix) else None
-    if start is None:
-        # the template renders a message differently once others follow, or opens a turn in a way of its own
-        start = _starts_by_substitution(text, conversation, tokenizer, template).get(index)
-    last = index == len(messages) - 1
-    until = text if last else _apply(messages[: index + 1], conversation, tokenizer, template)
-    if start is not None and text.startswith(until) and len(until) > start:
-        return start, len(until)
-    if start is not None and template.end_of_turn is not None:
-        end = text.find(template.end_of_turn, start)
-        # all of the turn must be there: a template that drops reasoning from earlier turns would train what
-        # the model never writes
-        if end >= 0 and messages[index]["content"].strip() in text[start:end]:
-            return start, end + len(template.end_of_turn)
-    raise DataError(
-        f"the chat template renders messages[{index}] differently once more messages follow (it may drop "
-        "reasoning from earlier turns, or move the system message), so the trained text cannot be found",
-        help=HELP,
-    )
+def generation_prompt(
+    conversation: Conversation, upto: int, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> str:
+    """The first ``upto`` messages (at least one), followed by what opens an assistant turn."""
+    return apply_template(conversation.messages[:upto], conversation, tokenizer, template, prompt=True)
 
 
-def _starts_by_substitution(
-    text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> dict[int, int]:
-    """Where each assistant message's content starts, by message index.
-
-    Empty where the template changes contents.
-
-    Renders the conversation once with placeholders for what the assistant says. What stands between the
-    placeholders must stand between the contents too, to the last character, so nothing is found by accident.
-    """
-    indices = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    marks = {i: f"\ue000{i}\ue001" for i in indices}
-    messages = [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(conversation.messages)]
-    rendered = _apply(messages, conversation, tokenizer, template)
-    between = re.split("|".join(marks.values()), rendered)
-    if len(between) != len(indices) + 1 or not text.startswith(between[0]):
-        return {}
-    starts: dict[int, int] = {}
-    position = len(between[0])
-    for index, following in zip(indices, between[1:], strict=True):
-        content = conversation.messages[index]["content"]
-        starts[index] = position
-        for variant in (content, content.rstrip(), content.lstrip(), content.strip()):
-            if text.startswith(variant + following, position):
-                position += len(variant) + len(following)
-                break
-        else:
-            return {}
-    return starts if position == len(text) else {}
+def _refused(error: Exception) -> DataError:
+    return DataError(f"the chat template refuses this conversation: {type(error).__name__}: {error}")
 
 
 # --- what a template is ---
@@ -265,7 +162,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, path: str
         turns += [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
     conversation = Conversation(tuple(turns), row=0)
     try:
-        text = _apply(turns, conversation, tokenizer, template)
+        text = apply_template(turns, conversation, tokenizer, template)
     except DataError as error:
         if isinstance(error.__cause__, TemplateSyntaxError):
             name = f"{path}:{error.__cause__.lineno}" if path else f"the tokenizer's, line {error.__cause__.lineno}"
@@ -273,7 +170,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, path: str
         # a template may refuse the probe and accept the data; each row is checked on its own
         return template
     if template.marks_generation:
-        text, spans = _render_marked(conversation, tokenizer, template)
+        text, spans = apply_marked(turns, conversation, tokenizer, template)
         if not all(any(word in text[start:end] for start, end in spans) for word in said):
             # transformers counts characters wrongly where the block stands inside a macro, a filter or a set
             raise DataError(

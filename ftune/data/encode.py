@@ -5,18 +5,23 @@ An ``Encoder`` and what it is given and returns can be sent to another process; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.data.chat import ChatTemplate, Span, render, special_tokens
+from ftune.data.borders import Borders
+from ftune.data.chat import ChatTemplate, Span, special_tokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
 from ftune.data.huge import HUGE, Bound, bound_of, require_memory
+from ftune.data.spans import Rendered, render
+from ftune.data.weights import weighed
+from ftune.data.windows import windows
 from ftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,8 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "Part", "RowError", "encodable"]
 
-# ids and what is trained; or, of a row that is left out untokenized, how many tokens it has at least
-Encoded = tuple[Ids, NDArray[np.bool_]] | int
+
+class Encoded(NamedTuple):
+    """A row in tokens: (L,) int32 ids and (L,) bool for what is trained."""
+
+    ids: Ids
+    trained: NDArray[np.bool_]
 
 
 class RowError(Exception):
@@ -48,22 +57,32 @@ class Part:
     """What some of the records became.
 
     Attributes:
-        examples: Those that are kept, cut to ``max_length``.
+        examples: Those that are kept, none longer than ``max_length``.
         too_long: (row, tokens) of those longer than that; of huge ones, the least that the tokens can be.
         first_targets: Of the examples without a target after the cut, where the first one was before it.
+        notes: What to tell of rows, and of how many.
         truncated: Examples that are kept and were cut.
-        no_target: Examples left out because no trained token was left in them.
+        cut_answers: Of these, those whose last trained token was cut off: the end of the turn, mostly.
+        split: Rows that became several examples.
+        lost_tokens: Tokens that were cut off or left out for the length of their row.
+        lost_target_tokens: Of these, those that would have been in the loss.
+        no_target: Rows left out because no trained token was left in them.
         ended: Examples kept as they were whose last trained token is a special token.
         longest_before: Tokens of the longest, before the cut; at least, where it is a huge one that is left out.
     """
 
     examples: Examples
-    too_long: tuple[tuple[int, int], ...]
-    first_targets: tuple[int, ...]
-    truncated: int
-    no_target: int
-    ended: int
-    longest_before: int
+    too_long: tuple[tuple[int, int], ...] = ()
+    first_targets: tuple[int, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    cut_answers: int = 0
+    split: int = 0
+    lost_tokens: int = 0
+    lost_target_tokens: int = 0
+    no_target: int = 0
+    ended: int = 0
+    longest_before: int = 0
 
 
 class Encoder:
@@ -72,9 +91,10 @@ class Encoder:
     Args:
         tokenizer: A fast one.
         template: For conversations.
-        train_all: Every token is trained.
+        train_on: ``assistant``, ``last`` or ``all``, as in the recipe.
         max_length: Tokens that are kept of an example.
-        keep_long: Whether longer ones are cut, and not left out.
+        too_long: What becomes of longer ones: ``truncate``, ``skip``, ``error`` (which skips, and leaves the error
+            to whoever knows the rows) or ``split``.
     """
 
     def __init__(
@@ -82,25 +102,17 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         template: ChatTemplate | None,
         *,
-        train_all: bool,
+        train_on: str,
         max_length: int,
-        keep_long: bool,
+        too_long: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._train_all = train_all
+        self._train_on = train_on
         self._max_length = max_length
-        self._keep_long = keep_long
-        self._ends = frozenset(special_tokens(tokenizer).values())
-        # a model that expects a first token expects it before plain text as well; templates write it
-        # themselves
-        empty = tokenizer("", add_special_tokens=True)["input_ids"]
-        bos = tokenizer.bos_token_id
-        self.bos: list[int] = [bos] if bos is not None and empty[:1] == [bos] else []
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added."""
-        return self._tokenized(texts)["input_ids"] if texts else []
+        self._too_long = too_long
+        self._specials = frozenset(special_tokens(tokenizer).values())
+        self._borders = Borders(tokenizer, self._specials)
 
     def encode(self, records: Sequence[Record]) -> Part:
         """Every record as an example, in order.
@@ -108,15 +120,29 @@ class Encoder:
         Raises:
             RowError: A record cannot be rendered, or the tokenizer lacks what it needs.
         """
+        notes: Counter[str] = Counter()
         plain = iter(self._plain([record for record in records if isinstance(record, Plain)]))
-        chats = iter(self._conversations([record for record in records if isinstance(record, Conversation)]))
+        chats = iter(self._conversations([record for record in records if isinstance(record, Conversation)], notes))
         encoded = [next(plain if isinstance(record, Plain) else chats) for record in records]
-        return self._part(records, encoded)
+        return self._part(records, encoded, notes)
 
-    def _tokenized(self, texts: Sequence[str], **wanted: bool) -> Any:
-        return self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **wanted
-        )
+    def prepared(self, conversation: Conversation) -> Conversation:
+        """The conversation as it is given to the template.
+
+        Raises:
+            DataError: A key of a turn has no meaning.
+        """
+        return weighed(conversation, "assistant")[0]
+
+    def prompt_ids(self, prompts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
+        """The tokens that the model is given to answer from: those with which the trained row begins.
+
+        Args:
+            prompts: Generation prompts, rendered or plain.
+            plain: Whether each is plain text, before which stands what the tokenizer puts before every text.
+        """
+        found = self._borders.ids(prompts)
+        return [self._led(ids) if untouched else ids for ids, untouched in zip(found, plain, strict=True)]
 
     @cached_property
     def _bound(self) -> Bound | None:
@@ -131,7 +157,7 @@ class Encoder:
         """
         if sum(map(len, texts)) < HUGE:
             return 0
-        if not self._keep_long:
+        if self._too_long in ("skip", "error"):
             # each rounded up: the texts are tokenized apart
             least = sum(self._bound.least(text) for text in texts) if self._bound is not None else 0
             if least > self._max_length:
@@ -142,32 +168,42 @@ class Encoder:
             raise RowError(row, error.message, error.help) from error
         return 0
 
-    def _plain(self, records: list[Plain]) -> list[Encoded]:
-        """Prompt, completion and end-of-sequence token.
+    def _led(self, ids: list[int]) -> list[int]:
+        """Ids behind what the tokenizer puts before every text, unless the text brings it itself."""
+        lead = self._borders.lead
+        return ids if ids[: len(lead)] == lead else [*lead, *ids]
 
-        Prompt and completion are tokenized apart, as the prompt stands alone when the model generates.
-        """
+    def _plain(self, records: list[Plain]) -> list[Encoded | int]:
+        """Prompt, completion and end-of-sequence token; of rows that are left out, their least number of tokens."""
         if not records:
             return []
-        eos = self._tokenizer.eos_token_id
+        eos, eos_text = self._tokenizer.eos_token_id, self._tokenizer.eos_token
         if eos is None:
             raise RowError(None, "plain text ends with an end-of-sequence token, and the tokenizer has none", help=None)
-        examples: list[Encoded] = []
         out = [self._surely_too_long(record.row, record.prompt, record.completion) for record in records]
-        prompts = self.ids(["" if least else record.prompt for record, least in zip(records, out, strict=True)])
-        completions = self.ids(["" if least else record.completion for record, least in zip(records, out, strict=True)])
-        for prompt, completion, least in zip(prompts, completions, out, strict=True):
+        prompts = ["" if least else record.prompt for record, least in zip(records, out, strict=True)]
+        answers = []
+        for record, least in zip(records, out, strict=True):
+            # what stands behind a written end, a line break mostly, is never generated
+            stripped = record.completion.rstrip()
+            answers.append("" if least else stripped if stripped.endswith(eos_text) else record.completion)
+        examples: list[Encoded | int] = []
+        for before, answer, least in zip(
+            self._borders.ids(prompts), self._borders.behind(prompts, answers), out, strict=True
+        ):
             if least:
                 examples.append(least)
                 continue
-            context = [*self.bos, *prompt]
-            end = [] if completion[-1:] == [eos] else [eos]
-            ids = np.array([*context, *completion, *end], dtype=np.int32)
-            examples.append((ids, np.arange(len(ids)) >= len(context)))
+            context = len(self._led(before)) if before else 0
+            ids = self._led([*before, *answer])
+            ids += [] if ids[-1:] == [eos] else [eos]
+            # a beginning that the text brings itself is no target: nothing precedes it
+            context = context or len(self._borders.lead)
+            examples.append(Encoded(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= context))
         return examples
 
-    def _conversations(self, records: list[Conversation]) -> list[Encoded]:
-        """The whole rendered text tokenized at once: the ids that the model meets when it is used."""
+    def _conversations(self, records: list[Conversation], notes: Counter[str]) -> list[Encoded | int]:
+        """The whole rendered text in the tokens that the model meets when it is used."""
         if not records:
             return []
         if self._template is None:
@@ -176,62 +212,102 @@ class Encoder:
                 "messages need a chat template, and the tokenizer has none",
                 help="name a Jinja file as `data.chat_template`, or give the data as strings",
             )
-        texts: list[str] = []
-        spans: list[list[Span]] = []
+        found: list[Rendered] = []
         out: list[int] = []
         for record in records:
             try:
-                text, trained = render(record, self._tokenizer, self._template)
-                text = encodable(text)
+                rendered = self._rendered(record, self._template, notes)
             except DataError as error:
                 raise RowError(record.row, error.message, error.help) from error
             # only the whole text: a template may leave out what the row says
-            out.append(self._surely_too_long(record.row, text))
-            texts.append("" if out[-1] else text)
-            spans.append(trained)
-        encoded = self._tokenized(texts, return_offsets_mapping=True)
-        return [
-            least or (np.array(ids, dtype=np.int32), _inside(offsets, trained))
-            for least, ids, offsets, trained in zip(
-                out, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-            )
-        ]
+            out.append(self._surely_too_long(record.row, rendered.text))
+            found.append(rendered)
+        texts = ["" if least else rendered.text for rendered, least in zip(found, out, strict=True)]
+        ends = [None if least else rendered.prompt_end for rendered, least in zip(found, out, strict=True)]
+        batch = self._borders.tokenized(texts, return_offsets_mapping=True)
+        agree = self._borders.agree(texts, ends, batch)
+        examples: list[Encoded | int] = []
+        for least, rendered, fits, ids, offsets in zip(
+            out, found, agree, batch["input_ids"], batch["offset_mapping"], strict=True
+        ):
+            if least:
+                examples.append(least)
+                continue
+            if not fits:
+                assert rendered.prompt_end is not None
+                ids, offsets = self._borders.split(rendered.text, rendered.prompt_end)
+            whole = np.array(ids, dtype=np.int32)
+            examples.append(Encoded(whole, self._inside(whole, offsets, rendered.spans)))
+        return examples
 
-    def _part(self, records: Sequence[Record], encoded: list[Encoded]) -> Part:
-        """Cut what is too long, leave out what has no target, count both."""
-        kept: list[tuple[Ids, NDArray[np.bool_], int]] = []
+    def _rendered(self, record: Conversation, template: ChatTemplate, notes: Counter[str]) -> Rendered:
+        """One conversation as text; counts what is to be told of it."""
+        conversation, turns, said = weighed(record, self._train_on)
+        rendered = render(conversation, self._tokenizer, template, turns)
+        encodable(rendered.text)
+        notes.update({*said, *rendered.notes})
+        return rendered
+
+    def _inside(self, ids: Ids, offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
+        """Which tokens lie inside a span: (L,) bool.
+
+        One that lies across an end belongs to neither side, unless it is special (and takes white space with it).
+        """
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        special = np.isin(ids, list(self._specials))
+        inside = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in spans:
+            whole = (starts >= start) & (starts < end) & (ends <= end)
+            inside |= whole | special & (starts < end) & (ends > start)
+        return inside
+
+    def _part(self, records: Sequence[Record], encoded: list[Encoded | int], notes: Counter[str]) -> Part:
+        """Cut or split what is too long, leave out what has no target, count both."""
+        kept: list[tuple[Encoded, int]] = []
         too_long: list[tuple[int, int]] = []
         first_targets: list[int] = []
-        truncated = no_target = ended = 0
+        counts: Counter[str] = Counter()
         longest = 0
         for record, found in zip(records, encoded, strict=True):
+            length = found if isinstance(found, int) else len(found.ids)
+            longest = max(longest, length)
+            if length > self._max_length:
+                too_long.append((record.row, length))
             if isinstance(found, int):
-                longest = max(longest, found)
-                too_long.append((record.row, found))
+                counts["lost_tokens"] += found
                 continue
             ids, trained = found
-            longest = max(longest, len(ids))
-            if self._train_all:
+            if self._train_on == "all":
                 trained = np.ones_like(trained)
-            cut = len(ids) > self._max_length
-            if cut:
-                too_long.append((record.row, len(ids)))
-                if not self._keep_long:
+            if length > self._max_length and self._too_long != "split":
+                behind = self._max_length if self._too_long == "truncate" else 0
+                counts["lost_tokens"] += length - behind
+                counts["lost_target_tokens"] += int(np.count_nonzero(trained[max(behind, 1) :]))
+                if not behind:
                     continue
-            if not trained[1 : self._max_length].any():
-                no_target += 1
+            cut = [Encoded(ids, trained)]
+            if length > self._max_length:
+                cut = [Encoded(*window) for window in windows(ids, trained, self._max_length, self._borders.lead)]
+                cut = cut if self._too_long == "split" else cut[:1]
+            cut = [example for example in cut if example.trained[1:].any()]
+            if not cut:
+                counts["no_target"] += 1
                 first_targets += [1 + int(i) for i in np.flatnonzero(trained[1:])[:1]]
                 continue
-            truncated += cut
-            ended += not cut and int(ids[np.flatnonzero(trained)[-1]]) in self._ends
-            kept.append((ids[: self._max_length], trained[: self._max_length], record.row))
+            counts["split"] += len(cut) > 1
+            if length > self._max_length and self._too_long == "truncate":
+                counts["truncated"] += 1
+                counts["cut_answers"] += bool(trained[self._max_length :].any())
+            else:
+                counts["ended"] += int(ids[np.flatnonzero(trained)[-1]]) in self._specials
+            kept += [(example, record.row) for example in cut]
         examples = Examples(
-            np.concatenate([ids for ids, _, _ in kept] or [np.zeros(0, np.int32)]),
-            np.concatenate([trained for _, trained, _ in kept] or [np.zeros(0, np.bool_)]),
-            np.array([len(ids) for ids, _, _ in kept], dtype=np.int64),
-            np.array([row for _, _, row in kept], dtype=np.int64),
+            np.concatenate([example.ids for example, _ in kept] or [np.zeros(0, np.int32)]),
+            np.concatenate([example.trained for example, _ in kept] or [np.zeros(0, np.bool_)]),
+            np.array([len(example.ids) for example, _ in kept], dtype=np.int64),
+            np.array([row for _, row in kept], dtype=np.int64),
         )
-        return Part(examples, tuple(too_long), tuple(first_targets), truncated, no_target, ended, longest)
+        return Part(examples, tuple(too_long), tuple(first_targets), notes, longest_before=longest, **counts)
 
 
 def encodable(text: str) -> str:
@@ -249,12 +325,3 @@ def encodable(text: str) -> str:
             help="write both halves of the pair, or the character itself in UTF-8",
         ) from error
     return text
-
-
-def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens have a character inside a span: (L,) bool."""
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=np.bool_)
-    for start, end in spans:
-        inside |= (starts < end) & (ends > start) & (ends > starts)
-    return inside

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.data.chat import load_template, render, special_tokens
+from ftune.data.chat import load_template, special_tokens
 from ftune.data.examples import Examples
 from ftune.data.formats import Conversation, convert
+from ftune.data.spans import render
 from ftune.data.tokenize import Split
 from ftune.recipe.schema import DataSpec
 
@@ -102,8 +103,8 @@ def _from_texts(
     rows = split.rows.select(list(split.rows.numbers)[::step])
     for record in convert(rows, split.format, chat_template=True):
         if isinstance(record, Conversation):
-            text, spans = render(record, tokenizer, template)
-            turns = [text[start:end].rstrip() for start, end in spans]
+            found = render(record, tokenizer, template)
+            turns = [found.text[start:end].rstrip() for start, end in found.spans]
             for ids in tokenizer(turns, add_special_tokens=False)["input_ids"] if turns else []:
                 ends[ids[-1]] += 1
                 inside.update(token for token in ids[:-1] if token in added)

@@ -6,10 +6,11 @@ an example's first token is never a target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -40,12 +41,13 @@ __all__ = [
     "generation_items",
     "load_splits",
     "tokenize_split",
+    "too_long_of",
 ]
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts of a split; all but ``rows`` and ``longest_before`` speak of the examples that were kept.
+    """Counts of a split; of the tokens and examples those that were kept, where nothing else is said.
 
     Attributes:
         rows: Rows of the source.
@@ -53,12 +55,17 @@ class Stats:
         tokens: Tokens.
         target_tokens: Tokens in the loss.
         truncated: Examples cut to ``max_length``.
+        cut_answers: Of these, those that lost their last trained token: the end of the answer.
+        split: Rows that became several examples.
+        lost_tokens: Tokens cut off, or left out with their row, for being behind ``max_length``.
+        lost_target_tokens: Of these, those that would have been in the loss.
         skipped: Rows left out for being longer than ``max_length``.
         no_target: Rows left out because no trained token was left in them.
         ends_with_eos: Share of the untruncated examples whose last trained token is a special token (end of
             turn or end of sequence); 0 where none is untruncated.
         longest: Tokens of the longest example.
         longest_before: Tokens of the longest row, before truncation.
+        notes: What to tell of rows, and of how many.
     """
 
     rows: int
@@ -71,6 +78,11 @@ class Stats:
     ends_with_eos: float
     longest: int
     longest_before: int
+    cut_answers: int = 0
+    split: int = 0
+    lost_tokens: int = 0
+    lost_target_tokens: int = 0
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,8 +178,9 @@ def tokenize_split(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: DataSpe
             left to train on.
     """
     template = _template(tokenizer, spec, format, rows)
-    settings = spec.model_dump(mode="json", include={"max_length", "too_long", "train_on"})
-    key = token_cache.key_of(rows, tokenizer, template, {**settings, "format": format})
+    settings = spec.model_dump(mode="json", include={"max_length", "train_on"})
+    settings |= {"format": format, "too_long": too_long_of(spec, format)}
+    key = token_cache.key_of(rows, tokenizer, template, settings)
     known = token_cache.load(key)
     if known is None:
         examples, stats = _tokenized(rows, tokenizer, spec, format, template)
@@ -181,12 +194,11 @@ def _tokenized(
 ) -> tuple[Examples, Stats]:
     """The examples and their counts."""
     records = convert(rows, format, chat_template=template is not None)
-    encoder = _encoder(tokenizer, template, spec)
+    encoder = _encoder(tokenizer, template, spec, format)
     try:
         parts = list(encode_all(encoder, records))
     except RowError as error:
-        place = rows.origin[0] if error.row is None else rows.where(error.row)
-        raise DataError(f"{place}: {error.message}", help=error.help) from error
+        raise _placed(error, rows) from error
     too_long = [place for part in parts for place in part.too_long]
     if too_long and spec.too_long == "error":
         raise _too_long(too_long, rows, spec)
@@ -199,7 +211,10 @@ def _tokenized(
 
 def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]) -> Stats:
     truncated = sum(part.truncated for part in parts)
-    untruncated = len(examples) - truncated
+    untruncated = len(np.unique(examples.rows)) - truncated
+    notes: Counter[str] = Counter()
+    for part in parts:
+        notes.update(part.notes)
     # an example's first token is no target
     first = examples.trained[np.cumsum(examples.lengths) - examples.lengths]
     return Stats(
@@ -208,11 +223,16 @@ def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]
         tokens=len(examples.ids),
         target_tokens=int(np.count_nonzero(examples.trained) - np.count_nonzero(first)),
         truncated=truncated,
-        skipped=0 if spec.too_long == "truncate" else sum(len(part.too_long) for part in parts),
+        skipped=sum(len(part.too_long) for part in parts) if spec.too_long in ("skip", "error") else 0,
         no_target=sum(part.no_target for part in parts),
         ends_with_eos=sum(part.ended for part in parts) / untruncated if untruncated else 0.0,
         longest=int(examples.lengths.max()),
         longest_before=max(part.longest_before for part in parts),
+        cut_answers=sum(part.cut_answers for part in parts),
+        split=sum(part.split for part in parts),
+        lost_tokens=sum(part.lost_tokens for part in parts),
+        lost_target_tokens=sum(part.lost_target_tokens for part in parts),
+        notes=dict(sorted(notes.items())),
     )
 
 
@@ -239,7 +259,7 @@ def generation_items(
         )
     rows = rows.select(rows.numbers[:limit])
     template = _template(tokenizer, spec, format, rows)
-    encoder = _encoder(tokenizer, template, spec)
+    encoder = _encoder(tokenizer, template, spec, format)
     prompts: list[str] = []
     references: list[Answer] = []
     specials = tuple(special_tokens(tokenizer))
@@ -254,23 +274,37 @@ def generation_items(
             raise DataError(f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer")
         assert template is not None, "conversations exist only where there is a chat template"
         try:
-            prompts.append(encodable(generation_prompt(record, last, tokenizer, template)))
+            conversation = encoder.prepared(record)
+            prompts.append(encodable(generation_prompt(conversation, last, tokenizer, template)))
         except DataError as error:
             raise DataError(f"{rows.where(record.row)}: {error.message}", help=error.help) from error
-        written = written_answer(record, last, prompts[-1], tokenizer, template)
+        written = written_answer(conversation, last, prompts[-1], tokenizer, template)
         reference, calls = read_answer(written, specials), calls_of(record.messages[last])
         # Calls are compared only where what the template writes is understood: the answer is read in the same way.
         known = same_value(reference.calls, calls)
         references.append(reference if known else replace(reference, calls=()))
-    ids = encoder.ids(prompts)
+    ids = encoder.prompt_ids(prompts, [isinstance(record, Plain) for record in records])
     return [
-        GenerationItem(
-            np.array([*encoder.bos, *tokens] if isinstance(record, Plain) else tokens, dtype=np.int32),
-            reference,
-            record.row,
-        )
+        GenerationItem(np.array(tokens, dtype=np.int32), reference, record.row)
         for record, tokens, reference in zip(records, ids, references, strict=True)
     ]
+
+
+def too_long_of(spec: DataSpec, format: Format) -> Literal["truncate", "skip", "error", "split"]:
+    """What happens to rows longer than ``max_length``; ``auto`` is decided by the format.
+
+    Raises:
+        DataError: ``split`` for rows that have an answer, whose prompt the later parts would lack.
+    """
+    if spec.too_long == "auto":
+        return "split" if format == "text" else "truncate"
+    if spec.too_long == "split" and format != "text":
+        raise DataError(
+            f"data.too_long: split is for the format `text`; these rows are `{format}`, and a part of an answer "
+            "without its prompt teaches something else",
+            help="raise data.max_length, or set data.too_long to truncate, skip or error",
+        )
+    return spec.too_long
 
 
 # --- inside ---
@@ -295,14 +329,22 @@ def _template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format
     return template
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, spec: DataSpec) -> Encoder:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, spec: DataSpec, format: Format
+) -> Encoder:
     return Encoder(
         tokenizer,
         template,
-        train_all=spec.train_on == "all",
+        train_on=spec.train_on,
         max_length=spec.max_length,
-        keep_long=spec.too_long == "truncate",
+        too_long=too_long_of(spec, format),
     )
+
+
+def _placed(error: RowError, rows: Rows) -> DataError:
+    """The error with the place of its row."""
+    place = rows.origin[0] if error.row is None else rows.where(error.row)
+    return DataError(f"{place}: {error.message}", help=error.help)
 
 
 def _too_long(rows_and_lengths: list[tuple[int, int]], rows: Rows, spec: DataSpec) -> DataError:

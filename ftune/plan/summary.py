@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftune.data.notes import notes_of
 from ftune.data.overlap import told
 from ftune.plan.advice import what_to_change
 from ftune.plan.defaults import few_updates
@@ -52,6 +53,9 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "tokens": train.stats.tokens,
             "target_tokens": train.stats.target_tokens,
             "truncated": train.stats.truncated,
+            "split": train.stats.split,
+            "lost_tokens": train.stats.lost_tokens,
+            "lost_target_tokens": train.stats.lost_target_tokens,
             "skipped": train.stats.skipped,
             "no_target": train.stats.no_target,
             "ends_with_eos": train.stats.ends_with_eos,
@@ -158,16 +162,9 @@ def _warnings(plan: Plan) -> list[str]:
     found = list(plan.notes)
     if plan.sizes is not None:
         found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
-    if train.stats.truncated:
-        share = train.stats.truncated / train.stats.rows
-        found.append(f"{train.stats.truncated} of {train.stats.rows} examples ({share:.0%}) are cut at data.max_length")
-    if train.stats.no_target:
-        found.append(f"{train.stats.no_target} examples are left out: nothing in them is trained on")
-    if train.stats.ends_with_eos < 0.5 and train.stats.truncated < train.stats.examples:
-        found.append(
-            f"only {train.stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
-            "the model may not learn to stop"
-        )
+    found += notes_of(train.stats)
+    if plan.splits.eval is not None:
+        found += [f"held-out data: {note}" for note in notes_of(plan.splits.eval.stats)]
     found += told(plan.splits.overlap)
     sources = [train, *([plan.splits.eval] if plan.splits.eval else [])]
     found += dict.fromkeys(note for split in sources for note in split.rows.notes)

@@ -123,6 +123,7 @@ def _data(data: dict[str, Any]) -> Iterator[str]:
     if targets is not None:
         yield f"{targets:,} in the loss" + (f" ({targets / tokens:.0%})" if tokens else "")
     yield _say(data.get("truncated") or None, "{:,} truncated")
+    yield _say(data.get("split") or None, "{:,} split")
     yield _say(data.get("skipped") or None, "{:,} skipped")
     yield _say(data.get("no_target") or None, "{:,} without a target")
     yield _say(data.get("ends_with_eos"), "{:.0%} end in a learned end of turn")

@@ -130,15 +130,19 @@ class DataSpec(_Block):
         0.0, ge=0, lt=1, description="Hold out this share of the training rows when there is no eval source."
     )
     max_length: int = Field(1024, ge=8, description="Longest sequence, in tokens.")
-    too_long: Literal["truncate", "skip", "error"] = Field(
-        "truncate", description="What happens to an example longer than max_length; always counted."
+    too_long: Literal["auto", "truncate", "skip", "error", "split"] = Field(
+        "auto",
+        description="What happens to an example longer than max_length; always counted. split: a whole text becomes "
+        "several, and every token is learned once. auto: split for the format text, else truncate.",
     )
     packing: bool | Literal["auto"] = Field(
         "auto",
         description="Several documents in a row, isolated from each other. auto: wherever the method can.",
     )
-    train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Tokens in the loss: assistant turns (or completions) only, or all of them."
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="Tokens in the loss: assistant turns (or completions) only, of them the last of each row only, or "
+        "all tokens.",
     )
     chat_template: str | None = Field(None, description="A Jinja chat template file that replaces the tokenizer's own.")
 

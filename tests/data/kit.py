@@ -46,6 +46,20 @@ TEMPLATES = {
         "{% if loop.last %}<think>\n{{ reasoning | trim }}\n</think>\n\n{% endif %}{{ answer }}"
         "{% else %}{{ c }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
     ),
+    "drops_reasoning_marked": (
+        "{% for m in messages %}{% set c = m['content'] %}" + OPEN + "{% if m['role'] == 'assistant' %}"
+        "{% set answer = c.split('</think>')[-1].lstrip('\n') %}"
+        "{% set reasoning = c.split('</think>')[0].split('<think>')[-1] if '</think>' in c else '' %}"
+        "{%- generation -%}{% if loop.last %}{{ '<think>\n' + reasoning | trim + '\n</think>\n\n' }}{% endif %}"
+        "{{ answer }}<|im_end|>{%- endgeneration -%}"
+        "{% else %}{{ c }}<|im_end|>{% endif %}\n{% endfor %}" + PROMPT
+    ),
+    # as gpt-oss': the generation prompt stops before the header's end, and the last turn has an end of its own
+    "returns": (
+        "{% for m in messages %}{{ m['role'] + '<|im_start|>' + m['content'] }}"
+        "{{ '<|eos|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    ),
     # as DeepSeek-R1's: the generation prompt opens a reasoning that finished turns do not show
     "prompts_reasoning": "{% for m in messages %}" + OPEN + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",

@@ -27,7 +27,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "template_syntax": ("template_refuses.jsonl", {"chat_template": "template_syntax.jinja"}, "chatml"),
     "template_macro": ("template_refuses.jsonl", {"chat_template": "template_macro.jinja"}, "chatml"),
     "template_refuses": ("template_refuses.jsonl", {}, "alternates"),
-    "drops_reasoning": ("drops_reasoning.jsonl", {}, "drops_reasoning"),
 }
 FILES = sorted(path for path in BAD.iterdir() if path.suffix in (".jsonl", ".json", ".csv", ".parquet"))
 CASES |= {path.stem: (path.name, {}, "chatml") for path in FILES if path.stem not in CASES}

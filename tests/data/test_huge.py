@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.kit import SPECIALS, build_tokenizer, chat
 from ftune.data import encode, huge, workers
-from ftune.data.encode import Encoder
+from ftune.data.borders import Borders
 from ftune.data.huge import bound_of
 from ftune.data.tokenize import Split, load_splits
 from ftune.errors import DataError
@@ -37,13 +37,13 @@ ROWS = [
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that reaches the tokenizer; 1,000 characters are huge."""
     seen: list[str] = []
-    original = Encoder._tokenized
+    original = Borders.tokenized
 
-    def spying(self: Encoder, texts: Any, **wanted: bool) -> Any:
+    def spying(self: Borders, texts: Any, **wanted: bool) -> Any:
         seen.extend(texts)
         return original(self, texts, **wanted)
 
-    monkeypatch.setattr(Encoder, "_tokenized", spying)
+    monkeypatch.setattr(Borders, "tokenized", spying)
     monkeypatch.setattr(encode, "HUGE", 1000)
     monkeypatch.setenv("FTUNE_CACHE_GIB", "0")
     return seen
@@ -79,7 +79,8 @@ def test_error_names_them_without_tokenizing(load: Callable[..., Split], tokeniz
 def test_what_may_fit_is_tokenized(load: Callable[..., Split], tokenized: list[str]) -> None:
     split = load(ROWS, max_length=400, too_long="skip")
     assert (split.stats.examples, split.stats.skipped) == (1, 2)
-    assert max(map(len, tokenized)) == 3000
+    # behind the end of its prompt
+    assert max(map(len, tokenized)) == 3001
     assert load(ROWS, max_length=64, too_long="truncate").stats.truncated == 1
 
 

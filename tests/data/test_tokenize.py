@@ -40,10 +40,10 @@ def decoded(tokenizer: Tokenizer, split: Split) -> list[str]:
     return [tokenizer.decode(e.labels[e.labels != IGNORE]) for e in split.examples]
 
 
-@pytest.mark.parametrize("template", ["chatml", "marks", "trims", "bare"])
+@pytest.mark.parametrize("template", ["chatml", "marks", "trims"])
 def test_a_chat_is_the_tokens_that_the_template_gives(make: Make, template: str) -> None:
     tokenizer = build_tokenizer(template)
-    chats = [chat("hello", "\n\nyes yes"), chat("a", "é日", "b", " yes", system="hell")]
+    chats = [chat("hello", "yes\n\nyes"), chat("a", "é日", "b", " yes", system="hell")]
     split = make(tokenizer, [{"messages": turns} for turns in chats])
     for example, turns in zip(split.examples, chats, strict=True):
         assert list(example.input_ids) == tokenizer.apply_chat_template(turns, return_dict=False)
@@ -64,10 +64,11 @@ def test_only_what_the_assistant_says_is_trained(make: Make, tokenizer: Tokenize
     assert everything.stats.target_tokens == everything.stats.tokens - 1
 
 
-def test_a_token_across_the_start_of_an_answer_is_trained(make: Make, tokenizer: Tokenizer) -> None:
-    # the prompt ends with a line break and the answer begins with one: the tokenizer merges them
-    split = make(tokenizer, [{"messages": chat("q", "\nyes")}])
-    assert decoded(tokenizer, split) == ["\n\nyes<|im_end|>"]
+def test_no_token_lies_across_the_start_of_an_answer(make: Make, tokenizer: Tokenizer) -> None:
+    # the prompt ends with a line break and the answer begins with one: together they would be one token
+    split = make(tokenizer, [{"messages": chat("q", "\nyes")}, {"messages": chat("q", "\nyes", "r", "\nno")}])
+    # an earlier turn stands in the prompt of the last one, where its first token does lie across
+    assert decoded(tokenizer, split) == ["\nyes<|im_end|>", "yes<|im_end|>\nno<|im_end|>"]
 
 
 def test_plain_text_is_prompt_completion_and_end(make: Make) -> None:
@@ -224,8 +225,7 @@ def test_labels_spell_the_answers_whatever_the_text(
     file.write_text("".join(json.dumps({"messages": chat(*pair)}) + "\n" for pair in pairs))
     split = load_splits(DataSpec(train=str(file)), tokenizer, seed=0).train
     for found, (_, answer) in zip(decoded(tokenizer, split), pairs, strict=True):
-        # a merged line break before the answer belongs to its first token
-        assert found in (f"{answer}<|im_end|>", f"\n{answer}<|im_end|>")
+        assert found == f"{answer}<|im_end|>"
 
 
 @pytest.mark.slow
@@ -240,14 +240,14 @@ def test_the_quickstart_models_tokenizer(make: Make) -> None:
     directory = Path(package.submodule_search_locations[0])
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     chats = [
-        chat("What is 2 + 2?", "4", "And é日?", "\n\nNo idea.\n"),
+        chat("What is 2 + 2?", "4", "And é日?", "No\n\nidea.\n"),
         chat("Hi", "Hello!", system="Be kind."),
     ]
     split = make(tokenizer, [{"messages": turns} for turns in chats])
     for example, turns in zip(split.examples, chats, strict=True):
         assert list(example.input_ids) == tokenizer.apply_chat_template(turns, return_dict=False)
     assert decoded(tokenizer, split) == [
-        "4<|im_end|>\n\n\nNo idea.\n<|im_end|>",
+        "4<|im_end|>No\n\nidea.\n<|im_end|>",
         "Hello!<|im_end|>",
     ]
     assert split.stats.ends_with_eos == 1

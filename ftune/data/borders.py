@@ -1,0 +1,152 @@
+r"""Prompt and answer as the tokens that generation has: those of the prompt alone, then those of the answer.
+
+Where the two texts are tokenized as one, a token may lie across the border (``\n`` and ``\nyes`` become
+``\n\n`` and ``yes``): the model would never write half of it. Tokenized apart, a tokenizer may treat the answer as
+the beginning of a text and put a space before it. So the answer is tokenized behind some text that does not merge
+with it, and that text's tokens are taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftune.data.chat import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Borders"]
+
+# characters of the prompt that the answer is tokenized behind: pre-tokenizers look no further back
+BEHIND = 24
+# where the prompt's own end merges with the answer: letter, digit, mark, line break; the first that does not merge
+OTHERS = ("a", "1", ".", "\n", "b", "(", "é")
+# contexts whose tokens are kept: a template writes the same few before every answer
+KEPT = 4096
+KEPT_CHARACTERS = 200
+
+
+class Borders:
+    """Tokens on both sides of where a prompt ends.
+
+    Args:
+        tokenizer: A fast one.
+        specials: The ids of its special tokens; texts on both sides of one are tokenized apart.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, specials: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._specials = specials
+        self._known: dict[str, list[int]] = {}
+        self.lead = _lead(tokenizer)
+
+    def tokenized(self, texts: Sequence[str], **wanted: bool) -> Any:
+        """The texts as a batch, nothing added."""
+        return self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **wanted
+        )
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added."""
+        return self.tokenized(texts)["input_ids"] if texts else []
+
+    def behind(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of each answer where it follows its prompt, in tokens of its own."""
+        ends = [prompt[-BEHIND:] for prompt in prompts]
+        before = self._kept(ends)
+        both = self.tokenized(
+            [end + answer for end, answer in zip(ends, answers, strict=True)], return_offsets_mapping=True
+        )
+        found = []
+        for end, known, ids, offsets, answer in zip(
+            ends, before, both["input_ids"], both["offset_mapping"], answers, strict=True
+        ):
+            if _apart(ids, offsets, known, len(end)):
+                found.append(ids[len(known) :])
+            else:
+                context, count = self._context(answer)
+                found.append(self.ids([context + answer])[0][count:])
+        return found
+
+    def split(self, text: str, at: int) -> tuple[list[int], list[Span]]:
+        """Ids and offsets of a text whose prompt ends ``at``: no token lies across."""
+        before = self.tokenized([text[:at]], return_offsets_mapping=True)
+        answer = text[at:]
+        context, count = self._context(answer, text[max(0, at - BEHIND) : at])
+        after = self.tokenized([context + answer], return_offsets_mapping=True)
+        shift = at - len(context)
+        offsets = [(start + shift, end + shift) for start, end in after["offset_mapping"][0][count:]]
+        ids = [*before["input_ids"][0], *after["input_ids"][0][count:]]
+        return ids, [*before["offset_mapping"][0], *offsets]
+
+    def agree(self, texts: Sequence[str], at: Sequence[int | None], batch: Any) -> list[bool]:
+        """Of each tokenized text, whether its tokens up to ``at`` are those of that part alone; true for None.
+
+        What stands before the last special token is tokenized apart in either case, so only what follows it is
+        tokenized again.
+        """
+        places: list[tuple[int, int] | None] = []
+        contexts: list[str] = []
+        for text, end, ids, offsets in zip(texts, at, batch["input_ids"], batch["offset_mapping"], strict=True):
+            if end is None or not ids:
+                places.append(None)
+                contexts.append("")
+                continue
+            until = _begun_before(offsets, end)
+            first = next((i for i in range(until - 1, -1, -1) if ids[i] in self._specials), 0)
+            places.append((first, until))
+            contexts.append(text[offsets[first][0] if ids[first] in self._specials else 0 : end])
+        known = self._kept(contexts)
+        return [
+            place is None
+            or (ids[place[0] : place[1]] == alone and (place[1] == 0 or offsets[place[1] - 1][1] <= (end or 0)))
+            for place, alone, end, ids, offsets in zip(
+                places, known, at, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
+        ]
+
+    def _context(self, answer: str, first: str = "") -> tuple[str, int]:
+        """A text that does not merge with the answer, and how many tokens it has; none where all do."""
+        for context in (first, *OTHERS):
+            alone = self._kept([context])[0]
+            both = self.tokenized([context + answer], return_offsets_mapping=True)
+            if context and _apart(both["input_ids"][0], both["offset_mapping"][0], alone, len(context)):
+                return context, len(alone)
+        return "", 0
+
+    def _kept(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts of which many are the same."""
+        new = list({text: None for text in texts if text not in self._known})
+        made = dict(zip(new, self.ids(new), strict=True))
+        if len(self._known) < KEPT:
+            self._known |= {text: ids for text, ids in made.items() if len(text) <= KEPT_CHARACTERS}
+        return [made[text] if text in made else self._known[text] for text in texts]
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before every text, where the model expects one: its BOS, mostly."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for length in range(len(whole) - len(plain) + 1):
+        if whole[length : length + len(plain)] == plain:
+            return list(whole[:length])
+    return []
+
+
+def _apart(ids: Sequence[int], offsets: Sequence[Span], alone: Sequence[int], end: int) -> bool:
+    """Whether a text's first tokens are those of its beginning ``alone``, which ends at a character."""
+    count = len(alone)
+    return list(ids[:count]) == list(alone) and (count == 0 or offsets[count - 1][1] <= end)
+
+
+def _begun_before(offsets: Sequence[Span], end: int) -> int:
+    """How many tokens begin before a character."""
+    low, high = 0, len(offsets)
+    while low < high:
+        middle = (low + high) // 2
+        if offsets[middle][0] < end:
+            low = middle + 1
+        else:
+            high = middle
+    return low

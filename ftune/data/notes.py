@@ -1,0 +1,44 @@
+"""What a user should know of the rows that became examples: what was cut, lost or left out, and of how many."""
+
+from __future__ import annotations
+
+from ftune.data.tokenize import Stats
+
+__all__ = ["notes_of"]
+
+
+def notes_of(stats: Stats) -> list[str]:
+    """Sentences about one split, the gravest first; none where all of the data is used."""
+    found: list[str] = []
+    if stats.truncated:
+        found.append(f"{_of(stats.truncated, stats.rows)} examples are cut at data.max_length{_lost(stats)}")
+    if stats.cut_answers:
+        found.append(
+            f"{_of(stats.cut_answers, stats.rows)} examples lose the end of their answer, and with it the token that "
+            "ends the turn"
+        )
+    if stats.skipped:
+        found.append(f"{_of(stats.skipped, stats.rows)} rows are left out, longer than data.max_length{_lost(stats)}")
+    if stats.no_target:
+        found.append(f"{stats.no_target} examples are left out: nothing in them is trained on")
+    if stats.ends_with_eos < 0.5 and stats.truncated < stats.examples:
+        found.append(
+            f"only {stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
+            "the model may not learn to stop"
+        )
+    found += [f"{_of(rows, stats.rows)} rows: {note}" for note, rows in stats.notes.items()]
+    return found
+
+
+def _of(count: int, rows: int) -> str:
+    return f"{count:,} of {rows:,} ({count / rows:.0%})" if count < rows else f"all {rows:,}"
+
+
+def _lost(stats: Stats) -> str:
+    """How much of the text, and of what would be learned, is gone."""
+    tokens = stats.lost_tokens / (stats.tokens + stats.lost_tokens)
+    lost = f": {stats.lost_tokens:,} tokens ({tokens:.0%}) are lost"
+    if not stats.lost_target_tokens:
+        return lost
+    targets = stats.lost_target_tokens / (stats.target_tokens + stats.lost_target_tokens)
+    return f"{lost}, {stats.lost_target_tokens:,} ({targets:.0%}) of those in the loss"

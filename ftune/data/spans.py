@@ -1,0 +1,236 @@
+"""What the assistant writes in a rendered conversation: the character spans that are trained.
+
+A turn is trained where the rendered conversation shows it as the model has to write it: as it is rendered when it is
+the last message, behind the generation prompt. Templates may render a turn otherwise once others follow (without its
+reasoning, or with another end); what the model never writes is not trained, and said so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ftune.data.chat import ChatTemplate, Span, apply_marked, apply_template, generation_prompt
+from ftune.data.formats import Conversation
+from ftune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rendered", "assistant_turns", "render"]
+
+HELP = (
+    "put {% generation %} and {% endgeneration %} around what the assistant writes, in a copy of the "
+    "template, and name that file as `data.chat_template`"
+)
+NOT_AS_WRITTEN = (
+    "the chat template shows earlier assistant turns otherwise than the model writes them (without their reasoning, "
+    "perhaps): such turns are not in the loss. To train each, give each a row of its own, and set `train_on: last`"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: All of it.
+        spans: What is trained, in order. A span ends with the end-of-turn token; white space that the template
+            puts behind that is left out, as generation stops before it.
+        prompt_end: Where the generation prompt of the last assistant turn ends in the text; None where the text
+            does not begin with it.
+        notes: What to tell the user about this row, each once.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    prompt_end: int | None
+    notes: tuple[str, ...] = ()
+
+
+def assistant_turns(conversation: Conversation) -> list[int]:
+    """Indices of the assistant's messages that may be trained."""
+    messages = conversation.messages
+    return [i for i in range(conversation.trained_from, len(messages)) if messages[i]["role"] == "assistant"]
+
+
+def render(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    turns: Sequence[int] | None = None,
+) -> Rendered:
+    """The rendered conversation and what is trained of it.
+
+    Args:
+        conversation: At least one assistant message.
+        tokenizer: For its template functions and special tokens.
+        template: What renders.
+        turns: Indices of the assistant messages to train, ascending; all that may be, where not given.
+
+    Raises:
+        DataError: The template refuses the conversation, or gives no way to tell what the assistant writes.
+    """
+    turns = assistant_turns(conversation) if turns is None else turns
+    if template.marks_generation:
+        return _Marked(conversation, tokenizer, template).render(turns)
+    return _Unmarked(conversation, tokenizer, template).render(turns)
+
+
+class _Unmarked:
+    """Turns found by rendering what precedes them."""
+
+    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self.conversation, self.tokenizer, self.template = conversation, tokenizer, template
+        self.messages = conversation.messages
+        self.last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        self.text = self.whole()
+        self.notes: dict[str, None] = {}
+        self._prompts: dict[int, str] = {}
+
+    def whole(self) -> str:
+        return apply_template(self.messages, self.conversation, self.tokenizer, self.template)
+
+    def prompt(self, index: int) -> str:
+        """What the model is given when it has to write the message at ``index``; empty for the first."""
+        if index == 0:  # templates cannot render no messages at all
+            return ""
+        if index not in self._prompts:
+            self._prompts[index] = generation_prompt(self.conversation, index, self.tokenizer, self.template)
+        return self._prompts[index]
+
+    def render(self, turns: Sequence[int]) -> Rendered:
+        """The text with the spans of these turns."""
+        spans = tuple(self.spans(turns))
+        prompt = self.prompt(self.last)
+        prompt_end = len(prompt) if prompt and self.text.startswith(prompt) else None
+        return Rendered(self.text, spans, prompt_end, tuple(self.notes))
+
+    def spans(self, turns: Sequence[int]) -> list[Span]:
+        return [span for index in turns if (span := self.span(index)) is not None]
+
+    def span(self, index: int) -> Span | None:
+        """Where a turn stands in the text; None where it is not shown as the model writes it.
+
+        Raises:
+            DataError: It is the last turn, and cannot be found.
+        """
+        upto = self.messages[: index + 1]
+        alone = (
+            self.text
+            if len(upto) == len(self.messages)
+            else apply_template(upto, self.conversation, self.tokenizer, self.template)
+        )
+        prompt = self.prompt(index)
+        if prompt and self.text.startswith(prompt) and alone.startswith(prompt):
+            start = written = len(prompt)
+        else:
+            # the template shows what precedes differently once others follow, or opens a turn in a way of its own
+            found = self._starts(self.text, self.messages).get(index)
+            other = found if alone is self.text else self._starts(alone, upto).get(index)
+            if found is None or other is None:
+                if index == self.last:
+                    raise DataError(
+                        f"the chat template shows messages[{index}] in a way of its own (it may drop reasoning, or "
+                        "open a turn differently), so the trained text cannot be found",
+                        help=HELP,
+                    )
+                self.notes[NOT_AS_WRITTEN] = None
+                return None
+            start, written = found, other
+            if index == self.last and prompt and not alone.startswith(prompt):
+                self._note_opening(prompt, start)
+        return self.compared(start, alone[written:])
+
+    def compared(self, start: int, written: str) -> Span | None:
+        """The span of what stands at ``start`` as far as it is ``written`` by the model; None where it is not."""
+        specials = self.template.specials
+        stripped = written.rstrip()
+        end = next((token for token in specials if stripped.endswith(token)), None)
+        # where no special token ends the turn, white space does
+        answer = written if end is None else stripped
+        if self.text.startswith(answer, start):
+            return (start, start + len(answer)) if answer else None
+        if end is not None:
+            body = stripped[: -len(end)]
+            behind = start + len(body)
+            shown = next((token for token in specials if self.text.startswith(token, behind)), None)
+            if body and shown is not None and self.text.startswith(body, start):
+                self.notes[
+                    f"the chat template ends earlier assistant turns with {shown}, where the model has to write "
+                    f"{end}: {shown} is not in the loss"
+                ] = None
+                return start, behind
+        self.notes[NOT_AS_WRITTEN] = None
+        return None
+
+    def _note_opening(self, prompt: str, start: int) -> None:
+        """Say that the generation prompt goes on where the rendered answer already begins."""
+        same = next((i for i, (a, b) in enumerate(zip(prompt, self.text, strict=False)) if a != b), start)
+        self.notes[
+            f"the chat template's generation prompt goes on with {prompt[same:][:40]!r}, which the rendered answers do "
+            "not have: the model is trained on another beginning than it is given when it generates"
+        ] = None
+
+    def _starts(self, text: str, messages: Sequence[dict[str, object]]) -> dict[int, int]:
+        """Where each assistant message's content starts, by message index.
+
+        Empty where the template changes contents.
+
+        Renders the messages once with placeholders for what the assistant says. What stands between the
+        placeholders must stand between the contents too, to the last character, so nothing is found by accident.
+        """
+        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        marks = {i: f"\ue000{i}\ue001" for i in indices}
+        replaced = [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
+        rendered = apply_template(replaced, self.conversation, self.tokenizer, self.template)
+        between = re.split("|".join(marks.values()), rendered)
+        if len(between) != len(indices) + 1 or not text.startswith(between[0]):
+            return {}
+        starts: dict[int, int] = {}
+        position = len(between[0])
+        for index, following in zip(indices, between[1:], strict=True):
+            content = str(messages[index]["content"])
+            starts[index] = position
+            for variant in (content, content.rstrip(), content.lstrip(), content.strip()):
+                if text.startswith(variant + following, position):
+                    position += len(variant) + len(following)
+                    break
+            else:
+                return {}
+        return starts if position == len(text) else {}
+
+
+class _Marked(_Unmarked):
+    """Turns as ``{% generation %}`` marks them."""
+
+    def whole(self) -> str:
+        text, self.marks = apply_marked(self.messages, self.conversation, self.tokenizer, self.template)
+        if not self.marks:
+            raise DataError("the chat template marks nothing of this conversation with {% generation %}")
+        return text
+
+    def spans(self, turns: Sequence[int]) -> list[Span]:
+        """The marks of the turns; all where there are not as many as turns: some are shown in several parts, say."""
+        indices = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if len(self.marks) == len(indices):
+            self._mark_of = dict(zip(indices, self.marks, strict=True))
+            return super().spans(turns)
+        if list(turns) == indices:
+            found = [self.compared(start, self.text[start:end]) for start, end in self.marks]
+            return [span for span in found if span is not None]
+        raise DataError(
+            f"the chat template marks {len(self.marks)} spans with {{% generation %}} in a conversation of "
+            f"{len(indices)} assistant turns, so the turns to train cannot be told apart"
+        )
+
+    def span(self, index: int) -> Span | None:
+        start, end = self._mark_of[index]
+        written = self.text[start:end]
+        if index < self.last:
+            upto = self.messages[: index + 1]
+            alone, marks = apply_marked(upto, self.conversation, self.tokenizer, self.template)
+            written = alone[slice(*marks[-1])] if marks else ""
+        return self.compared(start, written)
