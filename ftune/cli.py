@@ -230,12 +230,14 @@ def init(
 ) -> None:
     """Write an annotated recipe for a method.
 
-    Every field stands in it, with its default and what it does.
+    Every field stands in it, with its default and what it does; a tenth of the rows is held out.
     """
     from ftune.recipe.template import annotated_recipe, json_schema
     from ftune.run.files import write_text
 
-    text = annotated_recipe(method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE)
+    text = annotated_recipe(
+        method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE, eval_fraction=0.1
+    )
     if out == Path("-"):
         print(text, end="")
         return

@@ -54,10 +54,10 @@ def at_fields(error: LocatedDataError, loaded: Loaded, *, color: bool = False) -
 
 
 def warnings(loaded: Loaded, *, color: bool = False) -> list[str]:
-    """One report for each thing that works but is unlikely to be meant."""
+    """One report for each thing that works but is unlikely to be meant, and the notes on overrides."""
     source = loaded.positions.source
     mistakes = from_problems(advise(loaded.recipe), loaded.positions)
-    return [render(mistake, source, level="warning", color=color) for mistake in mistakes]
+    return [*loaded.notes, *(render(mistake, source, level="warning", color=color) for mistake in mistakes)]
 
 
 def load_checked(path: Path, overrides: Sequence[str] = (), *, color: bool = False) -> tuple[Loaded, list[str]]:

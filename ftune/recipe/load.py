@@ -24,6 +24,7 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
+from ftune.methods import METHODS
 from ftune.recipe.diagnose import (
     KeyPath,
     Mistake,
@@ -36,6 +37,7 @@ from ftune.recipe.diagnose import (
     fail,
     translate,
 )
+from ftune.recipe.other_method import of_another_method
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 from ftune.recipe.spelling import closest
 from ftune.recipe.variables import Expanded, expand_variables
@@ -60,6 +62,7 @@ class Loaded:
         raw: Plain data after overrides, short forms expanded.
         positions: Where each field is written, for problems found later.
         overrides: The ``key=value`` strings that were applied.
+        notes: What an override did beside what it says.
     """
 
     recipe: Recipe
@@ -68,6 +71,7 @@ class Loaded:
     raw: dict[str, Any]
     positions: Positions
     overrides: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, color: bool = False) -> Loaded:
@@ -103,13 +107,14 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
     source = Source(filename, text)
     positions = Positions(source)
     reader = _Builder(positions)
+    notes: list[str] = []
     try:
         raw = reader.document(source)
         problems = list(reader.mistakes)
         expand(raw, positions)
         for rank, option in enumerate(overrides, start=1):
             try:
-                problems += _override(raw, option, rank, positions)
+                problems += _override(raw, option, rank, positions, notes)
             except _Refused as refused:
                 problems += refused.mistakes
     except _Refused as refused:
@@ -123,7 +128,7 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
         problems += [mistake for mistake in translate(error, raw, positions) if mistake.span not in known]
     if problems or recipe is None:
         raise fail(problems, source, color=color)
-    return Loaded(recipe, text, Path(filename), raw, positions, tuple(overrides))
+    return Loaded(recipe, text, Path(filename), raw, positions, tuple(overrides), tuple(notes))
 
 
 def _validated(raw: dict[str, Any]) -> Recipe:
@@ -505,8 +510,11 @@ def expand(value: Any, positions: Positions, path: KeyPath = ()) -> Any:
 _TRUST: KeyPath = ("model", "trust_remote_code")
 
 
-def _override(raw: dict[str, Any], option: str, rank: int, positions: Positions) -> list[Mistake]:
-    """Apply one ``dotted.key=value`` to ``raw`` and ``positions``; returns what is wrong inside the value."""
+def _override(raw: dict[str, Any], option: str, rank: int, positions: Positions, notes: list[str]) -> list[Mistake]:
+    """Apply one ``dotted.key=value`` to ``raw`` and ``positions``; returns what is wrong inside the value.
+
+    ``notes`` gets what becomes of a method's settings where another method takes its place.
+    """
     flag = "--set "
     source = Source("command line", flag + option, rank)
     dotted_key, equals, text = option.partition("=")
@@ -533,9 +541,21 @@ def _override(raw: dict[str, Any], option: str, rank: int, positions: Positions)
 
     scratch = Positions(source)
     builder = _Builder(scratch, tuple(path))
-    value = expand(builder.option(source, value_column, spans[-1]), scratch, tuple(path))
+    value = expand(given := builder.option(source, value_column, spans[-1]), scratch, tuple(path))
     if path[:1] == ["model"]:
         _guard_trust(raw, tuple(path), scratch, whole)
+
+    if path in (["method"], ["method", "name"]) and isinstance(given, str) and given in METHODS:
+        raw["method"], told = of_another_method(raw, given)
+        notes += told
+        place = scratch.at.get(("method", "name")) or scratch.at[tuple(path)]
+        positions.at = {
+            key: at
+            for key, at in positions.at.items()
+            if key[:1] != ("method",) or key[1:2] and key[1] in raw["method"]
+        }
+        positions.at |= {("method",): place, ("method", "name"): place}
+        return builder.mistakes
 
     target: Any = raw
     for depth, key in enumerate(path[:-1]):

@@ -24,11 +24,20 @@ SCHEMA_ID = "urn:ftune:recipe:1"
 WIDTH = 100
 COMMENT_COLUMN = 36
 
+_Given = dict[tuple[str, ...], str | float]
+"""Values that are live in an annotated recipe, by their path."""
+
 _EXAMPLES = {"path": "data/eval.jsonl", "name": "exact_match"}
 
 
 def annotated_recipe(
-    method_name: str, *, model: str, data: str, output_dir: str, schema: str = "recipe.schema.json"
+    method_name: str,
+    *,
+    model: str,
+    data: str,
+    output_dir: str,
+    schema: str = "recipe.schema.json",
+    eval_fraction: float = 0.0,
 ) -> str:
     """A recipe with every field of every block, what is optional commented out with its default.
 
@@ -38,8 +47,9 @@ def annotated_recipe(
         data: The value of ``data.train.path``.
         output_dir: Where the run goes.
         schema: Path of the JSON Schema, for the editor's first line.
+        eval_fraction: The value of ``data.eval_fraction``; 0 leaves it commented out.
 
-    Returns YAML that parses to the same recipe as these four values alone.
+    Returns YAML that parses to the same recipe as these values alone.
 
     Raises:
         FtuneError: There is no such method.
@@ -50,12 +60,14 @@ def annotated_recipe(
             f"no method `{method_name}`",
             help=f"did you mean `{near}`?" if near else f"methods: {', '.join(METHODS)}",
         )
-    given = {
+    given: _Given = {
         ("model", "id"): model,
         ("method", "name"): method_name,
         ("data", "train", "path"): data,
         ("output_dir",): output_dir,
     }
+    if eval_fraction:
+        given[("data", "eval_fraction")] = eval_fraction
     method = METHODS[method_name]
     out = [
         f"# yaml-language-server: $schema={schema}",
@@ -68,19 +80,28 @@ def annotated_recipe(
             out += ["", *_line(name, info, 0, given.get((name,)))]
             continue
         about = (block.__doc__ or "").strip().splitlines()[0].replace("``", "`")
-        out += ["", f"# {about}", f"{name}:", *_block(block, (name,), given)]
+        told = {}
+        if name == "optimizer":
+            own = f"Peak learning rate. Default: {method_name}'s own, {_yaml(method.default_learning_rate)}, higher "
+            told["learning_rate"] = own + "for under 1000 updates."
+        out += ["", f"# {about}", f"{name}:", *_block(block, (name,), given, told)]
     return "\n".join(out) + "\n"
 
 
-def _block(model: type[BaseModel], path: tuple[str, ...], given: dict[tuple[str, ...], str]) -> Iterator[str]:
-    """The lines of a block: live where a value is given in it, commented out elsewhere."""
+def _block(
+    model: type[BaseModel], path: tuple[str, ...], given: _Given, told: dict[str, str] | None = None
+) -> Iterator[str]:
+    """The lines of a block: live where a value is given in it, commented out elsewhere.
+
+    told: What to say of a field in place of its description.
+    """
     live = any(key[: len(path)] == path for key in given) or len(path) == 1
     depth = len(path)
     for name, info in sorted(model.model_fields.items(), key=lambda field: field[0] != "name"):
         inner = next(models_in(info.annotation), None)
         here = (*path, name)
         if inner is None:
-            yield from _line(name, info, depth, given.get(here), live=live)
+            yield from _line(name, info, depth, given.get(here), told=(told or {}).get(name))
             continue
         if any(key[: len(here)] == here for key in given):
             yield f"{'  ' * depth}{name}:"
@@ -100,12 +121,12 @@ def _example(name: str, info: FieldInfo) -> str:
     return _EXAMPLES[name] if info.is_required() else _yaml(info.get_default())
 
 
-def _line(name: str, info: FieldInfo, depth: int, given: str | None, *, live: bool = True) -> Iterator[str]:
-    indent = "  " * depth
+def _line(name: str, info: FieldInfo, depth: int, given: str | float | None, told: str | None = None) -> Iterator[str]:
+    indent, about = "  " * depth, told or _about(info)
     if given is not None:
-        yield from _commented(f"{indent}{name}: {_yaml(given)}", _about(info), indent)
+        yield from _commented(f"{indent}{name}: {_yaml(given)}", about, indent)
     else:
-        yield from _commented(f"{indent}# {name}: {_yaml(info.get_default())}", _about(info), indent)
+        yield from _commented(f"{indent}# {name}: {_yaml(info.get_default())}", about, indent)
 
 
 def _about(info: FieldInfo) -> str:

@@ -105,3 +105,17 @@ def test_json_schema() -> None:
     assert "string" in kinds(definitions["EvaluationSpec"]["properties"]["metrics"]["items"])
     for definition in definitions.values():
         assert definition.get("additionalProperties") is False, definition["title"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_can_be_held_out_by_a_live_line(method: str) -> None:
+    text = annotated_recipe(method, **GIVEN, eval_fraction=0.1)
+    recipe = parse_recipe(text, "annotated.yaml").recipe
+    data = short(method).data.model_copy(update={"eval_fraction": 0.1})
+    assert recipe == short(method).model_copy(update={"data": data})
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", "0.0002"), ("full", "2e-5"), ("prefix", "0.01")])
+def test_the_rate_is_the_method_s_own(method: str, rate: str) -> None:
+    words = " ".join(re.sub(r"[#\s]+", " ", annotated_recipe(method, **GIVEN)).split())
+    assert f"Default: {method}'s own, {rate}, higher for under 1000 updates." in words
