@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import typer
 import ftune
 from ftune.errors import FtuneError, Interrupted, LocatedDataError, RecipeError
 from ftune.heap import begin_again
+from ftune.run.signals import Interruptible
 from ftune.streams import outlive_reader
 
 if TYPE_CHECKING:
@@ -69,28 +71,42 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 def main() -> NoReturn:
     """Run the command line.
 
-    Exits 0, 1 (failed), 2 (the user's mistake), 3 (a plan that does not fit), 130 or 143 (interrupted).
+    Exits 0, 1 (failed), 2 (the user's mistake), 3 (a plan that does not fit), or 128 + a signal's number (interrupted).
     """
     # Rows of many lengths would cut a GPU's memory into pieces. Read when the first tensor goes there.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if sys.argv[1:2] == ["train"]:
         begin_again()
+    with Interruptible() as signals:
+        _run(signals)
+
+
+def _run(signals: Interruptible) -> NoReturn:
     try:
         code = app(standalone_mode=False, prog_name="ftune")
+        if signals.signal_number:  # typer takes the exception for itself
+            _leave(signals.signal_number)
+    except Interrupted as interrupted:
+        _tell(_paint(interrupted.render()), interrupted.exit_code)
+        _exit(interrupted.exit_code, together=interrupted.together)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(signals.signal_number or signal.SIGINT)
     except FtuneError as error:
+        if signals.signal_number:
+            _leave(signals.signal_number)
         # A recipe's reports are painted where they are made.
         text = error.render()
         _tell(text if isinstance(error, RecipeError) else _paint(text), error.exit_code)
-        _exit(error.exit_code, together=isinstance(error, Interrupted))
-    except (KeyboardInterrupt, typer.Abort):
-        _tell("interrupted", 130)
-        _exit(130)
+        _exit(error.exit_code)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)
     except Exception as error:
+        # A library that was interrupted at its import, say, makes another exception of it.
+        if signals.signal_number:
+            _leave(signals.signal_number)
         # typer's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)
         from ftune.scrub import scrub
@@ -101,6 +117,12 @@ def main() -> NoReturn:
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(number: int) -> NoReturn:
+    """End after a signal, of which no run was told; what was half written is gone by now."""
+    _tell("interrupted", 128 + number)
+    _exit(128 + number)
 
 
 def _exit(code: int, *, together: bool = False) -> NoReturn:
@@ -129,7 +151,7 @@ def _tell(text: str, code: int) -> None:
     """
     if not _launched():
         print(text, file=sys.stderr)
-    elif code in (130, 143):
+    elif code > 128:
         if os.environ.get("RANK") == "0":
             print(text, file=sys.stderr)
     else:

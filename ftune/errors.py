@@ -9,7 +9,7 @@
     ├── ModelError             2   a base model that cannot be found or cannot do what was asked
     ├── RunDirError            2   a run directory that is missing, unfinished or already taken
     ├── RunFailed              1   the run started and did not do what it promised
-    └── Interrupted      130/143   SIGINT or SIGTERM, after a checkpoint was saved
+    └── Interrupted      130/143   SIGINT or SIGTERM (129: SIGHUP); the message says what was kept
 
 A broken invariant of ftune's own is an ``AssertionError`` and keeps its traceback.
 """
@@ -104,15 +104,17 @@ class RunFailed(FtuneError):
 
 
 class Interrupted(FtuneError):
-    """A signal stopped the run after a checkpoint was saved.
+    """A signal stopped the run: after a checkpoint was saved, or at once.
 
     Args:
         message: What happened.
-        signal_number: 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
+        signal_number: 1 for SIGHUP, 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
         help: How to go on.
+        together: Whether all processes of a run agreed to stop here, so that they can take leave of each other.
     """
 
-    def __init__(self, message: str, *, signal_number: int, help: str | None = None) -> None:
+    def __init__(self, message: str, *, signal_number: int, help: str | None = None, together: bool = True) -> None:
         super().__init__(message, help=help)
+        self.together = together
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number

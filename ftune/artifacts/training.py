@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -163,11 +164,12 @@ def _train(
     }
     sinks: list[Sink] = []
     trackers: list[Guarded] = []
+    command = _command(loaded, world, choice, asked)
     clock = time.perf_counter()
     tally, forecaster = Tally(), Forecaster.of(plan)
-    status = "failed"
+    stop, status = StopRequest(), "failed"
     try:
-        with StopRequest() as stop:
+        with stop:
             model, optimizer = build(plan)
             loss = loss_of(before) if before is not None else None
             with _computing(model, plan):
@@ -258,11 +260,11 @@ def _train(
             status = "finished"
     except Interrupted as interrupted:
         status = "interrupted"
-        interrupted.help = f"continue with `{_command(loaded, world, choice, asked)} --resume`"
+        interrupted.help = f"continue with `{command} --resume`"
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as at_once:
         status = "interrupted"
-        raise
+        raise _stopped_at_once(stop, run if sinks else None, plan, command) from at_once
     except OSError as error:
         record["error"] = str(error)
         raise _unwritten(error) from error
@@ -322,6 +324,26 @@ def _command(loaded: Loaded, world: int, choice: EngineChoice, asked: _Asked) ->
     words += [f"--engine {choice.name}"] if choice.name != "ddp" else []
     words += ["--auto-batch"] if asked.auto_batch else []
     return " ".join(words)
+
+
+def _stopped_at_once(stop: StopRequest, run: RunDir | None, plan: Plan, command: str) -> Interrupted:
+    """What to say where a run was stopped in the midst of something: what it kept, and how to go on.
+
+    Args:
+        stop: Knows the signal and the step.
+        run: Where checkpoints are; None where the run had not begun.
+        plan: The run's.
+        command: How it was started.
+    """
+    number = stop.signal_number or signal.SIGINT
+    if run is None:
+        help = f"`{command}` starts it"
+        return Interrupted("stopped before training began", signal_number=number, help=help, together=False)
+    steps = Checkpoints(run.checkpoints, plan.recipe.checkpoint.keep).steps()
+    kept = f"kept: the checkpoint after step {steps[-1]}" if steps else "there is no checkpoint yet"
+    where = f" in step {stop.step} of {plan.total_steps}" if stop.step else " before the first step"
+    again = f"continue with `{command} --resume`" + ("" if steps else ", which begins at step 0")
+    return Interrupted(f"stopped at once{where}; {kept}", signal_number=number, help=again, together=False)
 
 
 def _end(sink: Sink, event: RunEnd) -> None:

@@ -175,7 +175,7 @@ def _report(failure: Failure) -> int:
             help="continue from the last checkpoint with --resume",
         )
         print(error.render(), file=sys.stderr)
-    elif code not in (130, 143):  # of an interruption process 0 has told
+    elif code not in (129, 130, 143):  # of an interruption process 0 has told
         print(FtuneError(f"process {failure.rank} ended with exit code {code}").render(), file=sys.stderr)
     return code
 

@@ -117,6 +117,7 @@ class Loop:
         by_length = self.progress.setdefault("by_length", not (recipe.packing or self.objective.flat))
         wrapped.train()
         for step in range(start, plan.total_steps):
+            self.stop.step, self.stop.doing = step + 1, "this step, then saving"
             began = time.perf_counter()
             epoch, index = divmod(step, plan.steps_per_epoch)
             if epoch != order_of:
@@ -204,11 +205,19 @@ class Loop:
         """Evaluate and save when due, and stop when asked."""
         recipe, final = self.plan.recipe, step == self.plan.total_steps
         stopping = self._stop_signal()
+        if final:
+            self.stop.doing = "what is left: the last evaluation, and saving the result"
         # Saved first: what goes wrong in an evaluation must not cost the run.
-        if final or stopping or _due(step, recipe.checkpoint.every_steps):
+        saved = bool(final or stopping or _due(step, recipe.checkpoint.every_steps))
+        if saved:
             self.save(step)
         if self.plan.eval_rows and (final or (not stopping and _due(step, recipe.evaluation.every_steps))):
+            if not final:
+                self.stop.doing = "this evaluation, then saving"
             self.evaluate(step)
+            stopping = self._stop_signal()
+            if stopping and not saved:
+                self.save(step)
         if stopping and not final:
             raise Interrupted(f"stopped after step {step} of {self.plan.total_steps}", signal_number=stopping)
 

@@ -16,6 +16,7 @@ from ftune.artifacts.effect import effect_of, trend
 from ftune.artifacts.report import training_summary
 from ftune.artifacts.training import train
 from ftune.cli import main
+from ftune.errors import Interrupted
 from ftune.run.loop import Loop
 
 TRAINING = {"steps": 40, "epochs": 6.0, "learning_rate": 1e-3}
@@ -93,7 +94,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_measures_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_gradients", fail)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             train(tiny.recipe(tmp_path))
     record = train(tiny.recipe(tmp_path), resume=True)
     assert [event["step"] for event in tiny.events(tmp_path / "run", "eval")] == [0, 4]

@@ -160,7 +160,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tmp_path: Path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(training.Loop, "evaluate", dies)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             train(loaded)
     train(loaded, resume=True)
     runs = [[(e["step"], e["loss"]) for e in tiny.events(tmp_path / run, "eval")] for run in ("whole", "run")]
