@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
 from ftune.ops.kernels import has_fused, refuse_fused
+from ftune.plan.documents import apart, packing_error
 from ftune.plan.lean import PER_DOCUMENT, make_lean
 from ftune.plan.resolve import Plan
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
-from ftune.run.objective import Objective, packing_error
+from ftune.run.objective import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +77,7 @@ def _probe_packing(plan: Plan, model: nn.Module) -> bool:
     if not plan.recipe.method.packable:
         return False
     leak, shift, rounding = packing_error(model, plan.context.dtype, plan.context.device, plan.shape.vocab)
-    isolates = leak <= 1e-4 and shift <= 4 * rounding + 1e-4
+    isolates = apart(leak, shift, rounding)
     if not isolates and any(len(row) > 1 for row in plan.rows):
         raise ModelError(
             f"{plan.shape.model_type} does not keep packed documents apart: the document before changes the logits "

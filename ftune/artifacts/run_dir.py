@@ -160,7 +160,7 @@ class RunDir:
         """
         began, blocks = self.recipe(), {}
         recipe = repinned(recipe, self.read().get("pinned", {}))
-        for block in ("model", "training", "optimizer"):
+        for block in ("model", "data", "training", "optimizer"):
             now, then = getattr(recipe, block), getattr(began, block)
             fields = [name for name in type(now).model_fields if getattr(now, name) == "auto"]
             fields += [name for name in _CHOSEN.get(block, ()) if getattr(now, name) is None]

@@ -74,7 +74,7 @@ class LongLora(LowRank):
         """Yield another attention, rows that are never longer than a group, and a scaling without a length."""
         yield from super().problems(recipe)
         attention, max_length = recipe.model.attention, recipe.data.max_length
-        if attention != "sdpa":
+        if attention not in ("auto", "sdpa"):
             yield Problem(
                 ("model", "attention"),
                 f"`longlora` brings its own attention, which computes as sdpa does; `{attention}` has no groups",

@@ -14,6 +14,7 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Method
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods._whole import quiet
+from ftune.plan.attention import settle_attention
 from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.missing import check_files, require_whole
@@ -220,12 +221,16 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
 
     located = locate_model(spec)
     check_causal(spec)
+    attention: str = spec.attention
+    if attention == "auto":  # a recipe that no plan was made of
+        built = build_on_meta(configured(spec, method), trust_remote_code=spec.trust_remote_code)
+        attention, _ = settle_attention(spec, method, built)
     quantization = method.quantization_config(dtype)
     where, source = located.path_or_id, _source(spec, located)
     settings: dict[str, Any] = {
         "config": configured(spec, method),
         "dtype": method.base_dtype(dtype),
-        "attn_implementation": method.attention(spec.attention),
+        "attn_implementation": method.attention(attention),
         # Told below by the tensors' names; transformers itself would fill them in.
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,

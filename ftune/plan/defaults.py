@@ -44,7 +44,7 @@ class Choice:
     """
 
     field: str
-    value: float
+    value: float | str | bool
     why: str
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftune.available import available_bytes, least_of_all, on_empty_gpu
 from ftune.data.batches import padded_length
@@ -22,16 +22,18 @@ from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.advice import certain
+from ftune.plan.attention import settle_attention
 from ftune.plan.base_model import check_causal, check_weights, choose_device, configured, load_base, load_tokenizer
 from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
+from ftune.plan.documents import may_keep_apart, settle_packing
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
-from ftune.plan.shapes import read_shape
+from ftune.plan.shapes import build_on_meta, shape_of
 from ftune.plan.slow import slower_here
 from ftune.plan.summary import summary_of
 from ftune.recipe.locate import locate_model
@@ -184,12 +186,20 @@ def resolve(
     require_engine(recipe, engine)
     dtype = choose_dtype(recipe.model.dtype, device, target)
     slower = slower_here(recipe, device, target)
+    packing = recipe.data.packing
     recipe = written_out(recipe, dtype)
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
     notes: tuple[str, ...] = ()
     if sizes is None:
         check_causal(recipe.model)
         notes = check_weights(recipe.model, download=False)
+    sized = recipe.model
+    if sizes is not None:
+        sized = sized.model_copy(update={"id": str(sizes), "gguf_file": None, "revision": None})
+    config = configured(sized, recipe.method)
+    built = build_on_meta(config, trust_remote_code=recipe.model.trust_remote_code)
+    shape = shape_of(built)
+    recipe, chosen = _settled_by_architecture(recipe, packing, config, built)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
     recipe = recipe.model_copy(update={"data": pin_data(recipe.data, splits)})
@@ -212,11 +222,6 @@ def resolve(
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total_steps)
 
-    sized = recipe.model
-    if sizes is not None:
-        sized = sized.model_copy(update={"id": str(sizes), "gguf_file": None, "revision": None})
-    config = configured(sized, recipe.method)
-    shape = read_shape(config, trust_remote_code=recipe.model.trust_remote_code)
     lengths = row_lengths(splits.train, rows)
 
     context = context_of(
@@ -232,6 +237,7 @@ def resolve(
 
     fp32_on_cuda = dtype.itemsize == 4 and (target is not None or device.type == "cuda")
     flat = not fp32_on_cuda and _needs_no_mask(recipe, shape, longest=max(map(len, splits.train.examples)))
+    flat = flat and may_keep_apart(config, recipe)
     # Tried here only: of a device that is not, it is taken for granted.
     fused = target is not None or device.type != "cuda" or _has_fused()
 
@@ -307,10 +313,32 @@ def resolve(
         sizes=sizes,
         engine=engine,
         target=target,
-        choices=length.choices + rate_chosen,
+        choices=length.choices + rate_chosen + chosen,
         slower=slower,
         notes=notes,
     )
+
+
+def _settled_by_architecture(
+    recipe: Recipe, packing: bool | Literal["auto"], config: Any, built: Any
+) -> tuple[Recipe, tuple[Choice, ...]]:
+    """The recipe with attention and packing as this architecture can do them.
+
+    Args:
+        recipe: Written out.
+        packing: As the recipe was written.
+        config: The model's configuration.
+        built: The model on the meta device.
+
+    Raises:
+        ModelError: It cannot do what the recipe asks for.
+    """
+    attention, attention_chosen = settle_attention(recipe.model, recipe.method, built)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": attention})})
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packing})})
+    packs, packing_chosen = settle_packing(asked, config)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packs})})
+    return recipe, attention_chosen + packing_chosen
 
 
 def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) -> None:
@@ -327,11 +355,6 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
             help="leave out `quantization`, or take another model",
         )
     text = config.get_text_config()
-    if recipe.model.attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
-        raise ModelError(
-            f"{config.model_type} caps its attention scores, which `attention: sdpa` cannot do",
-            help="set `attention: eager` in the model block",
-        )
     experts = next(
         (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if _many(text, name)), None
     )

@@ -33,12 +33,13 @@ def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
     return shape_of(build_on_meta(config, trust_remote_code=trust_remote_code))
 
 
-def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
+def build_on_meta(config: Any, *, trust_remote_code: bool = False, attention: str | None = None) -> Any:
     """Build the causal language model that a configuration describes, without weights.
 
     Args:
         config: A ``transformers.PretrainedConfig``; it is not changed.
         trust_remote_code: As of ``read_shape``.
+        attention: The implementation to build it with; None: what transformers takes for this architecture.
 
     Raises:
         ModelError: As ``read_shape``.
@@ -49,8 +50,9 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
         with torch.device("meta"), warnings.catch_warnings():
             # warnings about initial values are void where there are no values
             warnings.simplefilter("ignore")
+            asked = {} if attention is None else {"attn_implementation": attention}
             # False is said as well: left unsaid, transformers asks the user at the terminal
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **asked)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         help = "use a decoder that transformers' AutoModelForCausalLM knows"
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):

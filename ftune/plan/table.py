@@ -173,7 +173,9 @@ def _optimizer(training: dict[str, Any]) -> Iterator[str]:
 def _chosen(training: dict[str, Any]) -> Iterator[str]:
     """What the recipe left out; to keep a value, it is written into the recipe as it stands here."""
     for choice in training.get("chosen") or []:
-        yield f"{choice['field'].rpartition('.')[2]} {choice['value']:g} ({choice['why']})"
+        value = choice["value"]
+        shown = str(value).lower() if isinstance(value, bool) else _setting(value)
+        yield f"{choice['field'].rpartition('.')[2]} {shown} ({choice['why']})"
 
 
 def _recomputed(training: dict[str, Any]) -> Iterator[str]:

@@ -68,7 +68,9 @@ class ModelSpec(_Block):
         "auto",
         description="What the model computes in. auto: bfloat16 where the device is fast in it, else float32.",
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Implementation of attention.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Implementation of attention. auto: sdpa where the architecture has it, else eager."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you must.")
 
 

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from ftune.methods._head import plain_head
 from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
-from ftune.ops.kernels import TRIAL_TOKENS
 from ftune.run.fused_loss import fused_cross_entropy, fused_pays
 from ftune.run.head import AfterHead, HeadTap, autocast, measure_after_head
 
 if TYPE_CHECKING:
     from ftune.data.batches import Batch
 
-__all__ = ["Objective", "autocast", "packing_error"]
+__all__ = ["Objective", "autocast"]
 
 
 class Objective(nn.Module):
@@ -112,47 +111,3 @@ class Objective(nn.Module):
             self._after_head = measure_after_head(self.model, self.dtype, device)
             self._measured = True
         return self._after_head
-
-
-@torch.no_grad()
-def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vocab: int) -> tuple[float, float, float]:
-    """How much a packed document depends on its neighbour, and on standing behind it.
-
-    Args:
-        model: A causal model; left in training mode if it was.
-        dtype: What it computes in.
-        device: Where it is.
-        vocab: Size of its vocabulary, from which three short documents are made.
-
-    Returns:
-        Mean changes of one document's logits, as shares of their standard deviation: when the document before it is
-        another one (same shapes, so 0 where documents are isolated); when there is none before it; and, as the
-        measure of rounding between these shapes, when it stands first in a row of that length.
-    """
-    length = TRIAL_TOKENS // 6  # three rows of two documents, or six of one
-    ids = torch.arange(3 * length, device=device) * 7919 % vocab
-    first, other, probe = ids.chunk(3)
-    places = torch.arange(length, device=device)
-
-    def logits(rows: list[list[Tensor]]) -> Tensor:
-        """Logits (B, L, V) of rows of documents, as many and as long in each row."""
-        inputs: dict[str, Any] = {"input_ids": torch.stack([torch.cat(row) for row in rows]), "use_cache": False}
-        if len(rows[0]) > 1:
-            inputs["position_ids"] = torch.cat([places] * len(rows[0])).repeat(len(rows), 1)
-        with autocast(dtype, device.type):
-            found: Tensor = model(**inputs).logits.float()
-        return found
-
-    was_training = model.training
-    model.eval()
-    try:
-        # In one batch: a forward pass costs as much for three short rows as for one.
-        packed = logits([[first, probe], [other, probe], [probe, other]])
-        behind, behind_other, in_front = packed[0, length:], packed[1, length:], packed[2, :length]
-        alone = logits([[probe]] * 6)[0]
-    finally:
-        model.train(was_training)
-    spread = alone.std()
-    leak, shift, rounding = ((a - b).abs().mean() / spread for a, b in
-                             ((behind, behind_other), (behind, alone), (in_front, alone)))  # fmt: skip
-    return float(leak), float(shift), float(rounding)

@@ -95,7 +95,7 @@ def test_the_configuration_is_a_copy(tmp_path: Path) -> None:
 def test_what_an_architecture_cannot_do_is_refused_by_name(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    loaded = tiny.recipe(tmp_path)
+    loaded = tiny.recipe(tmp_path, model={"attention": "sdpa"})
     sizes = {name: value for name, value in tiny.config().to_dict().items() if isinstance(value, int)}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | change)).save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=str(change["model_type"])) as refused:
