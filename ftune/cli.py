@@ -282,30 +282,30 @@ def init(
 @app.command()
 def validate(
     recipe: RecipePath,
-    data: Annotated[bool, typer.Option("--data", help="Show three examples, trained tokens apart.")] = False,
+    data: Annotated[
+        bool | None,
+        typer.Option("--data/--no-data", help="Show three examples too; or check the recipe alone, without its data."),
+    ] = None,
+    row: Annotated[
+        list[int] | None, typer.Option("--row", metavar="N", min=1, help="Show row N as it is trained. Repeatable.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a recipe: every mistake at once, each with its place."""
+    """Check a recipe and its data: all mistakes at once, each with its place."""
+    if data is False and row:
+        raise FtuneError("--row needs the data: leave out --no-data")
     loaded = _load(recipe, overrides)
-    if data:
-        with _located(loaded):
-            _show_data(loaded.recipe)
-    if as_json:
-        _print_json({"valid": True, "recipe": loaded.recipe.model_dump(mode="json")})
-    elif not data:
-        print(f"{recipe}: valid ({loaded.recipe.method.name} on {loaded.recipe.model.id})")
+    checked = {"valid": True, "recipe": loaded.recipe.model_dump(mode="json")}
+    name = f"{recipe}: valid ({loaded.recipe.method.name} on {loaded.recipe.model.id})"
+    if data is not False:
+        with _libraries(), _located(loaded):
+            from ftune.artifacts.validation import validated
 
-
-def _show_data(recipe: Any) -> None:
-    with _libraries():
-        from ftune.data.show import show_examples
-        from ftune.data.tokenize import load_splits
-        from ftune.plan.base_model import load_tokenizer
-
-        tokenizer = load_tokenizer(recipe.model)
-        splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
-        print(show_examples(splits.train, tokenizer, 3, color=_color(sys.stdout)))
+            said = validated(loaded.recipe, rows=row or (), examples=3 if data else 0, color=_color(sys.stdout))
+        checked |= {"data": said.counts, "shown": list(said.shown)}
+        name = "\n".join([*said.shown, name, *said.told])
+    _print_json(checked) if as_json else print(name)
 
 
 @app.command()

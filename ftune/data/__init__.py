@@ -23,5 +23,6 @@
     notes     what was cut, lost or left out, in words
     packing   lengths → which documents share a row
     batches   order of the rows, micro-batches, tensors
+    check     all that is wrong with the rows of a recipe
     show      examples for a terminal, trained tokens apart from masked ones
 """

@@ -38,8 +38,10 @@ __all__ = [
     "Split",
     "Splits",
     "Stats",
+    "encoder_for",
     "generation_items",
     "load_splits",
+    "template_for",
     "tokenize_split",
     "too_long_of",
 ]
@@ -177,7 +179,7 @@ def tokenize_split(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: DataSpe
         DataError: A slow tokenizer, rows that do not fit, rows too long under ``too_long: error``, or nothing
             left to train on.
     """
-    template = _template(tokenizer, spec, format, rows)
+    template = template_for(tokenizer, spec, format, rows)
     settings = spec.model_dump(mode="json", include={"max_length", "train_on"})
     settings |= {"format": format, "too_long": too_long_of(spec, format)}
     key = token_cache.key_of(rows, tokenizer, template, settings)
@@ -194,7 +196,7 @@ def _tokenized(
 ) -> tuple[Examples, Stats]:
     """The examples and their counts."""
     records = convert(rows, format, chat_template=template is not None)
-    encoder = _encoder(tokenizer, template, spec, format)
+    encoder = encoder_for(tokenizer, template, spec, format)
     try:
         parts = list(encode_all(encoder, records))
     except RowError as error:
@@ -258,8 +260,8 @@ def generation_items(
             help="remove `evaluation.metrics`, or use another format for data.eval",
         )
     rows = rows.select(rows.numbers[:limit])
-    template = _template(tokenizer, spec, format, rows)
-    encoder = _encoder(tokenizer, template, spec, format)
+    template = template_for(tokenizer, spec, format, rows)
+    encoder = encoder_for(tokenizer, template, spec, format)
     prompts: list[str] = []
     references: list[Answer] = []
     specials = tuple(special_tokens(tokenizer))
@@ -310,8 +312,12 @@ def too_long_of(spec: DataSpec, format: Format) -> Literal["truncate", "skip", "
 # --- inside ---
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format, rows: Rows) -> ChatTemplate | None:
-    """The chat template, where the format has a use for one."""
+def template_for(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format, rows: Rows) -> ChatTemplate | None:
+    """The chat template, where the format has a use for one.
+
+    Raises:
+        DataError: A slow tokenizer, or no template where the format needs one.
+    """
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer {type(tokenizer).__name__} is slow: it does not say where in the text its tokens "
@@ -329,9 +335,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, format: Format
     return template
 
 
-def _encoder(
+def encoder_for(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, spec: DataSpec, format: Format
 ) -> Encoder:
+    """What turns records into token ids as the recipe asks."""
     return Encoder(
         tokenizer,
         template,
