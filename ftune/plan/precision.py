@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ftune.plan.devices import Device
 
-__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "seconds_of"]
+__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "matmul_speed", "seconds_of"]
 
 CAPS = (
     "ATEN_CPU_CAPABILITY",
@@ -199,10 +199,22 @@ def choose_dtype(name: str, device: torch.device, target: Device | None = None) 
 
 
 def bf16_speedup(device: torch.device) -> float:
-    """How many times faster than float32 this device multiplies in bfloat16; 0 where torch cannot.
+    """How many times faster than float32 this device multiplies in bfloat16; 0 where torch cannot."""
+    seconds, _ = _matmul_seconds(device)
+    return seconds["float32"] / seconds["bfloat16"]
 
-    The three matmuls of a linear layer in training (forward, gradient of the input, gradient of the weight), for
-    256 tokens and a width of 768; on a GPU 2,048 and 2,048, which keep all of it busy.
+
+def matmul_speed(dtype: str, device: torch.device) -> float:
+    """Floating-point operations a second of matmuls in a dtype, float32 or bfloat16; 0 where torch cannot."""
+    seconds, flops = _matmul_seconds(device)
+    return flops / seconds[dtype]
+
+
+def _matmul_seconds(device: torch.device) -> tuple[dict[str, float], float]:
+    """Seconds by dtype, and floating-point operations, of the three matmuls of a linear layer in training.
+
+    They are those of the forward pass, the gradient of the input and the gradient of the weight, for 256 tokens and a
+    width of 768; on a GPU 2,048 and 2,048, which keep all of it busy.
     """
     tokens, width = (256, 768) if device.type == "cpu" else (2048, 2048)
     key = f"matmuls-{tokens}x{width}"
@@ -210,7 +222,7 @@ def bf16_speedup(device: torch.device) -> float:
         key = f"{key}-{_accelerator(device)}"
     dtypes = ("float32", "bfloat16")
     seconds = seconds_of(key, {dtype: _matmuls(dtype, tokens, width, device) for dtype in dtypes})
-    return seconds["float32"] / seconds["bfloat16"]
+    return seconds, 3 * 2.0 * tokens * width * width
 
 
 def _accelerator(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from ftune.data.notes import notes_of
 from ftune.data.overlap import told
 from ftune.plan.advice import what_to_change
 from ftune.plan.defaults import few_updates
+from ftune.plan.duration import duration_of
 from ftune.plan.memory import stored_bytes
 from ftune.plan.sharding import communication, on_host
 
@@ -88,6 +89,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "recomputed_because": plan.recomputed.why,
             "chosen": [asdict(choice) for choice in plan.choices],
         },
+        "time": duration_of(plan),
         "memory": plan.memory.as_dict(),
         **({"ranks": _ranks(plan)} if plan.world_size > 1 else {}),
         "device": {

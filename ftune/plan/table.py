@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from ftune.human import bytes_text
+from ftune.human import bytes_text, time_text
 from ftune.plan.memory import ITEMS
 
 __all__ = ["render_plan"]
@@ -66,6 +66,7 @@ def _sections(plan: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         ("recomputed", _recomputed(plan.get("training") or {})),
         ("ranks", _ranks(plan.get("ranks") or {})),
         ("device", _device(plan)),
+        ("time", _time(plan.get("time") or {}, plan.get("device") or {})),
     ):
         texts = [phrase for phrase in phrases if phrase]
         if texts:
@@ -214,6 +215,19 @@ def _ranks(ranks: dict[str, Any]) -> Iterator[str]:
             "read through the host's memory" if ranks["through_host"] else f"whole on each rank, {bytes_text(loading)}"
         )
         yield f"before it is shared out the model is {where}"
+
+
+def _time(time: dict[str, Any], device: dict[str, Any]) -> Iterator[str]:
+    if not time:
+        return
+    parts = [f"updates {time_text(time['training'])}"]
+    if count := time["evaluations"]:
+        parts.append(f"{count} evaluations {time_text(time['evaluation'])}")
+    kind = {"cpu": "CPU", "cuda": "GPU"}.get(device.get("type") or "", "device")
+    yield (
+        f"about {time_text(time['seconds'])} ({', '.join(parts)}), from this {kind}'s measured speed in matmuls: "
+        "right to a factor of two where nothing else runs"
+    )
 
 
 def _memory(plan: dict[str, Any], width: int) -> list[str]:
