@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
-from ftune.plan.base_model import choose_device, load_base
+from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
+from ftune.plan.quantized import as_stored
 from ftune.plan.resolve import Plan, written_out
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe
@@ -50,6 +51,7 @@ def find_target(path: Path) -> Target:
     run.artifact(trained)
     recipe = run.as_begun(recipe)
     asked = written_out(recipe, choose_dtype(recipe.model.dtype, choose_device()))
+    asked = as_stored(asked, load_config(asked.model))
     for block in ("model", "method", "data"):
         if getattr(asked, block) != getattr(trained, block):
             raise RunDirError(

@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
-from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods._whole import quiet
 from ftune.plan.attention import settle_attention
 from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.missing import check_files, require_whole
+from ftune.plan.quantized import (
+    adopt_4bit,
+    dense_of_8bit,
+    forget_quantization,
+    keep_packed,
+    leave_file,
+    quantize,
+    stored_bits,
+)
 from ftune.plan.shapes import build_on_meta
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
@@ -236,8 +244,9 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
         "ignore_mismatched_sizes": True,
     }
     with explained(spec, "weights"), quiet(reports=False):
-        dense = None
+        dense = bits = None
         if not located.gguf_file:
+            bits = stored_bits(settings["config"], spec.id)
             check_weights(spec)
         if located.gguf_file:
             plain = settings | {"config": load_config(spec)}
@@ -250,8 +259,10 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
             else:
                 where, source = str(kept), {}
         if dense is None:
-            if quantization is not None:
-                settings |= {"quantization_config": quantization, "device_map": {"": device}}
+            if quantization is not None and bits is None:
+                settings["quantization_config"] = quantization
+            if quantization is not None or bits is not None:
+                settings["device_map"] = {"": device}
             loaded = None if spec.trust_remote_code else load_cast(where, source.get("revision"), settings)
             if loaded is None:
                 if not safetensors_files(where, source.get("revision")):
@@ -264,17 +275,22 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
                     f"`{spec.id}` holds an adapter beside a model, which transformers puts onto it",
                     help="take a revision without adapter_config.json, or a model that it is merged into",
                 )
-        else:
+            if bits == 4:
+                adopt_4bit(model, method, dtype)
+            elif bits == 8:
+                dense = dense_of_8bit(model, settings["dtype"])
+        if dense is not None:
             model = dense
             if quantization is not None:
                 quantize(model, quantization, device)
-    if quantization is not None and device.type == "cpu":  # elsewhere nothing lies in the file
-        _leave_file(model)
+    packed = quantization is not None or bits == 4
+    if packed and device.type == "cpu":  # elsewhere nothing lies in the file
+        leave_file(model)
     model.config.name_or_path = located.path_or_id
     keep_packed(model)
     model.config.use_cache = False
     model.requires_grad_(False)
-    if quantization is None:
+    if not packed:
         # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
         model.to(device)
     if _small_leaks(spec) is None:
@@ -285,7 +301,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
 def check_weights(spec: ModelSpec, *, download: bool = True) -> tuple[str, ...]:
     """Hold that the files of a base model have all of its weights, before they are loaded.
 
-    Of a GGUF file, of a model's own code, and of weights that are stored quantized, that shows only once they are.
+    Of a GGUF file and of a model's own code that shows only once they are.
 
     Args:
         spec: The recipe's model block.
@@ -298,8 +314,7 @@ def check_weights(spec: ModelSpec, *, download: bool = True) -> tuple[str, ...]:
         ModelError: Names what is missing, of another shape, damaged, or not there at all.
     """
     located = locate_model(spec)
-    quantized = getattr(_read_config(spec), "quantization_config", None) is not None
-    if located.gguf_file or spec.trust_remote_code or quantized:
+    if located.gguf_file or spec.trust_remote_code:
         return ()
     with explained(spec, "weights"):
         files = safetensors_files(located.path_or_id, located.revision, download=download)
@@ -314,7 +329,14 @@ def check_weights(spec: ModelSpec, *, download: bool = True) -> tuple[str, ...]:
 @functools.cache
 def _checked(spec: ModelSpec, files: tuple[Path, ...], state: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
     """Looked at once a process, by the plan and by what loads the weights, unless the files changed between."""
-    return check_files(files, build_on_meta(load_config(spec)), spec.id)
+    config = load_config(spec)
+    bits = stored_bits(config, spec.id)
+    if bits is not None:
+        del config.quantization_config
+    notes = check_files(files, build_on_meta(config), spec.id, packed=bits is not None)
+    if bits == 8:
+        notes += (f"{spec.id} is stored in 8 bits, and dequantized as it is loaded: each weight takes `model.dtype`",)
+    return notes
 
 
 def _refuse_others(spec: ModelSpec, located: Located) -> NoReturn:
@@ -330,31 +352,8 @@ def _refuse_others(spec: ModelSpec, located: Located) -> NoReturn:
     raise ModelError(f"`{spec.id}` has no safetensors weights, and ftune reads no pickle", help=SAFETENSORS_HELP)
 
 
-def _leave_file(model: nn.Module) -> None:
-    """Copy the weights that are not quantized: one that still lies in the mapped file keeps all of it resident."""
-    import torch
-
-    for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:
-            parameter.data = parameter.data.clone()
-
-
-def keep_packed(model: nn.Module) -> None:
-    """Keep 4-bit weights as they are packed.
-
-    On CPUs with AVX512-BF16 the first evaluation forward repacks them in place, after which training loses
-    gradients and dequantizing returns garbage.
-    """
-    for module in model.modules():
-        if is_4bit(module):
-            cast(Any, module).support_avx512bf16_for_cpu = False
-
-
 def _dequantized(spec: ModelSpec, path_or_id: str, settings: dict[str, Any]) -> Any:
-    """Read a GGUF file as a dense model. One call cannot both do this and quantize to NF4.
-
-    The traces of the file are dropped: dequantized, the model is an ordinary one that can be saved.
-    """
+    """Read a GGUF file as a dense model. One call cannot both do this and quantize to NF4."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     model: Any
@@ -362,46 +361,4 @@ def _dequantized(spec: ModelSpec, path_or_id: str, settings: dict[str, Any]) -> 
         path_or_id, quantization_config=GgufConfig(dequantize=True), **settings
     )
     require_whole(found, model, spec.id)
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, None)
-    model.is_quantized = False
-    return model
-
-
-def quantize(model: Any, config: Any, device: torch.device) -> None:
-    """Quantize the projections inside the blocks of a dense model in place, as ``from_pretrained`` would.
-
-    Args:
-        model: A dense transformers model; its dtype is the one NF4 is taken from.
-        config: A ``BitsAndBytesConfig``.
-        device: Where the quantized layers go.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for linear in list_linears(model):
-        layer = model.get_submodule(linear.name)
-        packed = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=config.bnb_4bit_compute_dtype,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-            quant_type=config.bnb_4bit_quant_type,
-            device="meta",
-        )
-        packed.weight = Params4bit(
-            layer.weight.data,
-            requires_grad=False,
-            quant_type=config.bnb_4bit_quant_type,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-        )
-        packed.bias = layer.bias
-        parent, _, leaf = linear.name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed.to(device))
-    model.to(device)
-    model.is_loaded_in_4bit = True
-    model.is_quantized = True
-    model.config.quantization_config = config
+    return forget_quantization(model)

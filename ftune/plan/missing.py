@@ -60,13 +60,14 @@ def _damage(file: Path, error: Exception) -> str:
     return f"is damaged, or cut short at {file.stat().st_size} bytes ({error})" if file.exists() else f"{error}"
 
 
-def check_files(files: Iterable[Path], hollow: nn.Module, name: str) -> tuple[str, ...]:
+def check_files(files: Iterable[Path], hollow: nn.Module, name: str, *, packed: bool = False) -> tuple[str, ...]:
     """Hold that safetensors files have every weight of a model, in its shape and unquantized.
 
     Args:
         files: The checkpoint's.
         hollow: The model, on the meta device; it is not changed.
         name: The model's, for messages.
+        packed: Whether bitsandbytes stored it in 4 or 8 bits.
 
     Returns:
         What to tell the user: tensors that the model does not use.
@@ -77,6 +78,8 @@ def check_files(files: Iterable[Path], hollow: nn.Module, name: str) -> tuple[st
     import torch
 
     headers = read_headers(files)
+    if packed:
+        headers = _unpacked(headers)
     _refuse_scaled(headers, name)
     model: Any = hollow
     tensors = {
@@ -145,6 +148,38 @@ def require_whole(found: dict[str, Any], model: Any, name: str) -> None:
     )
 
 
+def _unpacked(headers: dict[str, Header]) -> dict[str, Header]:
+    """What the tensors are that bitsandbytes packed, each with its scales beside it; others as they are.
+
+    Without its scales a tensor stays what it is, and is refused as such.
+    """
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    found = dict(headers)
+    for name in headers:
+        weight, mark, _ = name.partition(".quant_state.bitsandbytes__")
+        if mark and {weight, f"{weight}.absmax", f"{weight}.quant_map"} <= headers.keys():
+            file = headers[name][0]
+            try:
+                with safe_open(file, framework="pt", backend="pread") as opened:
+                    state = json.loads(bytes(opened.get_tensor(name).tolist()))
+                nested = "nested_offset" not in state or f"{weight}.nested_absmax" in headers
+                shape = tuple(int(size) for size in state["shape"])
+            except (SafetensorError, ValueError, KeyError, TypeError):
+                continue
+            if nested:
+                found[weight] = (headers[weight][0], "F32", shape)
+                for key in [key for key in headers if key.startswith(f"{weight}.")]:
+                    found.pop(key, None)
+        elif name.endswith(".SCB") and (weight := f"{name.removesuffix('.SCB')}.weight") in headers:
+            found[weight] = (headers[weight][0], "F32", headers[weight][2])
+            found.pop(name)
+            found.pop(f"{weight}_format", None)
+    return found
+
+
 def _refuse_scaled(headers: dict[str, Header], name: str) -> None:
     """Refuse weights in a dtype that means nothing without its scales, where config.json does not speak of any."""
     scaled = {
@@ -155,8 +190,8 @@ def _refuse_scaled(headers: dict[str, Header], name: str) -> None:
     if scaled:
         dtypes = ", ".join(sorted(set(scaled.values())))
         raise ModelError(
-            f"the files of `{name}` hold {_counted(scaled, 'weight')} in {dtypes}, and config.json has no "
-            "quantization_config that says how they are scaled",
+            f"the files of `{name}` hold {_counted(scaled, 'weight')} in {dtypes}, and do not say how they are "
+            "scaled (config.json: quantization_config)",
             help="take the model in bfloat16, float16 or float32",
         )
 

@@ -23,7 +23,15 @@ from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.advice import certain
 from ftune.plan.attention import settle_attention
-from ftune.plan.base_model import check_causal, check_weights, choose_device, configured, load_base, load_tokenizer
+from ftune.plan.base_model import (
+    check_causal,
+    check_weights,
+    choose_device,
+    configured,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
 from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.documents import may_keep_apart, settle_packing
@@ -32,6 +40,7 @@ from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
+from ftune.plan.quantized import as_stored
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
 from ftune.plan.shapes import build_on_meta, shape_of
 from ftune.plan.slow import slower_here
@@ -191,6 +200,8 @@ def resolve(
     recipe = recipe.model_copy(update={"model": pin_model(recipe.model)})
     notes: tuple[str, ...] = ()
     if sizes is None:
+        recipe = as_stored(recipe, load_config(recipe.model))
+        require_engine(recipe, engine)
         check_causal(recipe.model)
         notes = check_weights(recipe.model, download=False)
     sized = recipe.model

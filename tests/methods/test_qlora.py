@@ -16,7 +16,8 @@ from ftune.artifacts.training import train
 from ftune.methods import METHODS, OptimizerSpec
 from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods.quantization import Quantization
-from ftune.plan.base_model import keep_packed, load_base, quantize
+from ftune.plan.base_model import load_base
+from ftune.plan.quantized import keep_packed, quantize
 from ftune.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")

@@ -168,7 +168,7 @@ def test_weights_that_need_scales_are_refused(dtype: torch.dtype, tmp_path: Path
     directory = edit(
         tiny.model_dir(tmp_path / "m"), lambda weights: weights.update({DOWN: (weights[DOWN] * 9).to(dtype)})
     )
-    assert "no quantization_config" in refused(directory).message
+    assert "do not say how they are scaled" in refused(directory).message
 
 
 def mixture(path: Path) -> Path:
