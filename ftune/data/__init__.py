@@ -10,6 +10,8 @@
     turns     a turn as any tool writes it → a message
     formats   Rows → Conversation or Plain, or an error that names the rows that do not fit
     chat      chat templates, and Conversation → text
+    calls     tool calls in the form that a template takes
+    unrendered  what a row says and a template does not show
     weights   which turns a row wants trained
     spans     Conversation → text and the character spans that are trained
     borders   where a prompt ends, in tokens

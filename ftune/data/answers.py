@@ -65,7 +65,7 @@ def written_answer(
 ) -> str:
     """What the assistant has to write behind ``prompt``: message ``index`` as rendered, without its end of turn."""
     upto = replace(conversation, messages=conversation.messages[: index + 1], trained_from=index)
-    content = str(conversation.messages[index]["content"] or "")
+    content = str(conversation.messages[index].get("content") or "")
     try:
         rendered = render(upto, tokenizer, template)
     except DataError:  # a template that renders the last turn in a way of its own

@@ -94,16 +94,20 @@ def apply_template(
     Raises:
         DataError: The template refuses them.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages),
+        # not through apply_chat_template, which takes a null away that some templates ask for (``content is none``)
+        texts, _ = render_jinja_template(
+            conversations=[list(messages)],
             tools=list(conversation.tools) or None,
             chat_template=template.source,
-            tokenize=False,
             add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
         )
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise _refused(error) from error
+    text: str = texts[0]
     return text
 
 
@@ -126,8 +130,7 @@ def apply_marked(
 
     try:
         texts, marked = render_jinja_template(
-            # None values are left out as apply_chat_template does: templates test for presence
-            conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
+            conversations=[list(messages)],
             tools=list(conversation.tools) or None,
             chat_template=template.source,
             return_assistant_tokens_mask=True,

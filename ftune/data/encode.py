@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftune.data.borders import Borders
+from ftune.data.calls import Forms, canonical
 from ftune.data.chat import ChatTemplate, Span, special_tokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
 from ftune.data.huge import HUGE, Bound, bound_of, require_memory
-from ftune.data.spans import Rendered, render
+from ftune.data.spans import Rendered, assistant_turns, render
+from ftune.data.unrendered import Unrendered
 from ftune.data.weights import weighed
 from ftune.data.windows import windows
 from ftune.errors import DataError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoder", "Part", "RowError", "encodable"]
+
+CALLS_AS_TEXT = "the chat template shows no tool calls: they are trained as the text that the rows have"
 
 
 class Encoded(NamedTuple):
@@ -113,6 +117,8 @@ class Encoder:
         self._too_long = too_long
         self._specials = frozenset(special_tokens(tokenizer).values())
         self._borders = Borders(tokenizer, self._specials)
+        self._forms = Forms(tokenizer, template) if template is not None else None
+        self._unrendered = Unrendered(tokenizer, template) if template is not None else None
 
     def encode(self, records: Sequence[Record]) -> Part:
         """Every record as an example, in order.
@@ -130,9 +136,13 @@ class Encoder:
         """The conversation as it is given to the template.
 
         Raises:
-            DataError: A key of a turn has no meaning.
+            DataError: A tool call or a weight is none.
         """
-        return weighed(conversation, "assistant")[0]
+        messages = conversation.messages
+        if _calls(conversation):
+            messages = tuple(canonical(message, f"messages[{i}]") for i, message in enumerate(messages))
+        weightless, _, _ = weighed(replace(conversation, messages=messages), "assistant")
+        return self._forms.fitted(weightless) if self._forms is not None else weightless
 
     def prompt_ids(self, prompts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
         """The tokens that the model is given to answer from: those with which the trained row begins.
@@ -242,10 +252,17 @@ class Encoder:
 
     def _rendered(self, record: Conversation, template: ChatTemplate, notes: Counter[str]) -> Rendered:
         """One conversation as text; counts what is to be told of it."""
-        conversation, turns, said = weighed(record, self._train_on)
+        _, turns, said = weighed(record, self._train_on)
+        conversation = self.prepared(record)
         rendered = render(conversation, self._tokenizer, template, turns)
         encodable(rendered.text)
-        notes.update({*said, *rendered.notes})
+        assert self._unrendered is not None
+        everything = assistant_turns(conversation) if self._train_on == "all" else None
+        wanted, trained = everything or turns, everything or rendered.trained
+        lost = self._unrendered.check(conversation, rendered.text, wanted, trained)
+        if _calls(record) and not _calls(conversation):
+            said.append(CALLS_AS_TEXT)
+        notes.update({*said, *rendered.notes, *lost})
         return rendered
 
     def _inside(self, ids: Ids, offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
@@ -308,6 +325,10 @@ class Encoder:
             np.array([row for _, row in kept], dtype=np.int64),
         )
         return Part(examples, tuple(too_long), tuple(first_targets), notes, longest_before=longest, **counts)
+
+
+def _calls(conversation: Conversation) -> bool:
+    return any(message.get("tool_calls") for message in conversation.messages)
 
 
 def encodable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ftune.data.tokenize import Stats
+from ftune.data.unrendered import NOT_SHOWN
 
 __all__ = ["notes_of"]
 
@@ -26,7 +27,16 @@ def notes_of(stats: Stats) -> list[str]:
             f"only {stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
-    found += [f"{_of(rows, stats.rows)} rows: {note}" for note, rows in stats.notes.items()]
+    found += [
+        f"{_of(rows, stats.rows)} rows: {note}" for note, rows in stats.notes.items() if not note.startswith(NOT_SHOWN)
+    ]
+    hidden = [
+        f"{note.removeprefix(NOT_SHOWN)} ({_of(rows, stats.rows)} rows)"
+        for note, rows in stats.notes.items()
+        if note.startswith(NOT_SHOWN)
+    ]
+    if hidden:
+        found.append(f"{NOT_SHOWN}{', '.join(hidden)}")
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftune.data.chat import ChatTemplate, Span, apply_marked, apply_template, generation_prompt
-from ftune.data.formats import Conversation
+from ftune.data.formats import Conversation, Message
 from ftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Rendered:
 
     Attributes:
         text: All of it.
+        trained: Indices of the messages that are trained.
         spans: What is trained, in order. A span ends with the end-of-turn token; white space that the template
             puts behind that is left out, as generation stops before it.
         prompt_end: Where the generation prompt of the last assistant turn ends in the text; None where the text
@@ -45,6 +46,7 @@ class Rendered:
     """
 
     text: str
+    trained: tuple[int, ...]
     spans: tuple[Span, ...]
     prompt_end: int | None
     notes: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ class _Unmarked:
         self.last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
         self.text = self.whole()
         self.notes: dict[str, None] = {}
+        # whether spans are parts of turns, and it is not known of which
+        self.parted = False
         self._prompts: dict[int, str] = {}
 
     def whole(self) -> str:
@@ -103,13 +107,15 @@ class _Unmarked:
 
     def render(self, turns: Sequence[int]) -> Rendered:
         """The text with the spans of these turns."""
-        spans = tuple(self.spans(turns))
+        spans = self.spans(turns)
         prompt = self.prompt(self.last)
         prompt_end = len(prompt) if prompt and self.text.startswith(prompt) else None
-        return Rendered(self.text, spans, prompt_end, tuple(self.notes))
+        trained = tuple(turns) if self.parted else tuple(index for index, _ in spans)
+        return Rendered(self.text, trained, tuple(span for _, span in spans), prompt_end, tuple(self.notes))
 
-    def spans(self, turns: Sequence[int]) -> list[Span]:
-        return [span for index in turns if (span := self.span(index)) is not None]
+    def spans(self, turns: Sequence[int]) -> list[tuple[int, Span]]:
+        """Every turn that is trained, with its span."""
+        return [(index, span) for index in turns if (span := self.span(index)) is not None]
 
     def span(self, index: int) -> Span | None:
         """Where a turn stands in the text; None where it is not shown as the model writes it.
@@ -128,8 +134,8 @@ class _Unmarked:
             start = written = len(prompt)
         else:
             # the template shows what precedes differently once others follow, or opens a turn in a way of its own
-            found = self._starts(self.text, self.messages).get(index)
-            other = found if alone is self.text else self._starts(alone, upto).get(index)
+            found = self._starts(self.text, self.messages, index)
+            other = found if alone is self.text else self._starts(alone, upto, index)
             if found is None or other is None:
                 if index == self.last:
                     raise DataError(
@@ -155,6 +161,10 @@ class _Unmarked:
             return (start, start + len(answer)) if answer else None
         if end is not None:
             body = stripped[: -len(end)]
+            closed = body.rstrip()
+            if closed.endswith(specials) and self.text.startswith(closed, start):
+                # the turn ends before; what follows the last one ends the conversation
+                return start, start + len(closed)
             behind = start + len(body)
             shown = next((token for token in specials if self.text.startswith(token, behind)), None)
             if body and shown is not None and self.text.startswith(body, start):
@@ -170,37 +180,54 @@ class _Unmarked:
         """Say that the generation prompt goes on where the rendered answer already begins."""
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.text, strict=False)) if a != b), start)
         self.notes[
-            f"the chat template's generation prompt goes on with {prompt[same:][:40]!r}, which the rendered answers do "
-            "not have: the model is trained on another beginning than it is given when it generates"
+            f"the chat template's generation prompt has {prompt[same:][:40]!r} where the rendered conversation goes on "
+            "without: the model is trained behind another beginning than it is given to answer from"
         ] = None
 
-    def _starts(self, text: str, messages: Sequence[dict[str, object]]) -> dict[int, int]:
-        """Where each assistant message's content starts, by message index.
-
-        Empty where the template changes contents.
+    def _starts(self, text: str, messages: Sequence[Message], index: int) -> int | None:
+        """Where what the assistant says in a message starts, without looking at what precedes it.
 
         Renders the messages once with placeholders for what the assistant says. What stands between the
         placeholders must stand between the contents too, to the last character, so nothing is found by accident.
+        Where the template changes contents, or the message has none: behind the last special token that the
+        generation prompt and the rendered turn have in common.
         """
-        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("content")]
         marks = {i: f"\ue000{i}\ue001" for i in indices}
-        replaced = [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
+        replaced = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
         rendered = apply_template(replaced, self.conversation, self.tokenizer, self.template)
-        between = re.split("|".join(marks.values()), rendered)
-        if len(between) != len(indices) + 1 or not text.startswith(between[0]):
-            return {}
+        between = re.split("|".join(marks.values()), rendered) if marks else []
         starts: dict[int, int] = {}
-        position = len(between[0])
-        for index, following in zip(indices, between[1:], strict=True):
-            content = str(messages[index]["content"])
-            starts[index] = position
-            for variant in (content, content.rstrip(), content.lstrip(), content.strip()):
-                if text.startswith(variant + following, position):
-                    position += len(variant) + len(following)
-                    break
-            else:
-                return {}
-        return starts if position == len(text) else {}
+        if len(between) == len(indices) + 1 and text.startswith(between[0]):
+            position = len(between[0])
+            for i, following in zip(indices, between[1:], strict=True):
+                content = str(messages[i]["content"])
+                starts[i] = position
+                for variant in (content, content.rstrip(), content.lstrip(), content.strip()):
+                    if text.startswith(variant + following, position):
+                        position += len(variant) + len(following)
+                        break
+                else:
+                    return self._behind_header(text, index)
+            if position == len(text) and index in starts:
+                return starts[index]
+        return self._behind_header(text, index)
+
+    def _behind_header(self, text: str, index: int) -> int | None:
+        """Where the header ends that the generation prompt and a turn in the text have in common."""
+        prompt = self.prompt(index)
+        if not prompt:
+            return None
+        before = apply_template(self.messages[:index], self.conversation, self.tokenizer, self.template)
+        if not prompt.startswith(before) or not text.startswith(before):
+            return None
+        same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        ends = [
+            place + len(token)
+            for token in self.template.specials
+            if (place := prompt.rfind(token, len(before), same)) >= 0
+        ]
+        return max(ends, default=None)
 
 
 class _Marked(_Unmarked):
@@ -212,7 +239,7 @@ class _Marked(_Unmarked):
             raise DataError("the chat template marks nothing of this conversation with {% generation %}")
         return text
 
-    def spans(self, turns: Sequence[int]) -> list[Span]:
+    def spans(self, turns: Sequence[int]) -> list[tuple[int, Span]]:
         """The marks of the turns; all where there are not as many as turns: some are shown in several parts, say."""
         indices = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         if len(self.marks) == len(indices):
@@ -220,7 +247,8 @@ class _Marked(_Unmarked):
             return super().spans(turns)
         if list(turns) == indices:
             found = [self.compared(start, self.text[start:end]) for start, end in self.marks]
-            return [span for span in found if span is not None]
+            self.parted = True
+            return [(self.last, span) for span in found if span is not None]
         raise DataError(
             f"the chat template marks {len(self.marks)} spans with {{% generation %}} in a conversation of "
             f"{len(indices)} assistant turns, so the turns to train cannot be told apart"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftune.data.chat import load_template, special_tokens
+from ftune.data.encode import Encoder
 from ftune.data.examples import Examples
 from ftune.data.formats import Conversation, convert
 from ftune.data.spans import render
@@ -99,11 +100,12 @@ def _from_texts(
     template = load_template(tokenizer, spec.chat_template) if split.format != "text" else None
     if template is None:
         return ends, inside
+    encoder = Encoder(tokenizer, template, train_on="all", max_length=spec.max_length, too_long="skip")
     step = max(1, len(split.rows) // RENDERED)
     rows = split.rows.select(list(split.rows.numbers)[::step])
     for record in convert(rows, split.format, chat_template=True):
         if isinstance(record, Conversation):
-            found = render(record, tokenizer, template)
+            found = render(encoder.prepared(record), tokenizer, template)
             turns = [found.text[start:end].rstrip() for start, end in found.spans]
             for ids in tokenizer(turns, add_special_tokens=False)["input_ids"] if turns else []:
                 ends[ids[-1]] += 1

@@ -14,6 +14,7 @@ from typing import Any
 from ftune.data.readers import DECODER, Row
 
 __all__ = [
+    "CALL_TEXT",
     "CHAT_COLUMNS",
     "ROLES",
     "Message",
@@ -31,6 +32,8 @@ Message = dict[str, Any]
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 CALL = "function_call"
 """A turn whose text is a call of a tool, and a key of a message that is one."""
+CALL_TEXT = "call_text"
+"""Key of a message whose calls the row has as text alone: that text, for templates that show no calls."""
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -109,8 +112,10 @@ def _message(turn: Any, place: str) -> Message:
         )
     calls = _calls(kept, place) if role == "assistant" else []
     content = kept.get(content_key)
+    as_text = {}
     if said.lower() in (CALL, "tool_call"):
         calls += _calls_in_text(content, f"{place}.{content_key}")
+        as_text = {CALL_TEXT: content} if isinstance(content, str) else {}
         content = None
     text = _text(content, f"{place}.{content_key}", absent=bool(calls))
     if role == "assistant" and not calls and not text.strip():
@@ -119,7 +124,7 @@ def _message(turn: Any, place: str) -> Message:
     if role == "assistant":
         consumed |= {"tool_calls", CALL}
     rest = {key: value for key, value in kept.items() if key not in consumed}
-    return {"role": role, "content": text, **rest, **({"tool_calls": calls} if calls else {})}
+    return {"role": role, "content": text, **rest, **({"tool_calls": calls} if calls else {}), **as_text}
 
 
 def _calls(turn: Mapping[str, Any], place: str) -> list[Any]:

@@ -95,7 +95,7 @@ def test_a_generation_prompt_that_goes_on_into_the_answer_is_told() -> None:
     assert texts(found) == ["yes<|im_end|>"]
     assert found.prompt_end is None
     (note,) = found.notes
-    assert r"goes on with '<think>\n', which the rendered answers do not have" in note
+    assert r"has '<think>\n' where the rendered conversation goes on without" in note
 
 
 @pytest.mark.parametrize("template", ["chatml", "marks", "bare", "returns"])
