@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ftune.artifacts.generate import greedy
+from ftune.artifacts.measure import Measured, measure
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.scores import check_references, score
+from ftune.artifacts.scores import check_references
 from ftune.artifacts.stops import stops_of_run
 from ftune.artifacts.tuned import Target, load_plain, load_tuned
-from ftune.data.answers import Answer
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
 from ftune.plan.base_model import configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json
-from ftune.run.loop import held_out_loss
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import nn
+
+    from ftune.run.objective import Objective
 
 __all__ = ["evaluate"]
 
@@ -50,6 +46,8 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     import torch
     from accelerate import Accelerator
 
+    from ftune.run.objective import Objective
+
     recipe, run = target.recipe, target.run
     if recipe.data.eval is None and not recipe.data.eval_fraction:
         raise DataError(
@@ -70,29 +68,36 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         "prompts_too_long": too_long,
         "notes": notes,
     }
-    answers: dict[str, list[Answer]] = {}
+    found: dict[str, Measured] = {}
     stops = stops_of_run(run, plan)
     loss = loss_of(run.read() if run else {})
 
-    def measure(who: str, model: nn.Module) -> None:
-        result[who], answers[who] = _measure(model, plan, items, stops, accelerator, loss)
+    def objective_of(model: nn.Module) -> Objective:
+        # In float32 neither layers that keep less nor packed rows change the loss, and to try them out takes longer
+        # than to go without.
+        exact = plan.context.dtype == torch.float32
+        return Objective(model, torch.float32) if exact else make_objective(model, plan, accelerator, loss)[0]
+
+    def measured(who: str, objective: Objective) -> None:
+        found[who] = measure(objective, plan, items, stops, accelerator)
+        result[who] = found[who].numbers
 
     model = load_plain(plan)
     if run is None:
-        measure("base", model)
+        measured("base", objective_of(model))
     else:
         switchable = recipe.method.artifact == "adapter"
         if base and not switchable:
-            measure("base", model)
-        model = load_tuned(model, plan, run)
-        measure("tuned", model)
+            measured("base", objective_of(model))
+        objective = objective_of(load_tuned(model, plan, run))
+        measured("tuned", objective)
         if base and switchable:
-            switched_off = recipe.method.switched_off(model)
+            switched_off = recipe.method.switched_off(objective.model)
             assert switched_off is not None
             with switched_off:
-                measure("base", model)
+                measured("base", objective)
     result["samples"] = [
-        {"row": item.row, "reference": item.reference.text, **{who: found[i].text for who, found in answers.items()}}
+        {"row": item.row, "reference": item.reference.text, **{who: m.answers[i].text for who, m in found.items()}}
         for i, item in enumerate(items[:SAMPLES])
     ]
     if run is not None:
@@ -130,49 +135,3 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     if not fitting:
         raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")
     return fitting, len(items) - len(fitting)
-
-
-def _padding_shows(plan: Plan, items: list[GenerationItem]) -> bool:
-    """Whether padding changes answers: it stands behind the virtual tokens, and a short window counts it.
-
-    The window of a short prompt would end in the padding, before it comes to the virtual tokens.
-    """
-    ahead, window = plan.recipe.method.virtual_positions, plan.shape.extra["sliding_window"]
-    if not ahead or window is None:
-        return False
-    longest = max(len(item.prompt_ids) for item in items)
-    return bool(ahead + longest + plan.recipe.evaluation.max_new_tokens > window)
-
-
-def _measure(
-    model: nn.Module,
-    plan: Plan,
-    items: list[GenerationItem],
-    stops: Sequence[int],
-    accelerator: Accelerator,
-    loss_by: str,
-) -> tuple[dict[str, Any], list[Answer]]:
-    """Loss, perplexity and metrics of one model, and its answers."""
-    spec, dtype = plan.recipe.evaluation, plan.context.dtype
-    began = time.perf_counter()
-    objective, _ = make_objective(model, plan, accelerator, loss_by)
-    loss, count = held_out_loss(objective, plan, accelerator)
-    numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": count}
-    answers: list[Answer] = []
-    if items:
-        answers = greedy(
-            model.eval(),
-            plan.tokenizer,
-            [item.prompt_ids.tolist() for item in items],
-            dtype=dtype,
-            batch_size=spec.batch_size,
-            max_new_tokens=spec.max_new_tokens,
-            stops=stops,
-            equal_lengths=_padding_shows(plan, items),
-        )
-        found = score(spec.metrics, answers, [item.reference for item in items])
-        numbers["metrics"] = found.metrics
-        if found.classes is not None:
-            numbers["classes"] = {"labels": found.classes.labels, "confusion": found.classes.confusion}
-    numbers["seconds"] = time.perf_counter() - began
-    return numbers, answers

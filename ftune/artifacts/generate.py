@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ftune.artifacts.one_pass import settings_of
 from ftune.artifacts.stops import end_token_ids
 from ftune.data.answers import Answer, read_answer
 from ftune.data.chat import special_tokens
@@ -16,7 +17,7 @@ from ftune.run.objective import autocast
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["greedy"]
+__all__ = ["decoded", "greedy"]
 
 
 @torch.no_grad()
@@ -49,7 +50,6 @@ def greedy(
     device = next(model.parameters()).device
     ends = end_token_ids(model, tokenizer, stops)
     answers = [Answer("", "")] * len(prompts)
-    specials = tuple(special_tokens(tokenizer))
     for chosen in _batches([len(prompt) for prompt in prompts], batch_size, equal_lengths=equal_lengths):
         longest = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
@@ -63,20 +63,22 @@ def greedy(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends or None,
+                **settings_of(tokenizer, ends),
             )
-        for row, index in enumerate(chosen):
-            written = output[row, longest:].tolist()
-            end = next((i for i, token in enumerate(written) if token in ends), len(written))
-            raw = tokenizer.decode(written[:end], skip_special_tokens=False)
-            answers[index] = read_answer(raw, specials)
+        written = [output[row, longest:].tolist() for row in range(len(chosen))]
+        for index, answer in zip(chosen, decoded(written, tokenizer, ends), strict=True):
+            answers[index] = answer
     return answers
+
+
+def decoded(written: Sequence[Sequence[int]], tokenizer: Any, ends: Sequence[int]) -> list[Answer]:
+    """Answers from their tokens, up to the first that ends one."""
+    specials, stops = tuple(special_tokens(tokenizer)), frozenset(ends)
+    found: list[Answer] = []
+    for tokens in written:
+        end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        found.append(read_answer(tokenizer.decode(list(tokens[:end]), skip_special_tokens=False), specials))
+    return found
 
 
 def _batches(lengths: Sequence[int], batch_size: int, *, equal_lengths: bool) -> Iterator[list[int]]:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Plan", "build", "context_of", "resolve", "written_out"]
+__all__ = ["Plan", "Rows", "build", "context_of", "resolve", "written_out"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""

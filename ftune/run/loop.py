@@ -24,7 +24,7 @@ from ftune.data.batches import collate, epoch_order, length_step
 from ftune.errors import Interrupted, RunFailed
 from ftune.methods._documents import room_for
 from ftune.ops.lr import lr_scale
-from ftune.plan.resolve import Plan
+from ftune.plan.resolve import Plan, Rows
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
 from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals
@@ -378,17 +378,26 @@ def _due(step: int, every: int | None) -> bool:
 
 
 @torch.no_grad()
-def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) -> tuple[float, int]:
+def held_out_loss(
+    objective: Objective, plan: Plan, accelerator: Accelerator, rows: Rows | None = None
+) -> tuple[float, int]:
     """Mean loss for each target token of the held-out split, and the number of those tokens.
 
     Rows are shared out among the processes; the model is left in training mode if it was.
+
+    Args:
+        objective: The model.
+        plan: Whose held-out split.
+        accelerator: Whose processes.
+        rows: Some of the split's rows; None: all of them.
     """
     assert plan.splits.eval is not None
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     was_training = objective.training
     objective.eval()
     try:
-        for batch in eval_batches(plan, accelerator.process_index, accelerator.num_processes, objective.flat):
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for batch in eval_batches(plan, rank, world, objective.flat, plan.eval_rows if rows is None else rows):
             loss = objective(batch.to(accelerator.device))
             total += torch.tensor([float(loss), float(batch.target_tokens)], dtype=torch.float64)
     finally:
@@ -397,16 +406,16 @@ def held_out_loss(objective: Objective, plan: Plan, accelerator: Accelerator) ->
     return loss_sum / max(1.0, count), int(count)
 
 
-def eval_batches(plan: Plan, rank: int, world: int, flat: bool) -> list[Batch]:
+def eval_batches(plan: Plan, rank: int, world: int, flat: bool, of: Rows) -> list[Batch]:
     """The held-out rows of one process as batches of rows of similar length."""
     held_out, size = plan.splits.eval, plan.recipe.evaluation.batch_size
     assert held_out is not None
     rows = sorted(
-        ([held_out.examples[i] for i in row] for row in plan.eval_rows),
+        ([held_out.examples[i] for i in row] for row in of),
         key=lambda row: sum(len(example.input_ids) for example in row),
     )[rank::world]
     # As many on every process, the last perhaps empty: where a model is sharded, each forward pass is an exchange.
-    count = math.ceil(math.ceil(len(plan.eval_rows) / world) / size)
+    count = math.ceil(math.ceil(len(of) / world) / size)
     return [make_batch(rows[i * size : (i + 1) * size], plan, flat) for i in range(count)]
 
 

@@ -54,8 +54,18 @@ class Objective(nn.Module):
         target; labels of -100 are no targets. A batch without targets gives 0 with a graph, so that ranks that ran
         out of data still take part in the gradient exchange.
         """
+        return self._compute(batch, {"use_cache": False})
+
+    def read(self, batch: Batch, cache: Any) -> Tensor:
+        """The same of a batch that stands behind what a cache of transformers holds; the cache then holds it too.
+
+        The batch's first tokens are no targets.
+        """
+        return self._compute(batch, {"use_cache": True, "past_key_values": cache})
+
+    def _compute(self, batch: Batch, how: dict[str, Any]) -> Tensor:
         targets_BK = batch.labels[:, 1:][:, batch.predicting]
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, **how}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
         # Counted from the end: prompt tuning puts its own positions in front.
