@@ -45,6 +45,7 @@ from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing
 from ftune.plan.shapes import build_on_meta, shape_of
 from ftune.plan.slow import slower_here
 from ftune.plan.summary import summary_of
+from ftune.plan.tokens import markers_without_token, require_rows
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe, TrainingSpec
 
@@ -212,7 +213,11 @@ def resolve(
     shape = shape_of(built)
     recipe, chosen = _settled_by_architecture(recipe, packing, config, built)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
+    if sizes is None:
+        require_rows(tokenizer, built, recipe.model.id)
     splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
+    if splits.train.format in ("messages", "sharegpt"):
+        notes += tuple(markers_without_token(tokenizer, recipe.model.id))
     recipe = recipe.model_copy(update={"data": pin_data(recipe.data, splits)})
     if recipe.evaluation.metrics and splits.eval is not None and splits.eval.format == "text":
         raise DataError(
