@@ -259,7 +259,7 @@ class Encoder:
         assert self._unrendered is not None
         everything = assistant_turns(conversation) if self._train_on == "all" else None
         wanted, trained = everything or turns, everything or rendered.trained
-        lost = self._unrendered.check(conversation, rendered.text, wanted, trained)
+        lost = self._unrendered.check(conversation, rendered, wanted, trained)
         if _calls(record) and not _calls(conversation):
             said.append(CALLS_AS_TEXT)
         notes.update({*said, *rendered.notes, *lost})

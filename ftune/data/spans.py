@@ -7,6 +7,7 @@ reasoning, or with another end); what the model never writes is not trained, and
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,12 +32,22 @@ NOT_AS_WRITTEN = (
 )
 
 
+NOT_BEHIND_PROMPT = (
+    "the chat template renders answers behind another text than its generation prompt: the model is trained on another "
+    "beginning than it is given to answer from"
+)
+# characters at the end of a generation prompt that tell where it ends in a conversation
+HEADER = 8
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: All of it.
+        text: All of it, as it is trained: it begins with the generation prompt of the last assistant turn wherever that
+            is the last message and its answer can be told apart.
+        whole: All of it, as the template renders it.
         trained: Indices of the messages that are trained.
         spans: What is trained, in order. A span ends with the end-of-turn token; white space that the template
             puts behind that is left out, as generation stops before it.
@@ -46,6 +57,7 @@ class Rendered:
     """
 
     text: str
+    whole: str
     trained: tuple[int, ...]
     spans: tuple[Span, ...]
     prompt_end: int | None
@@ -88,14 +100,39 @@ class _Unmarked:
         self.conversation, self.tokenizer, self.template = conversation, tokenizer, template
         self.messages = conversation.messages
         self.last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-        self.text = self.whole()
         self.notes: dict[str, None] = {}
         # whether spans are parts of turns, and it is not known of which
         self.parted = False
         self._prompts: dict[int, str] = {}
+        self.whole = self.rendered()
+        self.text = self.as_generated()
 
-    def whole(self) -> str:
+    def rendered(self) -> str:
+        """All messages."""
         return apply_template(self.messages, self.conversation, self.tokenizer, self.template)
+
+    def as_generated(self) -> str:
+        """The last answer behind its generation prompt, also where the template renders the two together otherwise.
+
+        Mistral's leaves out the system message once the last message is an answer; DeepSeek-R1's opens a reasoning in
+        the prompt that no finished turn shows.
+        """
+        prompt = self.prompt(self.last)
+        if not prompt or self.last < len(self.messages) - 1 or self.whole.startswith(prompt):
+            return self.whole
+        start = self._starts(self.whole, self.messages, self.last)
+        if start is None:
+            return self.whole
+        # white space that the template puts before an answer is the model's to write, unless the prompt ends with it
+        for end in (len(self.whole[:start].rstrip()), start):
+            if self.whole[max(0, end - HEADER) : end] == prompt[-HEADER:]:
+                return prompt + self.whole[end:]
+        opened = prompt[len(os.path.commonprefix([prompt, self.whole])) :]
+        self.notes[
+            f"the chat template's generation prompt goes on with {opened[:40]!r}, which finished turns do not show: "
+            "the answers are trained right behind it"
+        ] = None
+        return prompt + self.whole[start:]
 
     def prompt(self, index: int) -> str:
         """What the model is given when it has to write the message at ``index``; empty for the first."""
@@ -111,7 +148,9 @@ class _Unmarked:
         prompt = self.prompt(self.last)
         prompt_end = len(prompt) if prompt and self.text.startswith(prompt) else None
         trained = tuple(turns) if self.parted else tuple(index for index, _ in spans)
-        return Rendered(self.text, trained, tuple(span for _, span in spans), prompt_end, tuple(self.notes))
+        if prompt and prompt_end is None and self.last == len(self.messages) - 1:
+            self.notes[NOT_BEHIND_PROMPT] = None
+        return Rendered(self.text, self.whole, trained, tuple(span for _, span in spans), prompt_end, tuple(self.notes))
 
     def spans(self, turns: Sequence[int]) -> list[tuple[int, Span]]:
         """Every turn that is trained, with its span."""
@@ -132,6 +171,10 @@ class _Unmarked:
         prompt = self.prompt(index)
         if prompt and self.text.startswith(prompt) and alone.startswith(prompt):
             start = written = len(prompt)
+        elif index < self.last and prompt and not alone.startswith(prompt):
+            # behind another prompt than the model is given
+            self.notes[NOT_AS_WRITTEN] = None
+            return None
         else:
             # the template shows what precedes differently once others follow, or opens a turn in a way of its own
             found = self._starts(self.text, self.messages, index)
@@ -146,8 +189,6 @@ class _Unmarked:
                 self.notes[NOT_AS_WRITTEN] = None
                 return None
             start, written = found, other
-            if index == self.last and prompt and not alone.startswith(prompt):
-                self._note_opening(prompt, start)
         return self.compared(start, alone[written:])
 
     def compared(self, start: int, written: str) -> Span | None:
@@ -175,14 +216,6 @@ class _Unmarked:
                 return start, behind
         self.notes[NOT_AS_WRITTEN] = None
         return None
-
-    def _note_opening(self, prompt: str, start: int) -> None:
-        """Say that the generation prompt goes on where the rendered answer already begins."""
-        same = next((i for i, (a, b) in enumerate(zip(prompt, self.text, strict=False)) if a != b), start)
-        self.notes[
-            f"the chat template's generation prompt has {prompt[same:][:40]!r} where the rendered conversation goes on "
-            "without: the model is trained behind another beginning than it is given to answer from"
-        ] = None
 
     def _starts(self, text: str, messages: Sequence[Message], index: int) -> int | None:
         """Where what the assistant says in a message starts, without looking at what precedes it.
@@ -221,7 +254,7 @@ class _Unmarked:
         before = apply_template(self.messages[:index], self.conversation, self.tokenizer, self.template)
         if not prompt.startswith(before) or not text.startswith(before):
             return None
-        same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        same = len(os.path.commonprefix([prompt, text]))
         ends = [
             place + len(token)
             for token in self.template.specials
@@ -233,11 +266,14 @@ class _Unmarked:
 class _Marked(_Unmarked):
     """Turns as ``{% generation %}`` marks them."""
 
-    def whole(self) -> str:
+    def rendered(self) -> str:
         text, self.marks = apply_marked(self.messages, self.conversation, self.tokenizer, self.template)
         if not self.marks:
             raise DataError("the chat template marks nothing of this conversation with {% generation %}")
         return text
+
+    def as_generated(self) -> str:
+        return self.whole
 
     def spans(self, turns: Sequence[int]) -> list[tuple[int, Span]]:
         """The marks of the turns; all where there are not as many as turns: some are shown in several parts, say."""

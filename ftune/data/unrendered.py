@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ftune.data.calls import TOOL_ROLES, other_value
-from ftune.data.chat import ChatTemplate, apply_template
+from ftune.data.chat import ChatTemplate, apply_template, generation_prompt
 from ftune.data.formats import Conversation, Message
+from ftune.data.spans import Rendered
 from ftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ CALLS = 3
 TAG = re.compile(r"</?[\w|:]+>|\[/?[A-Z_]+\]|<\|[^|<>]*\|>")
 
 
+@dataclass
+class _Seen:
+    """What a conversation is trained as: the whole text, and a generation prompt where that is no part of it."""
+
+    whole: str
+    last: int | None = None
+    prompt: str = ""
+
+
 class Unrendered:
     """Looks for what a template leaves out.
 
@@ -48,19 +58,25 @@ class Unrendered:
         self._template = template
         self._shown: dict[tuple[Any, ...], bool] = {}
 
-    def check(self, conversation: Conversation, text: str, wanted: Sequence[int], trained: Sequence[int]) -> list[str]:
-        """What to tell of a conversation that was rendered as ``text``.
+    def check(
+        self, conversation: Conversation, rendered: Rendered, wanted: Sequence[int], trained: Sequence[int]
+    ) -> list[str]:
+        """What to tell of a conversation that was rendered.
 
         Args:
             conversation: As it was rendered.
-            text: What came out.
+            rendered: What came out.
             wanted: Indices of the messages that the row has to be trained on.
-            trained: Those of them that the text shows as the model writes them.
+            trained: Those of them that are shown as the model writes them.
 
         Raises:
             DataError: What is left out is the answer itself: text or call of a trained turn, or the tools that a
                 call is one of.
         """
+        text = _Seen(rendered.whole)
+        if rendered.text != rendered.whole:
+            text.last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+            text.prompt = generation_prompt(conversation, text.last, self._tokenizer, self._template)
         notes: dict[str, None] = {}
         asked = max((i for i, message in enumerate(conversation.messages) if message["role"] == "user"), default=-1)
         calls = any(message.get("tool_calls") or message["role"] in TOOL_ROLES for message in conversation.messages)
@@ -93,29 +109,33 @@ class Unrendered:
         self,
         kind: tuple[Any, ...],
         conversation: Conversation,
-        text: str,
+        text: _Seen,
         other: Callable[[Conversation], Conversation],
     ) -> bool:
         if kind not in self._shown:
             self._shown[kind] = self._changes(other(conversation), text)
         return self._shown[kind]
 
-    def _changes(self, conversation: Conversation, text: str) -> bool:
+    def _changes(self, conversation: Conversation, text: _Seen) -> bool:
         """Whether a conversation renders to another text; so where the template looks at it and refuses."""
         try:
-            return apply_template(conversation.messages, conversation, self._tokenizer, self._template) != text
+            if apply_template(conversation.messages, conversation, self._tokenizer, self._template) != text.whole:
+                return True
+            return text.last is not None and text.prompt != generation_prompt(
+                conversation, text.last, self._tokenizer, self._template
+            )
         except DataError:
             return True
 
-    def _require_whole(self, conversation: Conversation, index: int, text: str) -> None:
+    def _require_whole(self, conversation: Conversation, index: int, text: _Seen) -> None:
         """Hold that all of a trained message's content is shown: a template may drop reasoning out of it."""
         content = conversation.messages[index].get("content") or ""
-        if _is_in(content, text):
+        if _is_in(content, text.whole):
             return
         start = 0
         for end in [*(match.start() for match in TAG.finditer(content)), len(content)]:
             part = TAG.sub("", content[start:end])
-            if part.strip() and not _is_in(part, text):
+            if part.strip() and not _is_in(part, text.whole):
                 for place in _ends(content, start, end):
                     changed = content[:place] + other_value(content[place]) + content[place + 1 :]
                     if not self._changes(_with(conversation, index, content=changed), text):

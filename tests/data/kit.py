@@ -38,6 +38,12 @@ TEMPLATES = {
         "{{ messages[0]['content'] + '\n\n' }}{% endif %}{{ m['content'] }} [/INST]"
         "{% elif m['role'] == 'assistant' %} {{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
     ),
+    # as Mistral's third version: the system message is shown only where the last message is a question
+    "shows_system_last": (
+        "<|bos|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+        "{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
+    ),
     # as Qwen3's: reasoning is dropped from all but the last turn, which gets an empty one where there is none
     "drops_reasoning": (
         "{% for m in messages %}{% set c = m['content'] %}" + OPEN + "{% if m['role'] == 'assistant' %}"

@@ -27,7 +27,7 @@ def trained(template: str, messages: list[dict[str, Any]], trained_from: int = 0
     return [text[start:end] for start, end in spans]
 
 
-@pytest.mark.parametrize("template", ["chatml", "marks", "alternates", "prompts_reasoning"])
+@pytest.mark.parametrize("template", ["chatml", "marks", "alternates"])
 def test_assistant_turns_are_trained_with_their_end(template: str) -> None:
     # the answer "a" also occurs in questions: only the answer's place may be trained
     turns = chat("a b", "a", "a?", "ab\n")
@@ -90,12 +90,23 @@ def test_every_turn_ends_where_it_ends() -> None:
     assert rendered("returns", chat("q", "a1")).notes == ()
 
 
-def test_a_generation_prompt_that_goes_on_into_the_answer_is_told() -> None:
-    found = rendered("prompts_reasoning", chat("q", "yes"))
+def test_an_answer_is_trained_behind_its_generation_prompt() -> None:
+    # as DeepSeek-R1's: the prompt opens a reasoning that finished turns do not show
+    found = rendered("prompts_reasoning", chat("p", "no", "q", "yes"))
     assert texts(found) == ["yes<|im_end|>"]
-    assert found.prompt_end is None
-    (note,) = found.notes
-    assert r"has '<think>\n' where the rendered conversation goes on without" in note
+    assert found.text.endswith("<|im_start|>assistant\n<think>\nyes<|im_end|>\n")
+    assert found.text[found.prompt_end :] == "yes<|im_end|>\n"
+    told, left_out = found.notes
+    assert r"goes on with '<think>\n', which finished turns do not show" in told
+    assert "earlier assistant turns otherwise" in left_out
+    # as Mistral's: the system message is shown as long as the question is the last message
+    found = rendered("shows_system_last", chat("q", "yes", system="be kind"))
+    assert found.text == "<|bos|>[INST] be kind\n\nq [/INST] yes<|eos|>"
+    assert texts(found) == [" yes<|eos|>"]
+    assert found.notes == ()
+    # what follows the last answer is no part of its prompt
+    found = rendered("shows_system_last", chat("q", "yes", "r", system="be kind"))
+    assert found.text == found.whole
 
 
 @pytest.mark.parametrize("template", ["chatml", "marks", "bare", "returns"])

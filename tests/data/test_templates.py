@@ -69,6 +69,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], tuple[Any, ...]]] = {
     "developer": ([{"role": "developer", "content": "Be kind."}, user("q"), says("yes")], ()),
     "call": (with_call(call("weather", ARGUMENTS)), TOOLS),
     "call, no tools": (with_call(call("weather", ARGUMENTS)), ()),
+    "last call, no tools": ([user("q"), says(None, tool_calls=[call("weather", ARGUMENTS)])], ()),
     "call with text": ([user("q"), says("Let me see.", tool_calls=[call("weather", ARGUMENTS)])], TOOLS),
     "two calls": (with_call(call("weather", ARGUMENTS), call("rain", {}, "bbbbbbbbb")), TOOLS),
     "tools": ([user("q"), says("yes")], TOOLS),
@@ -116,6 +117,7 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ("llama3", "call"): ['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "3 degrees<|eot_id|>"],
     ("llama3", "system"): ["yes<|eot_id|>"],
     ("mistral3", "plain"): [" yes</s>", " no</s>"],
+    ("mistral3", "system"): [" yes</s>"],
     ("mistral3", "call"): [
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]</s>',
         " 3 degrees</s>",
@@ -140,8 +142,10 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ],
     # takes a string, and calls only where there is no content at all
     ("deepseek_r1", "call, no tools"): [
-        '<|call|>function<|sep|>weather\n```json\n{"city": "Oslo"}\n```<|end|>',
         "3 degrees<|end|>",
+    ],
+    ("deepseek_r1", "last call, no tools"): [
+        '<|call|>function<|sep|>weather\n```json\n{"city": "Oslo"}\n```<|end|>',
     ],
     ("plain", "plain"): ["yes<|end|>", "no<|end|>\n</s>"],
     ("arguments_one_by_one", "call"): [
@@ -168,10 +172,11 @@ def test_a_call_is_the_same_in_every_form(template: str) -> None:
         {"id": "abcdefghi", "name": "weather", "arguments": ARGUMENTS},
         {"id": "abcdefghi", "name": "weather", "parameters": AS_STRING},
     ]
-    found = [part(template, with_call(form), tools).examples.fingerprint() for form in forms]
-    assert len(set(found)) == 1
+    found = [part(template, with_call(form)[:2], tools) for form in forms]
+    assert len({one.examples.fingerprint() for one in found}) == 1
     # nothing is escaped: neither JSON in a string nor a dictionary as Python prints it
-    text = "".join(trained(template, part(template, with_call(forms[1]), tools)))
+    (text,) = trained(template, found[1])
+    assert "Oslo" in text
     assert "\\" not in text
     assert "'" not in text
 
@@ -209,6 +214,7 @@ TOLD: dict[tuple[str, str], list[str]] = {
         f"{NOT_SHOWN}`tool_calls[].id` of assistant messages",
     ],
     ("mistral3", "call"): [],
+    ("mistral3", "system"): [],  # it is in the generation prompt, behind which the answer is trained
     ("llama3", "reasoning"): [
         f"{NOT_SHOWN}`reasoning_content` of assistant messages",
         f"{NOT_SHOWN}`reasoning` of assistant messages",
@@ -245,8 +251,7 @@ def test_a_row_begins_with_its_generation_prompt(template: str, row: str) -> Non
     prompt = generation_prompt(encoder.prepared(record), len(record.messages) - 1, tokenizer, loaded)
     (ids,) = encoder.prompt_ids([prompt], [False])
     (example,) = found.examples
-    begins = example.input_ids[: len(ids)].tolist() == ids
-    assert begins or any("is trained behind another beginning" in note for note in found.notes)
+    assert example.input_ids[: len(ids)].tolist() == ids
 
 
 def test_the_last_turn_alone_can_be_trained() -> None:
