@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-__all__ = ["EvalEnd", "Event", "Forecast", "Resumed", "RunEnd", "RunStart", "Saved", "Sink", "StepEnd", "Vitals"]
+__all__ = [
+    "EvalEnd",
+    "Event",
+    "Forecast",
+    "Resumed",
+    "RunEnd",
+    "RunStart",
+    "Saved",
+    "Sink",
+    "StepEnd",
+    "Vitals",
+    "Working",
+]
 
 
 @dataclass(frozen=True)
 class Event:
     """Something that happened after ``step`` updates."""
+
+    logged: ClassVar[bool] = True
+    """Whether it is kept; else it is only shown while it lasts."""
 
     step: int
 
@@ -41,6 +56,23 @@ class Resumed(Event):
     """A checkpoint was loaded."""
 
     checkpoint: str
+
+
+@dataclass(frozen=True)
+class Working(Event):
+    """Something that takes long is under way, of which no number is known yet.
+
+    Attributes:
+        what: ``update``, the first of this process, or ``held-out loss``.
+        done: Micro-batches of the update that were computed.
+        of: How many it has; 0 where that is not counted.
+    """
+
+    logged: ClassVar[bool] = False
+
+    what: str
+    done: int = 0
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +169,7 @@ _NAMES: dict[type[Event], str] = {
     RunStart: "start",
     Resumed: "resume",
     Halved: "halved",
+    Working: "working",
     StepEnd: "step",
     Forecast: "forecast",
     EvalEnd: "eval",

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan, Rows
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
-from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals
+from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals, Working
 from ftune.run.memory import PeakMeter, return_free_memory, trim_between_blocks
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
@@ -76,6 +76,7 @@ class Loop:
     progress: dict[str, Any]
     auto_batch: bool = False
     replay: Replay | None = None
+    _first: int = field(default=0, init=False)
 
     @property
     def portions(self) -> Portions:
@@ -98,6 +99,7 @@ class Loop:
         if self.accelerator.device.type == "cpu":
             trim_between_blocks(model)
         wrapped = self.engine.wrap(self.objective, self.optimizer, method)
+        self._first = start
         if evaluate_first:
             self.evaluate(start)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -225,6 +227,7 @@ class Loop:
         """Measure the held-out loss and emit it; before the first update, that of the base model."""
         assert self.plan.splits.eval is not None
         began = time.perf_counter()
+        self.emit(Working(step, "held-out loss"))
         method, model = self.plan.recipe.method, self.objective.model
         as_base = None if step or method.starts_as_base else method.switched_off(model)
         with as_base or nullcontext():
@@ -321,6 +324,8 @@ class Loop:
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step, micro in enumerate(mine):
             last = micro_step == len(mine) - 1
+            if step == self._first:
+                self.emit(Working(step, "update", micro_step, len(mine)))
             batch = self._batch(micro)
 
             def compute(micro_step: int = micro_step, last: bool = last, batch: Batch = batch) -> Tensor:

@@ -58,9 +58,9 @@ class Failing(GeneralTracker):
 @pytest.mark.parametrize(
     ("at", "error", "lost", "said"),
     [
-        ("start", RuntimeError("not logged in\nmore"), 5, "could not be started"),
-        ("start", SystemExit(1), 5, "could not be started"),
-        ("configuration", OSError(errno.ECONNREFUSED, "Connection refused"), 5, "could not be started"),
+        ("start", RuntimeError("not logged in\nmore"), 6, "could not be started"),
+        ("start", SystemExit(1), 6, "could not be started"),
+        ("configuration", OSError(errno.ECONNREFUSED, "Connection refused"), 6, "could not be started"),
         ("log", RuntimeError("HTTP 500"), 4, "failed after step 2"),
         ("finish", RuntimeError("cannot flush"), 0, "could not be closed"),
     ],
@@ -80,7 +80,7 @@ def test_a_tracker_that_fails_never_stops_training(
     assert "free the disk" not in err
     assert record["tracking_failed"]["wandb"]["lost"] == lost
     assert json.loads((tmp_path / "run/run.json").read_text())["tracking_failed"]["wandb"]["lost"] == lost
-    assert failing.logged == ([1] if at == "log" else [1, 2, 3, 4, 4] if at == "finish" else [])
+    assert failing.logged == ([0, 1] if at == "log" else [0, 1, 2, 3, 4, 4] if at == "finish" else [])
     assert list((tmp_path / "run/tracking").rglob("events.*"))  # the other tracker goes on
 
 

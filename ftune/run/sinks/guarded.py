@@ -43,6 +43,8 @@ class Guarded:
 
     def receive(self, event: Event) -> None:
         """Hand one event on, or count it as lost."""
+        if not event.logged:
+            return
         kept = self._sink is not None and (self._again or not self.reason)
         sink = self._sink
         if kept and sink is not None:
