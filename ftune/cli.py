@@ -374,6 +374,9 @@ def train(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data changed.")
     ] = False,
+    accept_changed_model: Annotated[
+        bool, typer.Option("--accept-changed-model", help="With --resume: go on although the base model changed.")
+    ] = False,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Where memory runs out, halve the micro-batches: the same result.")
     ] = False,
@@ -402,11 +405,16 @@ def train(
         raise FtuneError("--resume and --overwrite exclude each other")
     if accept_changed_data and not resume:
         raise FtuneError("--accept-changed-data goes with --resume: a new run takes the data as it is")
+    if accept_changed_model and not resume:
+        raise FtuneError("--accept-changed-model goes with --resume: a new run takes the base model as it is")
     if (engine == "ray") != (num_workers is not None):
         raise FtuneError("--engine ray and --num-workers go together", help="--engine ray --num-workers 2")
     if num_workers is not None:
-        if num_processes is not None or accept_changed_data or auto_batch:
-            raise FtuneError("--num-processes, --accept-changed-data and --auto-batch do not go with --engine ray")
+        if num_processes is not None or accept_changed_data or accept_changed_model or auto_batch:
+            raise FtuneError(
+                "--num-processes, --accept-changed-data, --accept-changed-model and --auto-batch do not go with "
+                "--engine ray"
+            )
         from ftune.artifacts.ray_engine import require_ray
 
         require_ray()
@@ -425,6 +433,7 @@ def train(
                 ("--resume", resume),
                 ("--overwrite", overwrite),
                 ("--accept-changed-data", accept_changed_data),
+                ("--accept-changed-model", accept_changed_model),
                 ("--auto-batch", auto_batch),
                 ("--json", as_json),
             )
@@ -450,6 +459,7 @@ def train(
                 resume=resume,
                 overwrite=overwrite,
                 accept_changed_data=accept_changed_data,
+                accept_changed_model=accept_changed_model,
                 engine=engine,
                 auto_batch=auto_batch,
                 show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),

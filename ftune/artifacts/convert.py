@@ -21,6 +21,7 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.same_base import require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.artifacts.tuned import load_plain
 from ftune.errors import FtuneError, RunFailed
@@ -54,6 +55,7 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
         raise FtuneError(f"a run of `{method.name}` is plain LoRA already", help=f"{run.root}/adapter loads as it is")
     target = out or run.root / "lora"
     run.artifact(recipe)
+    require_same_base(run, recipe)
     require_writable(target, "convert.json", "converted adapter")
     plan = resolve(recipe)
     texts = sample_texts(plan)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.same_base import base_of
 from ftune.errors import RunDirError
 from ftune.plan.engine import EngineChoice
 from ftune.plan.resolve import Plan, resolve
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["changes_of_data", "evaluation_missed", "require_same", "resolve_again", "restore"]
+__all__ = ["evaluation_missed", "record_changes", "require_same", "resolve_again", "restore"]
 
 # What may differ between start and resume: it does not change what is trained.
 _FREE_TO_CHANGE = (
@@ -53,16 +54,30 @@ def changes_of_data(before: dict[str, Any], summary: dict[str, Any]) -> dict[str
     return {name: [then.get(name), now[name]] for name in names if then.get(name) != now[name]}
 
 
+def changes_of_model(before: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of the base's files, then and now, where it differs; a run of an older version has none."""
+    then, now = base_of(before), summary["model"]["fingerprint"]
+    return {} if then in (None, now) else {"fingerprint": [then, now]}
+
+
 def require_same(
-    before: dict[str, Any], recipe: Recipe, summary: dict[str, Any], run: RunDir, *, accept_changed_data: bool
+    before: dict[str, Any],
+    recipe: Recipe,
+    summary: dict[str, Any],
+    run: RunDir,
+    *,
+    accept_changed_data: bool,
+    accept_changed_model: bool,
 ) -> None:
     """Hold that a resumed run is the one that was started.
 
     Raises:
-        RunDirError: The recipe changed, or the data did and that was not accepted.
+        RunDirError: The recipe changed, or the data or the base model did and that was not accepted.
     """
     # Read as a recipe, so that a field which is newer than the run has its default.
     old, new = (flatten(recipe.model_dump(mode="json")) for recipe in (run.recipe(), recipe))
+    if base_of(before) is not None and not changes_of_model(before, summary):
+        new["model.id"] = old["model.id"]  # the same files, moved to another directory
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -74,14 +89,39 @@ def require_same(
         for key, what in (("global_batch", "rows in an update"), ("steps", "steps in all"))
         if then.get(key) != now[key]
     ]
-    data = "the content of the data files"
-    if not accept_changed_data and changes_of_data(before, summary):
-        changed.append(data)
+    ways = "restore the recipe, or train anew with --overwrite"
+    for what, flag, found in (
+        ("data", accept_changed_data, changes_of_data(before, summary)),
+        ("model", accept_changed_model, changes_of_model(before, summary)),
+    ):
+        if found and not flag:
+            changed.append(f"the content of the {what} files")
+            ways = f"restore the {what}, go on with the new by --accept-changed-{what}, or train anew with --overwrite"
     if changed:
-        ways = "restore the recipe, or train anew with --overwrite"
-        if changed[-1] == data:
-            ways = "restore the data, go on with the new data by --accept-changed-data, or train anew with --overwrite"
         raise RunDirError(f"{run.root} was started with another recipe:\n  " + "\n  ".join(changed), help=ways)
+
+
+def record_changes(record: dict[str, Any], before: dict[str, Any], summary: dict[str, Any], start: int) -> list[str]:
+    """Keep in ``run.json`` what changed under a resumed run, now and earlier; returns what to tell of now.
+
+    Args:
+        record: What the run writes; it gets ``data_changed`` and ``model_changed`` where there is something.
+        before: What it wrote last.
+        summary: The plan now.
+        start: The step that it goes on from.
+    """
+    told = []
+    for key, what, found in (
+        ("data_changed", "data", changes_of_data(before, summary)),
+        ("model_changed", "base model", changes_of_model(before, summary)),
+    ):
+        changes = list(before.get(key, []))
+        if found:
+            changes.append({"after_step": start} | found)
+            told.append(f"the {what} changed since the run began: from step {start} on it trains on the new one")
+        if changes:
+            record[key] = changes
+    return told
 
 
 def restore(

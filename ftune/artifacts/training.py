@@ -21,7 +21,7 @@ from ftune.artifacts.agreement import facts_of
 from ftune.artifacts.card import write_card
 from ftune.artifacts.kernels import kernels_of_run, replay_of
 from ftune.artifacts.objective import agreed, loss_of, make_objective
-from ftune.artifacts.resume import changes_of_data, evaluation_missed, require_same, resolve_again, restore
+from ftune.artifacts.resume import evaluation_missed, record_changes, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.stops import stops_of_plan, write_generation_config
 from ftune.artifacts.tally import Tally
@@ -67,6 +67,7 @@ class _Asked:
     resume: bool
     overwrite: bool
     accept_changed_data: bool
+    accept_changed_model: bool
     show_plan: Callable[[dict[str, Any]], None]
     progress: bool
     auto_batch: bool
@@ -78,6 +79,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     accept_changed_data: bool = False,
+    accept_changed_model: bool = False,
     show_plan: Callable[[dict[str, Any]], None] = lambda summary: None,
     progress: bool = True,
     engine: str | None = None,
@@ -90,6 +92,7 @@ def train(
         resume: Continue from the newest whole checkpoint of this run directory; start when there is none.
         overwrite: Replace a run that the directory holds.
         accept_changed_data: Go on although the data is not what the run began with; ``run.json`` keeps that.
+        accept_changed_model: The same of the base model's files.
         show_plan: Called with the plan before any weights are loaded.
         progress: Whether progress may be written to standard error.
         auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
@@ -111,7 +114,7 @@ def train(
             # Again: another process may have trained here between the look and the lock.
             run.prepare(overwrite=overwrite, resume=resume)
             run.sweep()
-        asked = _Asked(resume, overwrite, accept_changed_data, show_plan, progress, auto_batch)
+        asked = _Asked(resume, overwrite, accept_changed_data, accept_changed_model, show_plan, progress, auto_batch)
         return _train(loaded, run, accelerator, choice, asked)
 
 
@@ -135,10 +138,15 @@ def _train(
     summary = plan.summary()
     if world > 1:
         require_agreement(accelerator, facts_of(plan, resolved))
-    changes = list[dict[str, Any]]()
     if before is not None:
-        require_same(before, resolved, summary, run, accept_changed_data=asked.accept_changed_data)
-        changes = list(before.get("data_changed", []))
+        require_same(
+            before,
+            resolved,
+            summary,
+            run,
+            accept_changed_data=asked.accept_changed_data,
+            accept_changed_model=asked.accept_changed_model,
+        )
         if before.get("status") == "finished":
             # No error: whoever starts a job again until it ends well, a cluster's scheduler, asks for no more.
             if main:
@@ -188,11 +196,8 @@ def _train(
             start, notes, found, kept = restore(
                 checkpoints, plan, model, optimizer, accelerator, asked.resume, run.metrics
             )
-            if before is not None and (data := changes_of_data(before, summary)):
-                changes.append({"after_step": start} | data)
-                notes.append(f"the data changed since the run began: from step {start} on it trains on the new one")
-            if changes:
-                record["data_changed"] = changes
+            if before is not None:
+                notes += record_changes(record, before, summary, start)
             kernels, lines = plain(), list[str]()
             if recipe.training.compile:
                 with _computing(model, plan):

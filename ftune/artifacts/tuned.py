@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.same_base import is_moved, require_same_base
 from ftune.errors import RunDirError
 from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
@@ -40,7 +41,9 @@ def find_target(path: Path) -> Target:
     """
     if path.is_dir():
         run = RunDir(path)
-        return Target(run.recipe(), run)
+        trained = run.recipe()
+        require_same_base(run, trained)
+        return Target(trained, run)
     if not path.exists():
         raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
     recipe = load_checked(path)[0].recipe
@@ -52,12 +55,15 @@ def find_target(path: Path) -> Target:
     recipe = run.as_begun(recipe)
     asked = written_out(recipe, choose_dtype(recipe.model.dtype, choose_device()))
     asked = as_stored(asked, load_config(asked.model))
+    if is_moved(asked.model, trained.model, run.read()):
+        trained = trained.model_copy(update={"model": asked.model})
     for block in ("model", "method", "data"):
         if getattr(asked, block) != getattr(trained, block):
             raise RunDirError(
                 f"the run in {run.root} was made with another `{block}` than {path} has now",
                 help=f"evaluate the run itself, {run.root}, or train the recipe with --overwrite",
             )
+    require_same_base(run, trained)
     # How to evaluate is the recipe's to say, also after training.
     return Target(trained.model_copy(update={"evaluation": recipe.evaluation}), run)
 

@@ -36,6 +36,7 @@ from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.documents import may_keep_apart, settle_packing
 from ftune.plan.engine import DDP, EngineChoice, require_engine
+from ftune.plan.fingerprint import fingerprint
 from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
@@ -87,6 +88,7 @@ class Plan:
         choices: Training settings that the recipe left out, and why they are what they are.
         slower: What the recipe asks for by name and the device is much slower in, a warning each.
         notes: What to tell of the base model's files.
+        fingerprint: Of the base model's files, where they are on this disk.
     """
 
     recipe: Recipe
@@ -110,6 +112,7 @@ class Plan:
     choices: tuple[Choice, ...] = ()
     slower: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     @property
     def global_batch(self) -> int:
@@ -332,6 +335,7 @@ def resolve(
         choices=length.choices + rate_chosen + chosen,
         slower=slower,
         notes=notes,
+        fingerprint=None if sizes is not None else fingerprint(recipe.model),
     )
 
 

@@ -36,6 +36,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "parameters": plan.shape.parameters,
             "dtype": str(context.dtype).removeprefix("torch."),
             "vocab": plan.shape.vocab,
+            "fingerprint": plan.fingerprint,
         },
         "method": {
             "name": recipe.method.name,

@@ -1,0 +1,99 @@
+"""What a base model on this disk is, in a few bytes: so that a run meets the weights that it began with.
+
+The directory's name is no part of it, so that a model may be moved. A model of the hub has a commit instead
+(``ftune.plan.pinned``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ftune.plan.base_model import gguf_path
+from ftune.plan.weights import safetensors_files
+from ftune.recipe.locate import locate_model
+from ftune.recipe.schema import ModelSpec
+
+__all__ = ["fingerprint"]
+
+SAMPLE = 256
+"""Bytes read in one place. Whole files would take minutes."""
+STRIDE = 2**22
+"""Bytes of a tensor between two samples; a smaller tensor has one, in its middle."""
+MAX_SAMPLES = 4096
+"""Of all files: a fifth of a second on a disk that is not cached."""
+MAX_HEADER = 100_000_000  # safetensors' own limit
+_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # written anew by whoever saves a model
+
+
+def fingerprint(spec: ModelSpec) -> str | None:
+    """A digest of a base model's configuration, code, headers, sizes and a sample of its weights.
+
+    Every tensor is sampled: weights of another training differ in all of them. One changed number may go unseen.
+
+    Args:
+        spec: The recipe's model block.
+
+    Returns:
+        Hexadecimal digits; None for a model of the hub.
+
+    Raises:
+        ModelError: The model is not there.
+        OSError: A file cannot be read.
+    """
+    located = locate_model(spec)
+    if located.kind == "hub":
+        return None
+    digest = hashlib.sha256()
+    if located.kind == "gguf":
+        file = gguf_path(located)
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        _sample(digest, file, [(0, size)], stride=max(STRIDE, size // MAX_SAMPLES))
+        return digest.hexdigest()
+    directory = Path(located.path_or_id)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if key not in _WITHOUT_MEANING}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for code in sorted(directory.glob("*.py")):
+        digest.update(code.name.encode() + hashlib.sha256(code.read_bytes()).digest())
+    files = safetensors_files(str(directory), None)
+    headers = [_header(file) for file in files]
+    total = sum(len(places) + sum(size // STRIDE for _, size in places) for _, places in headers)
+    for file, (header, places) in zip(files, headers, strict=True):
+        digest.update(header)
+        step = -(-total // MAX_SAMPLES)  # where there are very many, every so many tensors
+        _sample(digest, file, places[::step] if step > 1 else places, stride=STRIDE * max(1, step))
+    return digest.hexdigest()
+
+
+def _header(file: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """What a safetensors file says of its tensors, in a fixed order, and where each lies: its offset and size."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        content = opened.read(min(length, MAX_HEADER))
+    tensors: dict[str, Any] = json.loads(content)
+    tensors.pop("__metadata__", None)
+    places = []
+    for about in tensors.values():
+        begin, end = about["data_offsets"]
+        places.append((8 + length + int(begin), int(end) - int(begin)))
+    return json.dumps(tensors, sort_keys=True).encode(), sorted(places)
+
+
+def _sample(digest: Any, file: Path, places: list[tuple[int, int]], *, stride: int) -> None:
+    """Add bytes of a file from the middle of every ``stride`` bytes of each place."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for offset, size in places:
+            parts = 1 + (size - 1) // stride if size else 0
+            for part in range(parts):
+                middle = offset + (2 * part + 1) * size // (2 * parts) - SAMPLE // 2
+                begin = max(offset, middle)
+                digest.update(os.pread(descriptor, min(SAMPLE, offset + size - begin), begin))
+    finally:
+        os.close(descriptor)
