@@ -77,8 +77,9 @@ def validated(recipe: Recipe, *, rows: Sequence[int] = (), examples: int = 0, co
 def _counted(key: str, split: Split) -> str:
     stats, files = split.stats, len(split.rows.origin)
     where = split.rows.origin[0] if files == 1 else f"{files:,} files"
+    rows = "1 row" if stats.rows == 1 else f"{stats.rows:,} rows"
     return (
-        f"data.{key}: {where}: format {split.format}, {stats.rows:,} rows, {stats.tokens:,} tokens, "
+        f"data.{key}: {where}: format {split.format}, {rows}, {stats.tokens:,} tokens, "
         f"{stats.target_tokens:,} in the loss"
     )
 

@@ -600,6 +600,9 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
     label = f"did you mean `{near}`?" if near else _conversion(value, words)
     if value is None and not _is_required(path, raw):
         label = "remove it to get the default"
+    help = None
+    if path in (("data", "train"), ("data", "eval")) and isinstance(value, (list, tuple)):
+        label, help = "", "one source is taken: put the files into one directory, or their rows into one file"
     if path == ("method", "quantization") and "a block of fields" in words:
         label = label or _as_quantization(value, raw)
     if allowed and not words:
@@ -609,7 +612,7 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
         words = [f"`{word}`" for word in allowed]
         return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
     words += [f"`{word}`" for word in allowed]
-    return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
+    return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label, help)
 
 
 def _as_quantization(value: object, raw: Any) -> str:
