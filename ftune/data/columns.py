@@ -51,7 +51,10 @@ def renamed(rows: Rows, columns: ColumnMap, at: KeyPath) -> tuple[Rows, tuple[st
             makers[name], taken = _maker(name, value, rows)
             used += taken
         except _Unknown as unknown:
-            problems.append(((*at, name), unknown.message, unknown.help))
+            help = unknown.help
+            if len(at) == 2:
+                help += f"; the mapping is that of data.train: `{'.'.join(map(str, at))}.columns` replaces it"
+            problems.append(((*at, name), unknown.message, help))
     if problems:
         raise LocatedDataError(problems)
     formats = format_of(set(given))
@@ -130,6 +133,8 @@ def _unknown(name: str, rows: Rows, *, in_template: bool = False) -> _Unknown:
         help = f"did you mean `{near}`? The columns are {names(rows.columns, '`')}"
     else:
         help = f"its columns are {names(rows.columns, '`')}"
+        if rows.origin[0].lower().endswith((".csv", ".tsv")):
+            help += ", named by its first line"
         if in_template and ":" in name:
             help += f"; behind a column may stand {SPECS}"
     return _Unknown(f"{rows.origin[0]} has no column `{name if len(name) <= 80 else name[:77] + '...'}`", help)

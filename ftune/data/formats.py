@@ -157,10 +157,10 @@ def resolve_format(rows: Rows, asked: SourceFormat, path: str = "", key: str = "
             return detect_format(rows.columns, first)
     except DataError as error:
         copy = block_to_copy(proposal(rows), key, path or source)
-        header = "; the first line of a .csv names its columns" if _is_table(source) else ""
+        header = "the first line of the file names its columns; " if _is_table(source) else ""
         raise DataError(
             f"{source}: {error.message}",
-            help=f"say in the recipe what the columns are, for example\n{copy}{header}",
+            help=f"{header}say in the recipe what they are, for example\n{copy}",
         ) from None
     missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
     if missing:

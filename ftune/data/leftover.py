@@ -92,6 +92,16 @@ def unused_columns(rows: Rows, used: Sequence[str]) -> dict[str, Unused]:
     return {name: unused for name, unused in found.items() if unused.count and name not in repeats}
 
 
+def empty_note(rows: Rows, columns: Sequence[str], key: str) -> list[str]:
+    """What to tell of values that stand in a text and are empty, or missing, in some rows."""
+    empty = dict.fromkeys(columns, 0)
+    for _, row in islice(rows, COUNTED_ROWS):
+        for name in columns:
+            empty[name] += _is_empty(row.get(name))
+    shown = [f"`{name[:40]}` in {count:,} of {len(rows):,} rows" for name, count in empty.items() if count]
+    return [f"data.{key}: empty in the text: {', '.join(shown)}"] if shown else []
+
+
 def is_about_the_row(name: str) -> bool:
     """Whether a column's name says that it is not content."""
     lower = name.strip().lower()
@@ -109,7 +119,10 @@ def note(unused: Mapping[str, Unused], rows: Rows, key: str) -> list[str]:
     shown = [
         f"`{name[:40]}`" if one.count == of else f"`{name[:40]}` (in {one.count:,} of the {cut}{of:,} rows)"
         for name, one in list(unused.items())[:20]
+        if name  # pandas' index has none
     ]
+    if not shown:
+        return []
     more = [f"{len(unused) - 20} more"] if len(unused) > 20 else []
     return [f"data.{key}: not used: {', '.join([*shown, *more])}"]
 
@@ -155,7 +168,8 @@ def proposal(rows: Rows) -> dict[str, str]:
         return {"text": content[0]}
     by_name = {name.lower(): name for name in content}
     answer = next((by_name[name] for name in _ANSWERS if name in by_name), content[-1] if content else "")
-    rest = [name for name in content if name != answer]
+    # of a pair for preference training, the one that was not preferred is no part of an example
+    rest = [name for name in content if name != answer and not (answer.lower() == "chosen" and name == "rejected")]
     asked = rest[0] if len(rest) == 1 else "\n".join(f"{name}: {{{name}}}" for name in rest[:6])
     # a system message stands in a conversation, and tools belong to one
     return {"instruction": asked, "output": answer, **found} if found else {"prompt": asked, "completion": answer}

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ftune.data.columns import renamed
 from ftune.data.formats import Format, columns_of, fits, resolve_format
-from ftune.data.leftover import is_about_the_row, note, refusal, unused_columns
+from ftune.data.leftover import empty_note, is_about_the_row, note, refusal, unused_columns
 from ftune.data.sources import Rows, load_rows
 from ftune.recipe.schema import DataSource
 
@@ -51,4 +51,5 @@ def read_source(
         content = {name: one for name, one in unused.items() if not is_about_the_row(name)}
         if content:
             raise refusal(content, read, format, used, key, source.path)
-    return replace(rows, notes=(*rows.notes, *note(unused, read, key))), format
+    in_text = [name for name in used if any(f"{{{name}" in text for text in rows.named.values())]
+    return replace(rows, notes=(*rows.notes, *note(unused, read, key), *empty_note(read, in_text, key))), format

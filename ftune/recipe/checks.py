@@ -6,6 +6,7 @@ is imported: packages are looked for, not loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +77,7 @@ def check(recipe: Recipe) -> list[Problem]:
 
 def advise(recipe: Recipe) -> list[Problem]:
     """What works but is unlikely to be meant."""
-    return [*_trusted(recipe), *_doubtful(recipe)]
+    return [*_trusted(recipe), *_escapes(recipe), *_doubtful(recipe)]
 
 
 def has_held_out(recipe: Recipe) -> bool:
@@ -409,6 +410,22 @@ def _doubtful(recipe: Recipe) -> Iterator[Problem]:
             "the held-out rows are the training rows",
             "use `eval_fraction` to hold some of them out",
         )
+
+
+def _escapes(recipe: Recipe) -> Iterator[Problem]:
+    """A line break or a tab as two characters: YAML reads these between double quotes only."""
+    for key, source in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        given = source.columns.given() if source is not None and source.columns else {}
+        texts: dict[tuple[str, ...], str] = {("columns", name): text for name, text in given.items()}
+        if source is not None and source.split_on is not None:
+            texts[("split_on",)] = source.split_on
+        for path, text in texts.items():
+            if found := re.search(r"\\[nt]", text):
+                yield Problem(
+                    ("data", key, *path),
+                    f"`{found[0]}` is two characters here, and no {'line break' if found[0][1] == 'n' else 'tab'}",
+                    "write the text between double quotes",
+                )
 
 
 def _same_rows(train: DataSource, held_out: DataSource) -> bool:

@@ -139,6 +139,22 @@ def test_an_instruction_with_the_same_system_message_in_every_row(write: Write) 
         read_source(source(path, {**columns, "system": "prompt"}))
 
 
+def test_values_that_are_empty_in_a_text_are_told(write: Write) -> None:
+    path = write([{"q": "a", "more": None, "a": "c"}, {"q": "d", "a": "e"}, {"q": "d", "more": "x", "a": "e"}])
+    rows, _ = read_source(source(path, {"prompt": "{q} {more}", "completion": "a"}))
+    assert rows.notes == ("data.train: empty in the text: `more` in 2 of 3 rows",)
+
+
+def test_a_file_without_a_header_says_that_its_first_line_is_one(write: Write) -> None:
+    path = write("My printer is broken,hardware\nNo mail,software\n", "t.csv")
+    with pytest.raises(DataError) as caught:
+        read_source(source(path))
+    assert (caught.value.help or "").startswith("the first line of the file names its columns; say in the recipe")
+    with pytest.raises(LocatedDataError) as caught:
+        read_source(source(path, {"prompt": "text", "completion": "label"}))
+    assert "`My printer is broken`, `hardware`, named by its first line" in (caught.value.help or "")
+
+
 def test_a_misfit_names_the_files_column(write: Write) -> None:
     path = write([{"question": "q", "answer": None}])
     with pytest.raises(DataError, match=r"data.jsonl:1: `completion` \(from 'answer'\): found null"):
@@ -210,7 +226,7 @@ def test_a_column_that_repeats_what_is_used_is_no_loss(write: Write) -> None:
         ({"id": 1, "title": "a", "body": "b", "label": "c"}, {"prompt": '"title: {title}\\nbody: {body}"'}),
         ({"turns": chat("a", "b")}, {"messages": "turns"}),
         ({"system_prompt": "s", "question": "a", "response": "b"}, {"instruction": "question", "output": "response"}),
-        ({"text": "a", "chosen": "b", "rejected": "c"}, {"completion": "chosen"}),
+        ({"text": "a", "chosen": "b", "rejected": "c"}, {"prompt": "text", "completion": "chosen"}),
         ({"messages": chat("a", "b"), "functions": [{"name": "f"}]}, {"messages": "messages", "tools": "functions"}),
     ],
 )

@@ -46,6 +46,7 @@ def test_a_resolved_recipe_passes_again() -> None:
         ("optimizer: {learning_rate: 1}\n", "train.jsonl", "5000 times"),
         ("training: {max_steps: 5}\ncheckpoint: {every_steps: 10}\n", "train.jsonl", "never pass"),
         ("", "{train: train.jsonl, eval: train.jsonl}", "are the training rows"),
+        ("", r"{train: {path: train.jsonl, columns: {prompt: 'a {q}\n', completion: b}}}", "no line break"),
     ],
 )
 def test_advice(extra: str, data: str, words: str) -> None:
