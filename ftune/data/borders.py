@@ -53,20 +53,23 @@ class Borders:
 
     def behind(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer where it follows its prompt, in tokens of its own."""
-        ends = [prompt[-BEHIND:] for prompt in prompts]
-        before = self._kept(ends)
-        both = self.tokenized(
-            [end + answer for end, answer in zip(ends, answers, strict=True)], return_offsets_mapping=True
-        )
-        found = []
-        for end, known, ids, offsets, answer in zip(
-            ends, before, both["input_ids"], both["offset_mapping"], answers, strict=True
-        ):
-            if _apart(ids, offsets, known, len(end)):
-                found.append(ids[len(known) :])
-            else:
-                context, count = self._context(answer)
-                found.append(self.ids([context + answer])[0][count:])
+        found: list[list[int]] = [[] for _ in answers]
+        waiting = list(range(len(answers)))
+        # behind its own prompt, then behind what merges with none of it; at last by itself
+        for context in (None, *OTHERS, ""):
+            ends = [prompts[i][-BEHIND:] if context is None else context for i in waiting]
+            alone = self._kept(ends)
+            both = self.ids([end + answers[i] for i, end in zip(waiting, ends, strict=True)])
+            left = []
+            for i, known, ids in zip(waiting, alone, both, strict=True):
+                # of an unknown token the ids do not tell how much text it stands for
+                if ids[: len(known)] == known and self._tokenizer.unk_token_id not in known:
+                    found[i] = ids[len(known) :]
+                else:
+                    left.append(i)
+            if not left:
+                break
+            waiting = left
         return found
 
     def split(self, text: str, at: int) -> tuple[list[int], list[Span]]:

@@ -116,6 +116,8 @@ class Encoder:
         self._max_length = max_length
         self._too_long = too_long
         self._specials = frozenset(special_tokens(tokenizer).values())
+        self._is_special = np.zeros(max(len(tokenizer), *self._specials) + 1, dtype=np.bool_)
+        self._is_special[list(self._specials)] = True
         self._borders = Borders(tokenizer, self._specials)
         self._forms = Forms(tokenizer, template) if template is not None else None
         self._unrendered = Unrendered(tokenizer, template) if template is not None else None
@@ -271,7 +273,7 @@ class Encoder:
         One that lies across an end belongs to neither side, unless it is special (and takes white space with it).
         """
         starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-        special = np.isin(ids, list(self._specials))
+        special = self._is_special[ids]
         inside = np.zeros(len(ids), dtype=np.bool_)
         for start, end in spans:
             whole = (starts >= start) & (starts < end) & (ends <= end)
