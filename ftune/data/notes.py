@@ -41,7 +41,7 @@ def notes_of(stats: Stats) -> list[str]:
 
 
 def _of(count: int, rows: int) -> str:
-    return f"{count:,} of {rows:,} ({count / rows:.0%})" if count < rows else f"all {rows:,}"
+    return f"all {rows:,}" if count == rows > 1 else f"{count:,} of {rows:,} ({count / rows:.0%})"
 
 
 def _lost(stats: Stats) -> str:

@@ -207,16 +207,13 @@ def _tokenized(
     examples = Examples.joined([part.examples for part in parts])
     if not len(examples):
         first_targets = [place for part in parts for place in part.first_targets]
-        raise _nothing_left(rows, spec, [length for _, length in too_long], first_targets)
+        raise _nothing_left(rows, spec, [length for _, length in too_long], first_targets, _notes(parts))
     return examples, _stats(rows, spec, examples, parts)
 
 
 def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]) -> Stats:
     truncated = sum(part.truncated for part in parts)
     untruncated = len(np.unique(examples.rows)) - truncated
-    notes: Counter[str] = Counter()
-    for part in parts:
-        notes.update(part.notes)
     # an example's first token is no target
     first = examples.trained[np.cumsum(examples.lengths) - examples.lengths]
     return Stats(
@@ -234,8 +231,16 @@ def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]
         split=sum(part.split for part in parts),
         lost_tokens=sum(part.lost_tokens for part in parts),
         lost_target_tokens=sum(part.lost_target_tokens for part in parts),
-        notes=dict(sorted(notes.items())),
+        notes=_notes(parts),
     )
+
+
+def _notes(parts: Sequence[Part]) -> dict[str, int]:
+    """What to tell of rows, with the number of rows."""
+    notes: Counter[str] = Counter()
+    for part in parts:
+        notes.update(part.notes)
+    return dict(sorted(notes.items()))
 
 
 def generation_items(
@@ -367,7 +372,9 @@ def _too_long(rows_and_lengths: list[tuple[int, int]], rows: Rows, spec: DataSpe
     )
 
 
-def _nothing_left(rows: Rows, spec: DataSpec, long: list[int], first_targets: list[int]) -> DataError:
+def _nothing_left(
+    rows: Rows, spec: DataSpec, long: list[int], first_targets: list[int], notes: Mapping[str, int]
+) -> DataError:
     """The error when no example is left: all skipped, all masked after truncation, or nothing trained."""
     name = rows.origin[0]
     if spec.too_long == "skip" and len(long) == len(rows):
@@ -383,7 +390,8 @@ def _nothing_left(rows: Rows, spec: DataSpec, long: list[int], first_targets: li
             help=f"raise data.max_length: answers begin at tokens {min(first_targets) + 1} (the earliest) to "
             f"{max(first_targets) + 1} (the latest)",
         )
+    reasons = "".join(f"\n  {count} of {len(rows)} rows: {note}" for note, count in notes.items())
     return DataError(
-        f"{name}: nothing to train on: no token of the {len(rows)} rows is a target",
+        f"{name}: nothing to train on: no token of the {len(rows)} rows is a target{reasons}",
         help="an example needs at least two tokens, and a chat template must mark what the assistant writes",
     )

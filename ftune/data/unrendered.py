@@ -100,7 +100,10 @@ class Unrendered:
                     raise DataError(
                         f"the chat template does not show {what} of messages[{index}], which is trained", help=HELP
                     )
-                notes[f"{NOT_SHOWN}`{name}` of {message['role']} messages"] = None
+                earlier = (
+                    "earlier " if message["role"] == "assistant" and index + 1 < len(conversation.messages) else ""
+                )
+                notes[f"{NOT_SHOWN}`{name}` of {earlier}{message['role']} messages"] = None
         for index in trained:
             self._require_whole(conversation, index, text)
         return list(notes)

@@ -203,7 +203,7 @@ def test_an_answer_that_is_not_shown_is_refused(template: str, row: str) -> None
     if row == "call, no tools":
         messages, tools = ROWS[row]
         found = part(template, [messages[0], {**messages[1], "weight": 0}, *messages[2:]], tools)
-        assert f"{NOT_SHOWN}`tool_calls[].name` of assistant messages" in found.notes
+        assert f"{NOT_SHOWN}`tool_calls[].name` of earlier assistant messages" in found.notes
 
 
 TOLD: dict[tuple[str, str], list[str]] = {
@@ -211,15 +211,15 @@ TOLD: dict[tuple[str, str], list[str]] = {
     ("chatml_tools", "name"): [f"{NOT_SHOWN}`name` of user messages"],
     ("chatml_tools", "call"): [
         f"{NOT_SHOWN}`tool_call_id` of tool messages",
-        f"{NOT_SHOWN}`tool_calls[].id` of assistant messages",
+        f"{NOT_SHOWN}`tool_calls[].id` of earlier assistant messages",
     ],
     ("mistral3", "call"): [],
     ("mistral3", "system"): [],  # it is in the generation prompt, behind which the answer is trained
     ("llama3", "reasoning"): [
-        f"{NOT_SHOWN}`reasoning_content` of assistant messages",
+        f"{NOT_SHOWN}`reasoning_content` of earlier assistant messages",
         f"{NOT_SHOWN}`reasoning` of assistant messages",
     ],
-    ("qwen3", "reasoning"): [NOT_AS_WRITTEN, f"{NOT_SHOWN}`reasoning_content` of assistant messages"],
+    ("qwen3", "reasoning"): [NOT_AS_WRITTEN, f"{NOT_SHOWN}`reasoning_content` of earlier assistant messages"],
     ("gemma", "tools"): [f"{NOT_SHOWN}`tools`"],
     ("plain", "without ids"): [CALLS_AS_TEXT],
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from ftune.data.chat import load_template
 from ftune.data.encode import Encoder, Part, RowError
 from ftune.data.examples import IGNORE
 from ftune.data.formats import Conversation
+from ftune.data.tokenize import load_splits
 from ftune.data.weights import NOT_THE_ASSISTANTS, UNTRAINED, weighed
+from ftune.errors import DataError
+from ftune.recipe.schema import DataSpec
 
 TOKENIZER = build_tokenizer()
 
@@ -105,3 +110,9 @@ def test_what_cannot_be_honoured_is_refused(messages: list[dict[str, Any]], trai
         part(messages, train_on)
     assert re.search(message, caught.value.message)
     assert caught.value.help
+
+
+def test_rows_that_teach_nothing_say_why(write: Callable[..., Path]) -> None:
+    path = write([{"messages": turns("weight", 0, 0)}, {"messages": turns("train", False, False)}])
+    with pytest.raises(DataError, match=r"nothing to train on(.|\n)*2 of 2 rows: every assistant turn is set"):
+        load_splits(DataSpec(train=str(path)), TOKENIZER, seed=0)
