@@ -69,7 +69,6 @@ def _llamafactory(job: Job, bin_directory: Path) -> list[str]:
         "dataset_dir": str(job.data),
         "dataset": job.split,
         "cutoff_len": job.max_length,
-        "infer_dtype": job.dtype,
         "use_cpu": not job.cuda,
         "disable_gradient_checkpointing": True,
         **trainer_settings(job),
@@ -84,9 +83,9 @@ def _without_cuda_libraries(bin_directory: Path) -> None:
         library.unlink()
 
 
-def _litgpt_checkpoint(model: Path, bin_directory: Path) -> Path:
+def _litgpt_checkpoint(job: Job, bin_directory: Path) -> Path:
     """Convert the model to litgpt's format once; the directory's name tells it the architecture."""
-    directory = bin_directory.parents[1] / "checkpoint" / model.name
+    model, directory = job.model, bin_directory.parents[1] / "checkpoint" / job.dtype / job.model.name
     if not (directory / "lit_model.pth").exists():
         directory.mkdir(parents=True, exist_ok=True)
         for file in model.iterdir():
@@ -103,7 +102,7 @@ def _litgpt(job: Job, bin_directory: Path) -> list[str]:
     # It validates on this before training; one short example keeps that out of the figures.
     (data / "val.json").write_text(json.dumps(rows[:1]), encoding="utf-8")
     settings = {
-        "checkpoint_dir": str(_litgpt_checkpoint(job.model, bin_directory)),
+        "checkpoint_dir": str(_litgpt_checkpoint(job, bin_directory)),
         "out_dir": str(job.out / "run"),
         "precision": "bf16-true" if job.bfloat16 else "32-true",
         "lora_r": RANK,

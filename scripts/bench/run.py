@@ -81,8 +81,12 @@ class Bench:
         if self.dtype == "auto":
             self.dtype = work.best_dtype(args.device, self._environment())
         print(f"every tool computes in {self.dtype}", flush=True)
+        self.model: Path = (
+            args.model.resolve()
+            if args.model
+            else work.export_model(self.directory / self.dtype / work.MODEL, self.dtype)
+        )
         self.figures: Path = args.figures or report.FIGURES[self.dtype]
-        self.model = args.model.resolve() if args.model else work.export_model(self.directory / work.MODEL)
         self.data = self.directory / "data"
         work.write_data(self.data)
         self.bins = {name: environments.build(tool, self.directory / name, self.cuda) for name, tool in tools.items()}

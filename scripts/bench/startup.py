@@ -106,7 +106,7 @@ def main() -> None:
 
     pairs, dtype = int(sys.argv[1]) if len(sys.argv) > 1 else 3, best_dtype()
     with tempfile.TemporaryDirectory() as scratch:
-        print(dtype, table(measure(export_model(Path(scratch) / MODEL), pairs, dtype)), sep="\n\n")
+        print(dtype, table(measure(export_model(Path(scratch) / MODEL, dtype), pairs, dtype)), sep="\n\n")
 
 
 if __name__ == "__main__":

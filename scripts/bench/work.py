@@ -28,7 +28,7 @@ from ftune.methods.lora import Lora
 from ftune.plan.base_model import load_base, load_tokenizer
 from ftune.recipe.schema import ModelSpec
 spec = ModelSpec(id=sys.argv[1])
-model = load_base(spec, Lora(name="lora"), torch.bfloat16, torch.device("cpu"))
+model = load_base(spec, Lora(name="lora"), getattr(torch, sys.argv[3]), torch.device("cpu"))
 model.config.use_cache = True
 model.save_pretrained(sys.argv[2])
 load_tokenizer(spec).save_pretrained(sys.argv[2])
@@ -53,15 +53,17 @@ def best_dtype(device: str = "cpu", variables: Mapping[str, str] | None = None) 
     return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def export_model(directory: Path) -> Path:
-    """Write the quickstart's model as bfloat16 safetensors with its tokenizer, which every tool can load.
+def export_model(directory: Path, dtype: str) -> Path:
+    """Write the quickstart's model as safetensors of a dtype with its tokenizer, which every tool can load.
+
+    Some tools compute in the dtype of the file, whatever they are asked for.
 
     In a process of its own: a child's peak memory is counted from its parent's when it is started, so the process
     that measures must stay small.
     """
     if not (directory / "model.safetensors").exists():
         directory.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-c", _EXPORT, GGUF, str(directory)], check=True)
+        subprocess.run([sys.executable, "-c", _EXPORT, GGUF, str(directory), dtype], check=True)
     return directory
 
 
