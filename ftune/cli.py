@@ -221,6 +221,14 @@ def _libraries() -> Iterator[None]:
         yield
 
 
+def _import_for(target: Path) -> None:
+    """Import at once what a command on a run or a recipe uses; not where it will only say that there is none."""
+    if target.exists():
+        from ftune.run.imports import import_libraries
+
+        import_libraries(peft=True)
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"ftune {ftune.__version__}")
@@ -487,6 +495,7 @@ def evaluate(
     from ftune.artifacts.report import evaluation_table
 
     with _libraries():
+        _import_for(target)
         from ftune.artifacts.evaluate import evaluate as measure
         from ftune.artifacts.tuned import reading
 
@@ -522,6 +531,7 @@ def merge(
     from ftune.artifacts.report import merge_summary
 
     with _libraries():
+        _import_for(run)
         from ftune.artifacts.merge import merge as merge_run
         from ftune.artifacts.run_dir import RunDir
 
@@ -565,6 +575,7 @@ def chat(
 ) -> None:
     """Talk to the tuned model, or to its base, in the terminal."""
     with _libraries():
+        _import_for(target)
         from ftune.artifacts.chat import HELP, Chat
         from ftune.artifacts.tuned import reading
 

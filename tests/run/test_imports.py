@@ -5,8 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import typer
+
+from ftune.cli import app
+from ftune.errors import FtuneError
+from ftune.run import imports
 
 SCRIPT = """
 import gc, sys
@@ -45,3 +51,16 @@ assert torch.allclose(found.flatten(), code[[0, 15, 3, 4]]), found
 def test_the_compiler_is_not_imported_before_something_is_compiled() -> None:
     done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["eval", "merge", "chat"])
+def test_commands_on_a_run_import_so_too_but_not_to_say_that_there_is_none(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(imports, "import_libraries", lambda *, peft: calls.append(peft))
+    arguments = ["--prompt", "Hi."] if command == "chat" else []
+    for target in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FtuneError):  # an empty directory is no run either
+            typer.main.get_command(app).main([command, str(target), *arguments], standalone_mode=False)
+    assert calls == [True]
