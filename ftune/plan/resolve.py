@@ -37,6 +37,7 @@ from ftune.plan.devices import Device
 from ftune.plan.documents import may_keep_apart, settle_packing
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.fingerprint import fingerprint
+from ftune.plan.generation import check_generation
 from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.pinned import pin_data, pin_model
@@ -208,6 +209,7 @@ def resolve(
         require_engine(recipe, engine)
         check_causal(recipe.model)
         notes = check_weights(recipe.model, download=False)
+        check_generation(recipe.model)
     sized = recipe.model
     if sizes is not None:
         sized = sized.model_copy(update={"id": str(sizes), "gguf_file": None, "revision": None})

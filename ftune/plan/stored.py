@@ -140,15 +140,23 @@ def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeight
                 places[name], shapes[name] = (file, stored), shape
     absent = tuple(name for name in wanted if name not in places or name in converted)
     if converted or absent:
-        _require_readable(files, model, what)
+        for name in _unused(files, model, what, frozenset(converted)):
+            converted.discard(name)
+            del places[name], shapes[name]
     return StoredWeights(tuple(files), places, shapes, tied, frozenset(converted), absent)
 
 
-def _require_readable(files: list[Path], model: Any, what: str) -> None:
-    """Hold that transformers makes the whole model of a checkpoint, and uses every tensor of it.
+def _unused(files: list[Path], model: Any, what: str, converted: frozenset[str]) -> frozenset[str]:
+    """Which tensors transformers leaves over as it makes the model of a checkpoint; the plan has told of them.
+
+    Args:
+        files: The checkpoint's.
+        model: The model, hollow.
+        what: What the checkpoint is, for messages.
+        converted: Names in the file of what is not the model's as it is.
 
     Raises:
-        ModelError: Names what is left over or missing.
+        ModelError: Something is missing or of another shape, or what is left over is not known by its name.
     """
     with quiet(reports=False):
         # On the meta device nothing is read but the files' headers.
@@ -161,15 +169,18 @@ def _require_readable(files: list[Path], model: Any, what: str) -> None:
             use_safetensors=True,
         )
     for key, how in (
-        ("unexpected_keys", "it holds `{}`, which is no parameter of the model"),
         ("mismatched_keys", "`{}` has another shape there"),
         ("missing_keys", "it has no `{}`"),
     ):
         for name in sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in report[key]):
+            others = "".join(f", and holds `{other}`" for other in sorted(report["unexpected_keys"])[:1])
             raise ModelError(
-                f"{what} is not this model: {how.format(name)}",
+                f"{what} is not this model: {how.format(name)}{others}",
                 help="check that the files and config.json belong together",
             )
+    for name in sorted(report["unexpected_keys"] - converted):
+        raise ModelError(f"{what} holds `{name}`, which it is not known how to leave out", help=IN_MEMORY)
+    return frozenset(report["unexpected_keys"])
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -97,8 +97,10 @@ def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.
     assert "by_shard" not in merge(run, by_shard=False)
 
 
-def test_a_base_whose_files_name_other_tensors_is_refused(tmp_path: Path) -> None:
+def test_a_base_whose_files_name_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path)
+    # Which is told first where the run knows its base's fingerprint.
+    monkeypatch.setattr("ftune.artifacts.merge.require_same_base", lambda run, recipe: None)
     file = tmp_path / "base/model.safetensors"
     stored = load_file(file)
     fused = {key.replace("q_proj", "qkv_proj"): value for key, value in stored.items()}
@@ -156,7 +158,18 @@ def test_a_disk_without_room_is_found_before_the_work(tmp_path: Path, monkeypatc
         merge(run, by_shard=True)
 
 
-def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_the_model_does_not_use_are_left_out(tmp_path: Path) -> None:
+    tiny.recipe(tmp_path)
+    file = tmp_path / "base/model.safetensors"
+    save_file(
+        load_file(file) | {"model.layers.2.mlp.up_proj.weight": torch.ones(3, 3)}, file, metadata={"format": "pt"}
+    )
+    report = merge(run_of(tmp_path), by_shard=True)
+    assert report["tensors"] == 21
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftune.artifacts.merge.require_same_base", lambda run, recipe: None)
     tiny.model_dir(tmp_path / "base", tie_word_embeddings=True)
     tiny.write_chats(tmp_path / "train.jsonl", 24)
     tiny.write_chats(tmp_path / "eval.jsonl", 6, start=100)
