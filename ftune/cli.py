@@ -61,6 +61,10 @@ RunPath = Annotated[
 RunOrRecipe = Annotated[
     Path, typer.Argument(metavar="RUN_OR_RECIPE", callback=_home, help="A run directory, or a recipe.")
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="step-N", help="Take this checkpoint of the run, also while it goes on."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_steps=20. Repeatable."),
@@ -486,11 +490,13 @@ def train(
 def evaluate(
     target: RunOrRecipe,
     base: Annotated[bool, typer.Option("--base", help="Measure the base model too, side by side.")] = False,
+    checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out loss, perplexity and task metrics.
 
-    Of a recipe that was not trained yet, those of its base model.
+    Every answer and its scores are kept in RUN/predictions.jsonl. Of a run that has not ended, the newest checkpoint
+    is measured; of a recipe that was not trained yet, its base model.
     """
     from ftune.artifacts.report import evaluation_table
 
@@ -499,9 +505,37 @@ def evaluate(
         from ftune.artifacts.evaluate import evaluate as measure
         from ftune.artifacts.tuned import reading
 
-        with reading(target) as found:
+        with reading(target, checkpoint, unfinished=True) as found:
             result = measure(found, base=base)
     _print_json(result) if as_json else print(evaluation_table(result, _width()))
+
+
+@app.command()
+def predict(
+    target: RunOrRecipe,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows like the run's data; they need no answers.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write, as .jsonl; default: standard output.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: evaluation.max_new_tokens.")
+    ] = None,
+) -> None:
+    """Answer the rows of a new file.
+
+    It is read as the run's data were: in their format, and through the recipe's columns.
+    """
+    with _libraries():
+        from ftune.artifacts.predict import predict as answer
+        from ftune.artifacts.tuned import reading
+
+        with reading(target, checkpoint, unfinished=True) as found:
+            result = answer(found, file, output, max_new_tokens)
+    for note in result["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    if result["out"] is not None:
+        print(f"{result['rows']} rows answered: {result['out']}")
 
 
 @app.command()
@@ -572,21 +606,30 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; above: sample.")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="A system message before every conversation.")] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
-    """Talk to the tuned model, or to its base, in the terminal."""
+    """Talk to the tuned model, or to its base, in the terminal.
+
+    What is typed is put before the model as the run's rows were: in the chat template, or as it is.
+    """
     with _libraries():
         _import_for(target)
         from ftune.artifacts.chat import HELP, Chat
         from ftune.artifacts.tuned import reading
 
-        with reading(target) as found:  # not for as long as the talk is: the weights are in memory
-            talk = Chat(found, max_new_tokens=max_new_tokens, temperature=temperature, base=base)
+        # Not for as long as the talk is: the weights are in memory.
+        with reading(target, checkpoint, unfinished=True) as found:
+            settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            talk = Chat(found, base=base, system=system, **settings)
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
         if prompt is not None:
             talk.answer(prompt, sys.stdout)
             return
         interactive = sys.stdin.isatty()
         if interactive:
-            print(HELP)
+            print(f"{HELP}\n{talk.manner}")
         while True:
             try:
                 line = input(f"{'base' if talk.base else 'tuned'}> " if interactive else "").strip()

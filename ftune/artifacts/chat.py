@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 import torch
 
+from ftune.artifacts.generate import decoded
+from ftune.artifacts.one_pass import settings_of
 from ftune.artifacts.stops import end_token_ids, saved_stops
-from ftune.artifacts.tuned import Target
+from ftune.artifacts.terminal import printable
+from ftune.artifacts.tuned import Target, load_target
+from ftune.data.prompts import prompt_ids, prompting_of
 from ftune.errors import FtuneError
 from ftune.plan.base_model import choose_device, load_base, load_tokenizer
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
 from ftune.run.objective import autocast
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Chat"]
 
@@ -26,40 +27,62 @@ HELP = "/base and /tuned choose the model, /new forgets the conversation, /quit 
 class Chat:
     """A conversation with a model that can be switched between tuned and base.
 
+    What is typed is put before the model as the run's rows were: in the chat template, in the recipe's own prompt, or
+    as it is, each text by itself.
+
     Args:
         target: A run, or a recipe whose base model is talked to.
         max_new_tokens: Longest answer.
         temperature: 0 answers greedily; above it samples.
         base: Begin with the base model.
+        system: A system message before every conversation.
 
     Raises:
-        FtuneError: The base was asked for and the method cannot be switched off.
+        FtuneError: There is a system message, and the run's prompts have no place for one.
     """
 
-    def __init__(self, target: Target, *, max_new_tokens: int, temperature: float, base: bool) -> None:
+    def __init__(
+        self, target: Target, *, max_new_tokens: int, temperature: float, base: bool, system: str | None = None
+    ) -> None:
         recipe = target.recipe
         device = choose_device()
         self._dtype = choose_dtype(recipe.model.dtype, device)
         self._tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
+        self._prompting = prompting_of(recipe.data, self._tokenizer)
+        if system is not None and self._prompting.kind == "raw":
+            raise FtuneError(
+                "--system: this run's prompts have no system message: it was trained on prompts as they are",
+                help="write it into the prompt, as the training rows have it",
+            )
+        self._before: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
+        self._messages = list(self._before)
         self._model = load_base(recipe.model, recipe.method, self._dtype, device).eval()
         self._recipe = recipe
         self._stops = saved_stops(target.run, recipe, self._tokenizer)
-        self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            self._settings["temperature"] = temperature
-        self._messages: list[dict[str, str]] = []
+        self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self.tuned = target.run is not None and not (base and recipe.method.artifact == "model")
-        if target.run is not None and self.tuned:
-            context = context_of(recipe, device, self._dtype)
-            self._model = recipe.method.load(self._model, target.run.artifact(recipe), context).to(device).eval()
+        if self.tuned:
+            self._model = load_target(self._model, target, context_of(recipe, device, self._dtype))
         self.base = base or not self.tuned
+
+    @property
+    def manner(self) -> str:
+        """How what is typed is put before the model, in words."""
+        before, behind = self._prompting.template or ("", "")
+        if before or behind:
+            return f"your text is set into the recipe's prompt: {before}...{behind}"
+        return {
+            "chat": "your text is a turn of a conversation, in the model's chat template",
+            "raw": "your text is the whole prompt, each by itself: so the run was trained",
+            "alpaca": "your text is an instruction in Alpaca's prompt, each by itself: so the run was trained",
+        }[self._prompting.kind]
 
     def command(self, line: str) -> str | None:
         """Obey a line that begins with a slash; returns what to tell the user, or None to leave."""
         if line == "/quit":
             return None
         if line == "/new":
-            self._messages = []
+            self._messages = list(self._before)
             return "a new conversation"
         if line in ("/base", "/tuned"):
             wanted = line == "/base"
@@ -73,38 +96,45 @@ class Chat:
 
     @torch.no_grad()
     def answer(self, text: str, out: TextIO) -> str:
-        """Answer a message, writing tokens as they come; remembers both.
+        """Answer a text, writing tokens as they come; a conversation remembers both.
 
         Raises:
-            FtuneError: The tokenizer has no chat template.
+            DataError: The tokenizer has no chat template, or the template refuses the conversation.
+            FtuneError: The prompt is empty.
         """
         from transformers import TextStreamer
 
-        if not self._tokenizer.chat_template:
-            raise FtuneError("this model has no chat template", help="set data.chat_template in the recipe")
-        self._messages.append({"role": "user", "content": text})
-        ids = self._tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self._device)
+        found = prompt_ids(self._prompting, text, self._messages, self._recipe.data, self._tokenizer)
+        if not found:
+            raise FtuneError("an empty prompt: there is nothing to answer")
+        ids = torch.tensor([found], device=self._device)
+        ends = end_token_ids(self._model, self._tokenizer, self._stops)
 
         class Streamer(TextStreamer):  # type: ignore[misc]
+            def put(self, value: Any) -> None:
+                if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in ends:
+                    super().put(value)
+
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                out.write(text + ("\n" if stream_end else ""))
+                out.write(printable(text, lines=True) + ("\n" if stream_end else ""))
                 out.flush()
 
+        settings = settings_of(self._tokenizer, ends)
+        if self._temperature > 0:
+            settings |= {"do_sample": True, "temperature": self._temperature}
         off = self._recipe.method.switched_off(self._model) if self.base and self.tuned else None
         with autocast(self._dtype, self._device.type), off or nullcontext():
             output = cast(Any, self._model).generate(
-                **ids,
-                **self._settings,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self._max_new_tokens,
                 streamer=Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
-                use_cache=True,
-                pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=end_token_ids(self._model, self._tokenizer, self._stops) or None,
+                **settings,
             )
-        answer: str = self._tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        self._messages.append({"role": "assistant", "content": answer.strip()})
-        return answer.strip()
+        (answer,) = decoded([output[0, ids.shape[1] :].tolist()], self._tokenizer, ends)
+        if self._prompting.kind == "chat":
+            self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.whole}]
+        return answer.whole
 
     @property
     def _device(self) -> torch.device:

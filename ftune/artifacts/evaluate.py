@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.measure import Measured, measure
@@ -10,12 +14,12 @@ from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.scores import check_references
 from ftune.artifacts.stops import stops_of_run
-from ftune.artifacts.tuned import Target, load_plain, load_tuned
+from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
 from ftune.plan.base_model import configured
 from ftune.plan.resolve import Plan, resolve
-from ftune.run.files import write_json
+from ftune.run.files import write_json, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +42,8 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         base: Measure the base model beside the tuned one.
 
     Returns:
-        ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``.
+        ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``, and every answer
+        with its scores in ``predictions.jsonl``. Where they cannot be written, the notes say why.
 
     Raises:
         DataError: The recipe holds nothing out.
@@ -56,14 +61,16 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     plan = resolve(recipe)
-    notes = _changed_data(plan, run) if run else []
+    notes = [*target.notes, *(_changed_data(plan, run) if run else [])]
     items, too_long = _generation_items(plan)
     notes += check_references(recipe.evaluation.metrics, [item.reference for item in items])
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
         "method": recipe.method.name,
         "model": recipe.model.id,
+        "checkpoint": target.checkpoint.name if target.checkpoint else None,
         "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
+        "rows": len(plan.splits.eval.rows) if plan.splits.eval else 0,
         "generated": len(items),
         "prompts_too_long": too_long,
         "notes": notes,
@@ -89,7 +96,7 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         switchable = recipe.method.artifact == "adapter"
         if base and not switchable:
             measured("base", objective_of(model))
-        objective = objective_of(load_tuned(model, plan, run))
+        objective = objective_of(load_target(model, replace(target, recipe=plan.recipe), plan.context))
         measured("tuned", objective)
         if base and switchable:
             switched_off = recipe.method.switched_off(objective.model)
@@ -101,8 +108,34 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         for i, item in enumerate(items[:SAMPLES])
     ]
     if run is not None:
-        write_json(run.eval_path, result)
+        result["predictions"] = _keep(run.evaluation(target.checkpoint), result, plan, items, found)
     return result
+
+
+def _keep(
+    out: Path, result: dict[str, Any], plan: Plan, items: Sequence[GenerationItem], found: dict[str, Measured]
+) -> str | None:
+    """Write ``eval.json`` and ``predictions.jsonl``; returns where the latter is.
+
+    What cannot be written is noted: the result is there, and is not lost for that.
+    """
+    lines = []
+    for i, item in enumerate(items):
+        line: dict[str, Any] = {"row": item.row}
+        line |= {"prompt": plan.tokenizer.decode(item.prompt_ids.tolist()), "reference": item.reference.whole}
+        for who, measured in found.items():
+            line[who] = {"answer": measured.answers[i].whole}
+            if measured.scores is not None:
+                line[who]["scores"] = measured.scores.rows[i]
+        lines.append(json.dumps(line, ensure_ascii=False))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "eval.json", result)
+        write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        result["notes"].append(f"the result could not be kept in {out}: {error}")
+        return None
+    return str(out / "predictions.jsonl") if items else None
 
 
 def _changed_data(plan: Plan, run: RunDir) -> list[str]:
@@ -131,7 +164,7 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
     context = getattr(configured(plan.recipe.model, plan.recipe.method), "max_position_embeddings", None) or sys.maxsize
     room = context - plan.recipe.method.virtual_positions - spec.max_new_tokens
-    fitting = [item for item in items if len(item.prompt_ids) <= room]
+    fitting = [item for item in items if 0 < len(item.prompt_ids) <= room]
     if not fitting:
         raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")
     return fitting, len(items) - len(fitting)

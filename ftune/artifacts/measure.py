@@ -17,7 +17,10 @@ from ftune.artifacts.scores import Scores, score
 from ftune.artifacts.stops import end_token_ids
 from ftune.data.answers import Answer
 from ftune.data.tokenize import GenerationItem
+from ftune.plan.base_model import configured
 from ftune.plan.resolve import Plan
+from ftune.plan.shapes import read_shape
+from ftune.recipe.schema import Recipe
 from ftune.run.loop import held_out_loss
 from ftune.run.objective import Objective
 
@@ -77,11 +80,13 @@ def _loss_and_answers(
     together = plan.context.dtype == torch.float32
     examples = _examples_of(items, plan) if together else {}
     rows = [Row(item.prompt_ids.tolist(), examples.get(i, (0, None))[1]) for i, item in enumerate(items)]
-    found = _read(objective, plan, rows, stops) if items else None
+    recipe, tokenizer = plan.recipe, plan.tokenizer
+    found = _read(objective, recipe, tokenizer, rows, stops) if items else None
     if found is None:
         alone = tuple((index,) for index in range(len(plan.splits.eval.examples)))
         loss, targets = held_out_loss(objective, plan, accelerator, alone if together else None)
-        return loss, targets, answers_of(objective, plan, [row.prompt for row in rows], stops, reads=False)
+        prompts = [row.prompt for row in rows]
+        return loss, targets, answers_of(objective, recipe, tokenizer, prompts, stops, reads=False)
     loss_sum, targets, answers = found
     used = {index for index, _ in examples.values()}
     rest = tuple((index,) for index in range(len(plan.splits.eval.examples)) if index not in used)
@@ -92,42 +97,50 @@ def _loss_and_answers(
 
 
 def answers_of(
-    objective: Objective, plan: Plan, prompts: Sequence[Sequence[int]], stops: Sequence[int], *, reads: bool = True
+    objective: Objective,
+    recipe: Recipe,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    *,
+    reads: bool = True,
 ) -> list[Answer]:
     """Answer prompts greedily.
 
     Args:
         objective: The model.
-        plan: How answers are generated.
+        recipe: How answers are generated.
+        tokenizer: The model's.
         prompts: Token ids, generation prompt included.
         stops: Tokens that end an answer, beside those of model and tokenizer.
         reads: Whether to try ``ftune.artifacts.one_pass``; False: it was tried in vain.
     """
-    found = _read(objective, plan, [Row(prompt, None) for prompt in prompts], stops) if reads and prompts else None
+    rows = [Row(prompt, None) for prompt in prompts]
+    found = _read(objective, recipe, tokenizer, rows, stops) if reads and prompts else None
     if found is not None:
         return found[2]
-    spec = plan.recipe.evaluation
+    spec = recipe.evaluation
     return greedy(
         objective.model.eval(),
-        plan.tokenizer,
+        tokenizer,
         prompts,
-        dtype=plan.context.dtype,
+        dtype=objective.dtype,
         batch_size=spec.batch_size,
         max_new_tokens=spec.max_new_tokens,
         stops=stops,
-        equal_lengths=_padding_shows(plan, max(map(len, prompts), default=0)),
+        equal_lengths=_padding_shows(recipe, max(map(len, prompts), default=0)),
     )
 
 
 def _read(
-    objective: Objective, plan: Plan, rows: Sequence[Row], stops: Sequence[int]
+    objective: Objective, recipe: Recipe, tokenizer: Any, rows: Sequence[Row], stops: Sequence[int]
 ) -> tuple[float, int, list[Answer]] | None:
-    if plan.recipe.method.virtual_positions:
+    if recipe.method.virtual_positions:
         return None  # its own keys and values stand in front
-    spec, ends = plan.recipe.evaluation, end_token_ids(objective.model, plan.tokenizer, stops)
+    spec, ends = recipe.evaluation, end_token_ids(objective.model, tokenizer, stops)
     found = read_and_answer(
         objective,
-        plan.tokenizer,
+        tokenizer,
         rows,
         ends=ends,
         batch_size=spec.batch_size,
@@ -135,7 +148,7 @@ def _read(
     )
     if found is None:
         return None
-    return found.loss_sum, found.targets, decoded(found.written, plan.tokenizer, ends)
+    return found.loss_sum, found.targets, decoded(found.written, tokenizer, ends)
 
 
 def _examples_of(items: Sequence[GenerationItem], plan: Plan) -> dict[int, tuple[int, Any]]:
@@ -156,12 +169,16 @@ def _examples_of(items: Sequence[GenerationItem], plan: Plan) -> dict[int, tuple
     return found
 
 
-def _padding_shows(plan: Plan, longest: int) -> bool:
+def _padding_shows(recipe: Recipe, longest: int) -> bool:
     """Whether padding changes answers: it stands behind the virtual tokens, and a short window counts it.
 
     The window of a short prompt would end in the padding, before it comes to the virtual tokens.
     """
-    ahead, window = plan.recipe.method.virtual_positions, plan.shape.extra["sliding_window"]
-    if not ahead or window is None:
+    ahead = recipe.method.virtual_positions
+    if not ahead:
         return False
-    return bool(ahead + longest + plan.recipe.evaluation.max_new_tokens > window)
+    shape = read_shape(configured(recipe.model, recipe.method), trust_remote_code=recipe.model.trust_remote_code)
+    window = shape.extra["sliding_window"]
+    if window is None:
+        return False
+    return bool(ahead + longest + recipe.evaluation.max_new_tokens > window)

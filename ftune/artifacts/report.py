@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from ftune.artifacts.terminal import clip, width_of
 from ftune.human import bytes_text, time_text
 
 __all__ = ["convert_summary", "evaluation_table", "merge_summary", "table", "training_summary"]
@@ -13,10 +14,11 @@ __all__ = ["convert_summary", "evaluation_table", "merge_summary", "table", "tra
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns as wide as their widest cell, two spaces apart; the columns in ``right`` are right-aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    widths = [max(width_of(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        blanks = [" " * (width - width_of(cell)) for cell, width in zip(cells, widths, strict=True)]
+        padded = (b + c if i in right else c + b for i, (b, c) in enumerate(zip(blanks, cells, strict=True)))
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
@@ -84,39 +86,53 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
         rows.append(row)
     head = ["", *who, *(["change"] if len(who) == 2 else [])]
     text = table(head, rows, right=range(1, len(head)))
-    counts = f"{result['examples']} held-out examples"
-    if result["generated"]:
-        counts += f", {result['generated']} answers generated greedily"
-    if result["prompts_too_long"]:
-        counts += f", {result['prompts_too_long']} prompts left out: longer than the model's context"
-    text += f"\n\n{counts}"
-    for note in result["notes"]:
-        text += f"\nwarning: {note}"
+    lines = [_counts(result)]
+    if result.get("predictions"):
+        lines.append(f"every answer and its scores: {result['predictions']}")
+    lines += [f"warning: {note}" for note in result["notes"]]
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    text += "\n\n" + "\n".join(map(wrap.fill, lines))
     for name in who:
         if "classes" in result[name]:
             text += f"\n\n{_confusion(name, result[name]['classes'], width)}"
     for sample in result["samples"][:3]:
-        text += f"\n\n  reference  {_clip(sample['reference'], width - 13)}"
+        text += f"\n\n  reference  {clip(sample['reference'], width - 13)}"
         for name in who:
-            text += f"\n  {name:9}  {_clip(sample[name], width - 13)}"
+            text += f"\n  {name:9}  {clip(sample[name], width - 13)}"
     return text
+
+
+def _counts(result: dict[str, Any]) -> str:
+    """On which rows loss and metrics were measured."""
+
+    def rows(count: int) -> str:
+        return f"{count:,} held-out row{'s' * (count != 1)}"
+
+    examples, generated, left_out = result["examples"], result["generated"], result["prompts_too_long"]
+    if not generated:
+        return rows(examples)
+    if generated == examples and not left_out:
+        return f"loss and metrics on the same {rows(examples)}; answers generated greedily"
+    text = f"loss on {rows(examples)}, metrics on "
+    text += f"{generated:,} of them; answers generated greedily"
+    return text + (f"; {left_out:,} prompts left out: empty, or longer than the model's context" if left_out else "")
 
 
 def _confusion(name: str, classes: dict[str, Any], width: int) -> str:
     """What was answered (columns) for each class of the references (rows), as far as the width allows."""
     labels, counts = list(classes["labels"]), classes["confusion"]
-    clip = max(6, min(20, width // 5))
-    head = [f"{name}: right answer", *(_clip(label, clip) for label in labels), "other"]
-    rows = [[_clip(label, clip), *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    room = max(6, min(20, width // 5))
+    head = [f"{name}: right answer", *(clip(label, room) for label in labels), "other"]
+    rows = [[clip(label, room), *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     shown = table(head, rows, right=range(1, len(head)))
-    if max(map(len, shown.splitlines())) <= width:
+    if max(map(width_of, shown.splitlines())) <= width:
         return shown
     wrong = sorted(
         ((count, labels[i], labels[j] if j < len(labels) else "other") for i, row in enumerate(counts)
          for j, count in enumerate(row) if i != j and count), reverse=True
     )  # fmt: skip
     lines = [f"{name}: {len(labels)} classes; what was taken for what most often (all of it is in eval.json):"]
-    lines += [f"  {_clip(right, clip)} -> {_clip(said, clip)}  {count}" for count, right, said in wrong[:10]]
+    lines += [f"  {clip(right, room)} -> {clip(said, room)}  {count}" for count, right, said in wrong[:10]]
     return "\n".join(lines)
 
 
@@ -170,8 +186,3 @@ def _divergence_table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
         [[name, f"{d['max_error']:.2g}", f"{d['kl']:.2g}", f"{100 * d['top1']:.1f} %"] for name, d in rows],
         right=(1, 2, 3),
     )
-
-
-def _clip(text: str, width: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: max(1, width - 1)] + "…"

@@ -7,6 +7,8 @@
     RUN/checkpoints/      step-N/, each complete
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
     RUN/eval.json         what `ftune eval` measured
+    RUN/predictions.jsonl every answer and its scores, of `ftune eval`
+    RUN/evaluations/      both of checkpoints: step-N/eval.json, step-N/predictions.jsonl
     RUN/merged/           what `ftune merge` made
     RUN/lora/             what `ftune convert` made
     RUN/.lock             held by whoever writes here (``ftune.run.lock``)
@@ -39,7 +41,19 @@ from ftune.scrub import scrub_data
 
 __all__ = ["RunDir", "package_versions"]
 
-_OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "merged", "lora", "eval.json", "tracking")
+_OURS = (
+    "run.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "model",
+    "merged",
+    "lora",
+    "eval.json",
+    "predictions.jsonl",
+    "evaluations",
+    "tracking",
+)
 _DAMAGED = "restore it from a copy, or train anew with --overwrite"
 MAX_RECORD_BYTES = 16_000_000
 """A larger ``run.json`` is not one that ftune wrote."""
@@ -109,6 +123,10 @@ class RunDir:
     def eval_path(self) -> Path:
         """``eval.json``."""
         return self.root / "eval.json"
+
+    def evaluation(self, checkpoint: Path | None = None) -> Path:
+        """Where the evaluation of the run, or of one of its checkpoints, is kept."""
+        return self.root if checkpoint is None else self.root / "evaluations" / checkpoint.name
 
     def exists(self) -> bool:
         """Whether a run was started here."""

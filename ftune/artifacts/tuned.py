@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import is_moved, require_same_base
 from ftune.errors import RunDirError
+from ftune.methods import Context
 from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
@@ -21,37 +22,55 @@ from ftune.recipe.schema import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Target", "find_target", "load_plain", "load_tuned", "reading"]
+__all__ = ["Target", "find_target", "load_plain", "load_target", "load_tuned", "reading"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a command was pointed at: a recipe, and its finished run where there is one."""
+    """What a command was pointed at: a recipe, and its run where there is one.
+
+    Attributes:
+        recipe: As the run resolved it, where there is one.
+        run: A finished run, or one with a checkpoint.
+        checkpoint: What to take in place of the run's result.
+        notes: What to say of that.
+    """
 
     recipe: Recipe
     run: RunDir | None
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def find_target(path: Path) -> Target:
+def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Target:
     """Understand RUN_OR_RECIPE: a run directory, or a recipe whose run is looked for in its output_dir.
 
+    Args:
+        path: RUN_OR_RECIPE.
+        checkpoint: The name of one of the run's checkpoints, ``step-40``.
+        unfinished: Whether the newest checkpoint of a run that has not ended will do.
+
     Raises:
-        RunDirError: The path is neither.
+        RunDirError: The path is neither, or there is no such checkpoint.
         RecipeError: The recipe has mistakes.
     """
     if path.is_dir():
         run = RunDir(path)
         trained = run.recipe()
         require_same_base(run, trained)
-        return Target(trained, run)
+        return _at(run, trained, checkpoint, unfinished)
     if not path.exists():
         raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
     recipe = load_checked(path)[0].recipe
     run = RunDir(Path(recipe.output_dir).expanduser())
     if not run.exists():
+        if checkpoint is not None:
+            raise RunDirError(f"there is no run in {run.root}, so no checkpoint {checkpoint}")
         return Target(recipe, None)
     trained = run.recipe()
-    run.artifact(trained)
+    found = _at(run, trained, checkpoint, unfinished)
+    if found.checkpoint is None:
+        run.artifact(trained)
     recipe = run.as_begun(recipe)
     asked = written_out(recipe, choose_dtype(recipe.model.dtype, choose_device()))
     asked = as_stored(asked, load_config(asked.model))
@@ -65,15 +84,46 @@ def find_target(path: Path) -> Target:
             )
     require_same_base(run, trained)
     # How to evaluate is the recipe's to say, also after training.
-    return Target(trained.model_copy(update={"evaluation": recipe.evaluation}), run)
+    return replace(found, recipe=trained.model_copy(update={"evaluation": recipe.evaluation}))
+
+
+def _at(run: RunDir, recipe: Recipe, name: str | None, unfinished: bool) -> Target:
+    """A run at its end, at a checkpoint, or at its newest where it has not ended.
+
+    Raises:
+        RunDirError: There is no such checkpoint, or it is damaged.
+    """
+    from ftune.run.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(run.checkpoints, keep=1)
+    if name is None:
+        done = (run.root / recipe.method.artifact).is_dir()
+        steps = [] if done or not unfinished else [step for step in checkpoints.steps() if not checkpoints.wrong(step)]
+        if not steps:
+            return Target(recipe, run)
+        note = f"the run has not ended: this is its newest checkpoint, step-{steps[-1]}"
+        return Target(recipe, run, checkpoints.path(steps[-1]), (note,))
+    steps = checkpoints.steps()
+    wanted = name.removeprefix("checkpoints/").rstrip("/").removeprefix("step-")
+    if not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps):
+        there = ", ".join(f"step-{step}" for step in steps) or "none"
+        raise RunDirError(f"{run.root} has no checkpoint {name}", help=f"its checkpoints: {there}")
+    if wrong := checkpoints.wrong(int(wanted)):
+        raise RunDirError(f"checkpoint step-{wanted} of {run.root} is damaged: {wrong}", help="take another one")
+    return Target(recipe, run, checkpoints.path(int(wanted)), (f"this is the checkpoint step-{wanted}",))
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[Target]:
+def reading(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Iterator[Target]:
     """Understand RUN_OR_RECIPE, and keep training out of the run for as long as it is read.
 
     Training that goes on replaces ``run.json`` and the artifact one after the other: read in between, they are of two
     states of the run. A run that is being trained is refused, whatever it holds of an earlier time.
+
+    Args:
+        path: RUN_OR_RECIPE.
+        checkpoint: As ``find_target`` takes it.
+        unfinished: Likewise.
 
     Raises:
         RunDirError: As ``find_target`` does, or the run is being written.
@@ -82,8 +132,14 @@ def reading(path: Path) -> Iterator[Target]:
     root = path if path.is_dir() else None
     if root is None and path.exists():
         root = Path(load_checked(path)[0].recipe.output_dir).expanduser()
-    with contextlib.nullcontext() if root is None else RunDir(root).reading():
-        yield find_target(path)
+    if root is not None and checkpoint is not None:
+        # A checkpoint never changes once it is there: it can be read while the run goes on.
+        RunDir(root).require_plain()
+        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        held = contextlib.nullcontext() if root is None else RunDir(root).reading()
+    with held:
+        yield find_target(path, checkpoint, unfinished=unfinished)
 
 
 def load_plain(plan: Plan) -> nn.Module:
@@ -96,3 +152,17 @@ def load_tuned(base: nn.Module, plan: Plan, run: RunDir) -> nn.Module:
     """Put what a run trained onto its base model, in evaluation mode."""
     recipe = plan.recipe
     return recipe.method.load(base, run.artifact(recipe), plan.context).to(plan.context.device).eval()
+
+
+def load_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
+    """Put what a run trained, up to its end or to a checkpoint, onto its base model, in evaluation mode."""
+    method = target.recipe.method
+    assert target.run is not None
+    if target.checkpoint is None:
+        tuned = method.load(base, target.run.artifact(target.recipe), context)
+    else:
+        from ftune.run.checkpoint import Checkpoints
+
+        tuned = method.adapt(base, context)
+        Checkpoints.load_model(target.checkpoint, tuned, method)
+    return tuned.to(context.device).eval()

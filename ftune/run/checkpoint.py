@@ -155,6 +155,18 @@ class Checkpoints:
         Raises:
             RunFailed: The checkpoint was made by another model or method.
         """
+        self.load_model(path, model, method)
+        optimizer.load_state_dict(read_tensors(path / "optimizer.pt"))
+        progress = json.loads((path / "progress.json").read_text())
+        return Restored(step=progress.pop("step"), path=path, progress=progress)
+
+    @staticmethod
+    def load_model(path: Path, model: nn.Module, method: Method) -> None:
+        """Put what a checkpoint has of the model into a freshly adapted one.
+
+        Raises:
+            RunFailed: The checkpoint was made by another model or method.
+        """
         trained = load_file(path / "trained.safetensors")
         mine = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if trained.keys() != mine.keys() or any(trained[name].shape != mine[name].shape for name in mine):
@@ -163,9 +175,6 @@ class Checkpoints:
             for name, parameter in mine.items():
                 parameter.copy_(trained[name])
         method.load_state(model, load_file(path / "method.safetensors"))
-        optimizer.load_state_dict(read_tensors(path / "optimizer.pt"))
-        progress = json.loads((path / "progress.json").read_text())
-        return Restored(step=progress.pop("step"), path=path, progress=progress)
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
