@@ -149,7 +149,10 @@ def generation_prompt(
 
 
 def _refused(error: Exception) -> DataError:
-    return DataError(f"the chat template refuses this conversation: {type(error).__name__}: {error}")
+    return DataError(
+        f"the chat template refuses this conversation: {type(error).__name__}: {error}",
+        help="change or remove such rows, or name a template that takes them as `data.chat_template` (a Jinja file)",
+    )
 
 
 # --- what a template is ---

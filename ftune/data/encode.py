@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "Part", "RowError", "encodable"]
 
 CALLS_AS_TEXT = "the chat template shows no tool calls: they are trained as the text that the rows have"
+OTHER_IDS = "tool calls get ids of nine digits: the chat template takes no others"
 
 
 class Encoded(NamedTuple):
@@ -264,6 +265,8 @@ class Encoder:
         lost = self._unrendered.check(conversation, rendered, wanted, trained)
         if _calls(record) and not _calls(conversation):
             said.append(CALLS_AS_TEXT)
+        if _calls(conversation) and _ids(record) - _ids(conversation):
+            said.append(OTHER_IDS)
         notes.update({*said, *rendered.notes, *lost})
         return rendered
 
@@ -331,6 +334,12 @@ class Encoder:
 
 def _calls(conversation: Conversation) -> bool:
     return any(message.get("tool_calls") for message in conversation.messages)
+
+
+def _ids(conversation: Conversation) -> set[str]:
+    """The ids of its tool calls."""
+    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    return {str(call["id"]) for call in calls if isinstance(call, Mapping) and call.get("id")}
 
 
 def encodable(text: str) -> str:

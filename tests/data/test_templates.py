@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.templates import TEMPLATES
 from ftune.data.chat import generation_prompt, load_template
-from ftune.data.encode import CALLS_AS_TEXT, Encoder, Part, RowError
+from ftune.data.encode import CALLS_AS_TEXT, OTHER_IDS, Encoder, Part, RowError
 from ftune.data.examples import IGNORE
 from ftune.data.formats import Conversation
 from ftune.data.spans import NOT_AS_WRITTEN
@@ -85,6 +85,15 @@ ROWS: dict[str, tuple[list[dict[str, Any]], tuple[Any, ...]]] = {
         ],
         (),
     ),
+    "OpenAI's ids": (
+        [
+            user("q"),
+            says(None, tool_calls=[call("weather", ARGUMENTS, "call_abc")]),
+            {**RESULT, "tool_call_id": "call_abc"},
+            says("3 degrees"),
+        ],
+        TOOLS,
+    ),
     "asks last": ([user("q"), says("yes"), user("bye")], ()),
 }
 
@@ -124,6 +133,10 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ],
     # its ids must have nine letters or digits
     ("mistral3", "without ids"): [
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "000000001"}]</s>',
+        " 3 degrees</s>",
+    ],
+    ("mistral3", "OpenAI's ids"): [
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "000000001"}]</s>',
         " 3 degrees</s>",
     ],
@@ -214,6 +227,8 @@ TOLD: dict[tuple[str, str], list[str]] = {
         f"{NOT_SHOWN}`tool_calls[].id` of earlier assistant messages",
     ],
     ("mistral3", "call"): [],
+    ("mistral3", "OpenAI's ids"): [OTHER_IDS],
+    ("mistral3", "without ids"): [],
     ("mistral3", "system"): [],  # it is in the generation prompt, behind which the answer is trained
     ("llama3", "reasoning"): [
         f"{NOT_SHOWN}`reasoning_content` of earlier assistant messages",
