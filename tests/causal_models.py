@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftune.artifacts.evaluate import evaluate
 from ftune.artifacts.merge import merge
@@ -18,7 +18,7 @@ from ftune.artifacts.tuned import Target
 from ftune.errors import FtuneError
 from ftune.plan.resolve import resolve
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": len(tiny.tokenizer()),
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -84,7 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 16,
             "sliding_window": 32,
-            "vocab_size_per_layer_input": _SIZES["vocab_size"],
+            "vocab_size_per_layer_input": SIZES["vocab_size"],
             "hidden_size_per_layer_input": 16,
             "laurel_rank": 8,
             "num_kv_shared_layers": 0,
@@ -98,7 +98,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "global_head_dim": 16,
             "sliding_window": 32,
-            "vocab_size_per_layer_input": _SIZES["vocab_size"],
+            "vocab_size_per_layer_input": SIZES["vocab_size"],
             "hidden_size_per_layer_input": 16,
             "num_kv_shared_layers": 0,
         },
@@ -173,10 +173,65 @@ _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
 """Sizes that a configuration has under other names."""
 
 
+_TEXT: dict[str, Any] = {
+    "vocab_size": len(tiny.tokenizer()),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_PATCHES = {"image_size": 32, "patch_size": 8}
+
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3, with vision": (
+        "Gemma3",
+        {
+            "text_config": {**_TEXT, "head_dim": 16},
+            "vision_config": {**_VISION, **_PATCHES},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VL",
+        {
+            "text_config": {
+                **_TEXT,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+            },
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+    ),
+    "smolvlm": (
+        "SmolVLM",
+        {
+            "text_config": {"model_type": "llama", **_TEXT, "pad_token_id": 0},
+            "vision_config": {**_VISION, **_PATCHES},
+            "image_token_id": 5,
+            "pad_token_id": 0,
+        },
+    ),
+}
+"""Models that see images, too."""
+
+
 def make(name: str, where: Path, **changes: Any) -> Path:
     """Save a tiny random model, with weights large enough to matter, and its tokenizer."""
+    if name in VISION:
+        kind, settings = VISION[name]
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        return save(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), where)
     kind, settings = CONFIGS[name]
-    common = {key: value for key, value in _SIZES.items() if key not in _NAMED_OTHERWISE.get(name, ())}
+    common = {key: value for key, value in SIZES.items() if key not in _NAMED_OTHERWISE.get(name, ())}
     config = getattr(transformers, f"{kind}Config")(**common | settings | changes)
     torch.manual_seed(0)
     return save(AutoModelForCausalLM.from_config(config, dtype=torch.float32), where)
@@ -196,7 +251,7 @@ def save(model: Any, where: Path) -> Path:
 SETTINGS: dict[str, dict[str, Any]] = {"longlora": {"group_size": 16}}
 
 
-def recipe(base: Path, method: str, where: Path, **blocks: Any) -> Any:
+def recipe(base: Path, method: str, where: Path, /, **blocks: Any) -> Any:
     """A recipe of three updates on a model, over short chats that share rows where they may."""
     where.mkdir(parents=True, exist_ok=True)
     (where / "base").mkdir(exist_ok=True)  # tiny.recipe makes its own otherwise
@@ -229,8 +284,10 @@ def run(loaded: Any) -> RunDir:
     return run
 
 
-def read_plainly(directory: Path, auto: Any = AutoModelForCausalLM) -> Any:
+def read_plainly(directory: Path) -> Any:
     """Read a model as any user of transformers does; hold that nothing is left over and nothing made up."""
+    sees = "vision_config" in AutoConfig.from_pretrained(directory).sub_configs
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model, report = auto.from_pretrained(str(directory), output_loading_info=True)
     assert not any(report.values()), f"plainly read: { {key: sorted(map(str, report[key])) for key in report} }"
     return model.eval()

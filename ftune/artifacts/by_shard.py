@@ -189,7 +189,7 @@ class _Merger:
         self._method, self._stored, self._saved = recipe.method, stored, saved
         self._base_dtype, self._computed, self._device = recipe.method.base_dtype(context.dtype), context.dtype, device
         quantized = list_linears(model) if recipe.method.base_quantization else ()
-        self._quantized = {f"{linear.name}.weight" for linear in quantized}
+        self._quantized = {f"{linear.name}.weight" for linear in quantized if linear.quantizable}
         self._tuned = in_fp32(recipe.method.load(model, adapter, context)) if adapter else model
         self._random = torch.Generator().manual_seed(0)
         self._rest: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ from ftune.available import available_bytes
 from ftune.errors import FtuneError, RunFailed
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
-from ftune.plan.shapes import read_shape
+from ftune.plan.shapes import auto_class, read_shape
 from ftune.recipe.schema import Recipe
 from ftune.run.files import new_directory, require_writable
 
@@ -140,9 +140,8 @@ def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:
 
 
 def _reload(directory: Path, plan: Plan) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
+    recipe = plan.recipe
+    model = auto_class(configured(recipe.model, recipe.method)).from_pretrained(
         str(directory),
         dtype=torch.float32,
         attn_implementation=plan.recipe.model.attention,

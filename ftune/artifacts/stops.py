@@ -96,6 +96,8 @@ def write_generation_config(out: Path, model: nn.Module, tokenizer: Any, learned
         found = GenerationConfig.from_pretrained(str(out))
     config = copy.deepcopy(found) if isinstance(found, GenerationConfig) else GenerationConfig()
     ids = sorted({*_listed(config.eos_token_id), *end_token_ids(model, tokenizer, learned)})
+    # A base's configuration may name tokens of another vocabulary (Qwen2-VL's defaults do), which never come.
+    ids = [token for token in ids if 0 <= token < len(tokenizer)]
     config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

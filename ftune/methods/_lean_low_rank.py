@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from ftune.methods._lean import with_forward
+from ftune.methods._written import COPIES, mark_written
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ def lean_low_rank(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         model: The adapted model.
         dtype: What it computes in; None: fp32.
     """
+    import torch
     from peft.tuners.lora.layer import LoraLayer
 
     found = []
@@ -41,6 +43,9 @@ def lean_low_rank(model: nn.Module, dtype: torch.dtype | None = None) -> int:
                 _updates()
             found.append(module)
     _let_share(model, found, dtype)
+    kept = [module for module in found if module.lora_variant and module.get_base_layer().bias is None]
+    if kept:
+        mark_written(model, kept, dtype or torch.float32)
     return len(found)
 
 
@@ -104,7 +109,9 @@ def _dora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     norms = _norms(self, x, a, b, self.scaling[name])
     out = scale_directions(_updated(self, x), self.lora_magnitude_vector[name].weight, norms)
-    return out if base.bias is None else out + base.bias.to(out.dtype)
+    if base.bias is not None:
+        return out + base.bias.to(out.dtype)
+    return out.clone() if getattr(self, COPIES, False) else out
 
 
 def _is_off(module: Any) -> bool:

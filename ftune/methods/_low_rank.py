@@ -101,7 +101,7 @@ class LowRank(Method):
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How many projections are adapted, how large B became, and what is 4-bit."""
-        return _shared.update_vitals(model) | _shared.quantization_vitals(model)
+        return _shared.update_vitals(model, optimizer) | _shared.quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """A B that is still zero, or a base that should be 4-bit and is not."""
@@ -115,6 +115,8 @@ class LowRank(Method):
             f"{vitals['adapted_layers']:.0f} projections adapted, norm of B {vitals['lora_b_norm_mean']:.3g} on "
             f"average, at least {vitals['lora_b_norm_min']:.3g}"
         )
+        if idle := vitals.get("idle_layers"):
+            line += f", {idle:.0f} more without effect on this base"
         return line + _shared.quantization_line(vitals)
 
     def trainable_parameters(self, shape: ModelShape) -> int:

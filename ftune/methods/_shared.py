@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftune.errors import ModelError, RunFailed
+from ftune.methods._language import in_language_model, language_prefixes, reads_weight
 from ftune.methods.base import Context, Linear, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from ftune.methods.base import ModelShape
 
@@ -33,22 +35,33 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def list_linears(model: nn.Module) -> tuple[Linear, ...]:
-    """Every linear projection of a model but its output head, in order.
+    """Every linear projection of the language model but its output head, in order.
 
     Works on the meta device too. ``transformers`` keeps GPT-2's weights as ``Conv1D``, transposed.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = cast(Any, model).get_output_embeddings()
+    head, prefixes = cast(Any, model).get_output_embeddings(), language_prefixes(model)
     found = []
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or not in_language_model(name, prefixes):
             continue
+        parent, _, leaf = name.rpartition(".")
+        adaptable = not reads_weight(cast(Any, type(model.get_submodule(parent))), leaf)
         if isinstance(module, torch.nn.Linear):
-            found.append(Linear(name, module.in_features, module.out_features))
+            plain = type(module) is torch.nn.Linear or is_4bit(module)
+            found.append(
+                Linear(
+                    name,
+                    module.in_features,
+                    module.out_features,
+                    adaptable=adaptable,
+                    quantizable=adaptable and plain,
+                )
+            )
         elif isinstance(module, Conv1D):
-            found.append(Linear(name, module.nx, module.nf, transposed=True))
+            found.append(Linear(name, module.nx, module.nf, True, adaptable, quantizable=False))
     return tuple(found)
 
 
@@ -57,17 +70,37 @@ def different(linears: Sequence[Linear]) -> int:
     return len({(linear.in_features, linear.out_features) for linear in linears})
 
 
-def match_targets(linears: Sequence[Linear], targets: Targets, field: str = "target_modules") -> list[Linear]:
+def match_targets(
+    linears: Sequence[Linear], targets: Targets, field: str = "target_modules", *, beside: bool = True
+) -> list[Linear]:
     """The projections that a field of the recipe names, with PEFT's rules.
 
     A list matches whole names or their last components; a string other than ``all-linear`` is a regular
     expression over the whole name.
 
+    Args:
+        linears: Of the model.
+        targets: As the recipe has them.
+        field: Its name, for messages.
+        beside: Whether something is put beside them: ``all-linear`` leaves out what that has no effect on.
+
     Raises:
-        ModelError: An entry matches no linear projection inside the blocks.
+        ModelError: An entry matches no linear projection inside the blocks, or one past which the model reads the
+            weight.
     """
     if targets == "all-linear":
-        return list(linears)
+        return [linear for linear in linears if linear.adaptable or not beside]
+    matched = _match(linears, targets, field)
+    past = [linear.name for linear in matched if not linear.adaptable and beside]
+    if past:
+        raise ModelError(
+            f"{field}: the model reads the weight of `{past[0]}` itself, so an adapter beside it would have no effect",
+            help="leave it out; `all-linear` does",
+        )
+    return matched
+
+
+def _match(linears: Sequence[Linear], targets: Targets, field: str) -> list[Linear]:
     if isinstance(targets, str):
         matched = [linear for linear in linears if re.fullmatch(targets, linear.name)]
         if not matched:
@@ -117,6 +150,17 @@ def target_problems(targets: Targets, embeddings: str | None = None) -> Iterator
             )
 
 
+def not_quantizable(model: nn.Module) -> list[str]:
+    """Names of the linear layers that stay as they are where a base is quantized; empty where only the head does."""
+    import torch
+
+    head, linears = cast(Any, model).get_output_embeddings(), list_linears(model)
+    kept = {linear.name for linear in linears if linear.quantizable}
+    others = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    left = [name for name in others if name not in kept]
+    return [] if all(others[name] is head for name in left) else left
+
+
 # --- attaching ---------------------------------------------------------------------------------------------
 
 
@@ -126,11 +170,20 @@ def peft_settings(model: nn.Module, targets: Targets, context: Context) -> dict[
     Raises:
         ModelError: A target matches nothing.
     """
+    import torch
     from transformers.pytorch_utils import Conv1D
 
     matched = {linear.name for linear in match_targets(list_linears(model), targets)}
-    if isinstance(targets, str) and targets != "all-linear":
+    head = cast(Any, model).get_output_embeddings()
+    linear = {n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    if targets == "all-linear":
+        found = linear
+    elif isinstance(targets, tuple):
+        found = {name for name in linear if any(name == target or name.endswith(f".{target}") for target in targets)}
+    else:
         # PEFT would match the expression against everything, the output head and whole blocks included.
+        found = set()
+    if found != matched:
         targets = tuple(sorted(matched))
     kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name in matched}
     return {
@@ -388,16 +441,26 @@ def dequantize(model: nn.Module) -> nn.Module:
 # --- vitals ------------------------------------------------------------------------------------------------
 
 
-def update_vitals(model: nn.Module) -> dict[str, float]:
-    """How many layers carry an update, and the largest and mean norm of B, which starts at zero."""
-    norms = [
-        float(parameter.detach().float().norm()) for name, parameter in model.named_parameters() if "lora_B" in name
-    ]
-    return {
+def update_vitals(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+    """How many layers carry an update, and the least and mean norm of B, which starts at zero.
+
+    Left out, and counted, are layers that never got a gradient but zero: the base multiplies by zero what comes of
+    them.
+    """
+    found = {p: float(p.detach().float().norm()) for name, p in model.named_parameters() if "lora_B" in name}
+    idle = [p for p, norm in found.items() if norm == 0 and never_pulled(optimizer.state.get(p, {}))]
+    norms = [norm for p, norm in found.items() if not any(p is other for other in idle)]
+    return ({"idle_layers": float(len(idle))} if idle and norms else {}) | {
         "adapted_layers": float(len(norms)),
         "lora_b_norm_mean": sum(norms) / max(1, len(norms)),
         "lora_b_norm_min": min(norms, default=0.0),
     }
+
+
+def never_pulled(state: dict[str, Any]) -> bool:
+    """Whether an optimizer's state of a parameter has seen no gradient but zero."""
+    first = state.get("exp_avg", state.get("state1"))
+    return first is not None and first.is_floating_point() and not bool(first.any())
 
 
 def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

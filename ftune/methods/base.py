@@ -75,12 +75,23 @@ class Context:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear projection of the base model: its qualified name, its two sizes, and whether its weight is (I, O)."""
+    """One linear projection of the base model.
+
+    Attributes:
+        name: Its qualified name.
+        in_features: Its width on one side.
+        out_features: And on the other.
+        transposed: Whether its weight is (I, O).
+        adaptable: Whether what stands beside it has an effect: the model reads no weight past it.
+        quantizable: Whether it can be 4-bit: adaptable, and torch's own class.
+    """
 
     name: str
     in_features: int
     out_features: int
     transposed: bool = False
+    adaptable: bool = True
+    quantizable: bool = True
 
     @property
     def elements(self) -> int:
@@ -94,8 +105,9 @@ class ModelShape:
 
     Attributes:
         model_type: The architecture's name in transformers (``llama``, ``qwen2``, ...).
-        linears: Every linear projection inside the blocks; the output head is not among them.
+        linears: Every linear projection inside the language model's blocks; the output head is not among them.
         parameters: All parameters, tied ones counted once.
+        fixed: Elements of those that no method trains (``_language.fixed_parameters``).
         embedding: Elements of the input embedding.
         head: Elements of the output head, 0 when it is tied to the embedding.
         norms: Elements of all norm weights.
@@ -122,6 +134,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     extra: dict[str, Any] = field(default_factory=dict)
+    fixed: int = 0
 
 
 class Method(BaseModel):
@@ -258,12 +271,16 @@ class Method(BaseModel):
 
     def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
         """AdamW over everything that requires grad; matrices decay, vectors do not."""
+        from ftune.methods._decay import undecayed
+
+        vectors = undecayed(model)
         rate = spec.learning_rate or self.default_learning_rate
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                (decayed if self.decays(name, parameter) else kept).append(parameter)
+                decays = name not in vectors and self.decays(name, parameter)
+                (decayed if decays else kept).append(parameter)
         groups = [
             {"params": decayed, "lr": rate, "weight_decay": spec.weight_decay},
             {"params": kept, "lr": rate, "weight_decay": 0.0},
@@ -396,7 +413,7 @@ class Method(BaseModel):
         """
         if self.base_quantization is None:
             return shape.parameters * dtype_bytes
-        quantized = sum(linear.elements for linear in shape.linears)
+        quantized = sum(linear.elements for linear in shape.linears if linear.quantizable)
         bits = self.base_quantization.bits_per_weight
         return int((shape.parameters - quantized) * dtype_bytes + quantized * bits / 8)
 

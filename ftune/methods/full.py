@@ -44,8 +44,13 @@ class Full(Method):
         return torch.float32
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
-        """Let every parameter require grad."""
-        return model.requires_grad_(True)
+        """Let every parameter of the language model require grad."""
+        from ftune.methods._language import fixed_parameters
+
+        fixed = fixed_parameters(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in fixed)
+        return model
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How many parameters train, and how many the optimizer kept moments of."""
@@ -81,7 +86,7 @@ class Full(Method):
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Everything."""
-        return shape.parameters
+        return shape.parameters - shape.fixed
 
     def products(self, shape: ModelShape) -> int:
         """For the gradients of the weights."""

@@ -126,7 +126,8 @@ class GaLore(Method):
         """Yield ranks that save nothing on this model, and per-layer updates on several processes."""
         found = self._projected(shape.linears)
         if not found or self.target_modules != "all-linear":
-            useless = [x for x in _shared.match_targets(shape.linears, self.target_modules) if not self._saves(x)]
+            asked = _shared.match_targets(shape.linears, self.target_modules, beside=False)
+            useless = [linear for linear in asked if not self._saves(linear)]
             for linear in useless[:1]:
                 sides = f"{linear.out_features} x {linear.in_features}"
                 yield Problem(
@@ -167,7 +168,8 @@ class GaLore(Method):
         return self.rank <= _largest_rank(linear)
 
     def _projected(self, linears: Sequence[Linear]) -> list[Linear]:
-        return [linear for linear in _shared.match_targets(linears, self.target_modules) if self._saves(linear)]
+        found = _shared.match_targets(linears, self.target_modules, beside=False)
+        return [linear for linear in found if self._saves(linear)]
 
     # --- building ---
 
@@ -178,11 +180,16 @@ class GaLore(Method):
         return cast("torch.dtype", getattr(torch, self.weights))
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
-        """Let every parameter require grad."""
-        _shared.match_targets(_shared.list_linears(model), self.target_modules)
+        """Let every parameter of the language model require grad."""
+        _shared.match_targets(_shared.list_linears(model), self.target_modules, beside=False)
         # The optimizer is not given the context. An attribute of the Python object: no part of any state_dict.
         object.__setattr__(model, "_ftune_seed", context.seed)
-        return model.requires_grad_(True)
+        from ftune.methods._language import fixed_parameters
+
+        fixed = fixed_parameters(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in fixed)
+        return model
 
     def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
         """GaLore's AdamW: projected matrices, other matrices, and vectors, which do not decay.
@@ -190,8 +197,10 @@ class GaLore(Method):
         Raises:
             ModelError: No matrix is projected.
         """
+        from ftune.methods._decay import undecayed
         from ftune.methods._galore_optimizer import GaLoreAdamW
 
+        vectors = undecayed(model)
         names = {f"{linear.name}.weight" for linear in self._projected(_shared.list_linears(model))}
         if not names:
             raise ModelError(f"rank {self.rank} makes no matrix's state smaller", help="lower method.rank")
@@ -200,7 +209,7 @@ class GaLore(Method):
         members: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): [], (False, False): []}
         named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         for parameter, name in named.items():
-            members[name in names, self.decays(name, parameter)].append(parameter)
+            members[name in names, name not in vectors and self.decays(name, parameter)].append(parameter)
         groups = [
             {
                 "params": parameters,
@@ -311,7 +320,7 @@ class GaLore(Method):
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Everything."""
-        return shape.parameters
+        return shape.parameters - shape.fixed
 
     def products(self, shape: ModelShape) -> int:
         """For the gradients of the weights."""

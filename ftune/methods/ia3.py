@@ -110,11 +110,15 @@ class Ia3(Method):
         from peft import IA3Config
 
         linears = _shared.list_linears(model)
-        outputs, inputs = (_roles.shortest(chosen, linears) for chosen in self._scaled(linears))
+        scaled = self._scaled(linears)
+        outputs, inputs = (_roles.shortest(chosen, linears) for chosen in scaled)
         settings = _shared.peft_settings(model, (*outputs, *inputs), context)
+        targets = settings["target_modules"]
+        if not set(inputs) <= set(targets):  # other parts of the model have layers of these names
+            inputs = tuple(linear.name for linear in scaled[1])
         config = IA3Config(**settings, feedforward_modules=list(inputs))
-        if len(settings["target_modules"]) > _LONGEST_LIST:
-            config.target_modules, config.feedforward_modules = _exactly((*outputs, *inputs)), _exactly(inputs)
+        if len(targets) > _LONGEST_LIST:
+            config.target_modules, config.feedforward_modules = _exactly(targets), _exactly(inputs)
         with _as_plain_linears(model):
             return _shared.attach(model, config, context)
 

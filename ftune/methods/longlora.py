@@ -10,7 +10,9 @@ from pydantic import Field
 
 from ftune.errors import ModelError
 from ftune.methods import _context, _s2
+from ftune.methods._language import in_language_model, language_prefixes
 from ftune.methods._low_rank import LowRank
+from ftune.methods._shared import never_pulled
 from ftune.methods.base import Context, ModelShape, Problem
 
 if TYPE_CHECKING:
@@ -162,9 +164,10 @@ class LongLora(LowRank):
 
     def trained_whole(self, model: nn.Module) -> dict[str, Any]:
         """The embedding and the norms, by the shortest names that mean exactly them."""
-        whole = cast(Any, model)
+        whole, prefixes = cast(Any, model), language_prefixes(model)
         names = {module: name for name, module in model.named_modules()}
-        wanted = {name for name, module in model.named_modules() if self.train_norms and _is_norm(module)}
+        norms = {name for name, module in model.named_modules() if self.train_norms and _is_norm(module)}
+        wanted = {name for name in norms if in_language_model(name, prefixes)}
         tied = self.train_embeddings and _is_tied(whole)
         if self.train_embeddings:
             wanted.add(names[whole.get_input_embeddings()])
@@ -209,7 +212,7 @@ class LongLora(LowRank):
             "groups_per_row": layers[0].groups / max(1, layers[0].shifted),
             "context_length": float(text.max_position_embeddings),
         }
-        changes = [(before, (now - before).square()) for before, now in _trained_copies(model)]
+        changes = [(before, (now - before).square()) for before, now in _trained_copies(model, optimizer)]
         embedding = [(b, c) for b, c in changes if b.ndim > 1]
         norms = [float(c.mean().sqrt()) for b, c in changes if b.ndim == 1]
         if embedding:
@@ -335,8 +338,11 @@ def _restore_whole(model: nn.Module, directory: Path) -> nn.Module:
     return model
 
 
-def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every parameter of the base that is trained whole, in fp32: before and now; a tied head is left out."""
+def _trained_copies(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter of the base that is trained whole, in fp32: before and now.
+
+    A tied head is left out, and what never got a gradient but zero: the base multiplies by zero what comes of it.
+    """
     from peft.utils import ModulesToSaveWrapper
 
     from ftune.ops.sharded import whole
@@ -346,6 +352,6 @@ def _trained_copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(module, ModulesToSaveWrapper):
             now = dict(cast(Any, module).modules_to_save["default"].named_parameters())
             for name, before in cast(Any, module).original_module.named_parameters():
-                if id(now[name]) not in seen:
+                if id(now[name]) not in seen and not never_pulled(optimizer.state.get(now[name], {})):
                     seen.add(id(now[name]))
                     yield whole(before).detach().float(), now[name].detach().float()

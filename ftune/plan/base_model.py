@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
+from ftune.methods._shared import not_quantizable
 from ftune.methods._whole import quiet
 from ftune.plan.attention import settle_attention
 from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens
@@ -26,7 +27,7 @@ from ftune.plan.quantized import (
     quantize,
     stored_bits,
 )
-from ftune.plan.shapes import build_on_meta
+from ftune.plan.shapes import auto_class, build_on_meta
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
 from ftune.recipe.schema import ModelSpec
@@ -225,8 +226,6 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     Raises:
         ModelError: The weights cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
     located = locate_model(spec)
     check_causal(spec)
     attention: str = spec.attention
@@ -260,6 +259,9 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
                 where, source = str(kept), {}
         if dense is None:
             if quantization is not None and bits is None:
+                built = build_on_meta(configured(spec, method), trust_remote_code=spec.trust_remote_code)
+                # Where there is a list transformers leaves out nothing else, the head included.
+                quantization.llm_int8_skip_modules = not_quantizable(built) or None
                 settings["quantization_config"] = quantization
             if quantization is not None or bits is not None:
                 settings["device_map"] = {"": device}
@@ -267,7 +269,8 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
             if loaded is None:
                 if not safetensors_files(where, source.get("revision")):
                     _refuse_others(spec, located)
-                loaded = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **settings, **source)
+                auto = auto_class(settings["config"])
+                loaded = auto.from_pretrained(where, use_safetensors=True, **settings, **source)
             model, found = loaded
             require_whole(found, model, spec.id)
             if getattr(model, "_hf_peft_config_loaded", False):

@@ -112,18 +112,19 @@ def small_sees_later_tokens(config: Any) -> bool | None:
     import warnings
 
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ftune.plan.shapes import auto_class
 
     try:
         small = _small(config)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
-                hollow = AutoModelForCausalLM.from_config(small, trust_remote_code=False)
+                hollow = auto_class(small).from_config(small, trust_remote_code=False)
             if sum(parameter.numel() for parameter in hollow.parameters()) > MAX_SMALL:
                 return None
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(small, trust_remote_code=False, dtype=torch.float32)
+            model = auto_class(small).from_config(small, trust_remote_code=False, dtype=torch.float32)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim >= 2:  # large enough that attention shows in the logits

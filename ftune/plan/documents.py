@@ -137,9 +137,7 @@ def packing_error(model: nn.Module, dtype: torch.dtype, device: torch.device, vo
 
 
 def _try(config: Any, attention: str, trust_remote_code: bool) -> bool | None:
-    from transformers import AutoModelForCausalLM
-
-    from ftune.plan.shapes import build_on_meta
+    from ftune.plan.shapes import auto_class, build_on_meta
 
     attention = attention if attention == "eager" else "sdpa"
     try:
@@ -151,7 +149,7 @@ def _try(config: Any, attention: str, trust_remote_code: bool) -> bool | None:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
             # Random weights are small: a document that sees another one must show beside the residual stream.

@@ -225,6 +225,8 @@ def quantize(model: Any, config: Any, device: torch.device) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for linear in list_linears(model):
+        if not linear.quantizable:
+            continue
         layer = model.get_submodule(linear.name)
         packed = Linear4bit(
             linear.in_features,

@@ -376,6 +376,11 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
             f"{config.model_type} keeps its weights transposed (Conv1D), which transformers cannot quantize",
             help="leave out `quantization`, or take another model",
         )
+    if recipe.method.base_quantization is not None and not any(linear.quantizable for linear in shape.linears):
+        raise ModelError(
+            f"{config.model_type} has no linear layer of torch's own kind in its blocks, and no other is quantized",
+            help="leave out `quantization`, or take another model",
+        )
     text = config.get_text_config()
     experts = next(
         (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if _many(text, name)), None

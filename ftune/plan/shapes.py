@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ftune.errors import ModelError
+from ftune.methods._language import fixed_parameters, in_language_model, language_prefixes
 from ftune.methods._shared import list_linears
 from ftune.methods.base import Linear, ModelShape
 
-__all__ = ["build_on_meta", "read_shape", "shape_of"]
+__all__ = ["auto_class", "build_on_meta", "read_shape", "shape_of"]
 
 
 def read_shape(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
@@ -44,17 +45,15 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False, attention: st
     Raises:
         ModelError: As ``read_shape``.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"), warnings.catch_warnings():
             # warnings about initial values are void where there are no values
             warnings.simplefilter("ignore")
             asked = {} if attention is None else {"attn_implementation": attention}
             # False is said as well: left unsaid, transformers asks the user at the terminal
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **asked)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **asked)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        help = "use a decoder that transformers' AutoModelForCausalLM knows"
+        help = "use a decoder that transformers' AutoModelForCausalLM or AutoModelForImageTextToText knows"
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             help = "the model comes with its own code: read it, and then set `model.trust_remote_code: true`"
         # transformers may list every class that it knows.
@@ -62,6 +61,21 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False, attention: st
         raise ModelError(
             f"cannot build a causal language model of type `{config.model_type}`: {why}", help=help
         ) from error
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that reads a model whole: with the part that sees images, where there is one.
+
+    Args:
+        config: A ``transformers.PretrainedConfig``.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    sees_images = type(config) in AutoModelForImageTextToText._model_mapping
+    if sees_images and config.get_text_config(decoder=True) is not config and not own_code:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -98,8 +112,10 @@ def shape_of(model: Any) -> ModelShape:
     head = model.get_output_embeddings()
     linears = list_linears(model)
     norms = norm_width = 0
-    rms = False
+    rms, prefixes = False, language_prefixes(model)
     for name, module in model.named_modules():
+        if not in_language_model(name, prefixes):
+            continue
         kind = type(module).__name__.lower()
         if "norm" not in kind:
             continue
@@ -123,6 +139,7 @@ def shape_of(model: Any) -> ModelShape:
         model_type=str(config.model_type),
         linears=linears,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        fixed=sum(model.get_parameter(name).numel() for name in fixed_parameters(model)),
         embedding=embedding.weight.numel(),
         head=0 if tied else head_elements,
         norms=norms,
@@ -161,8 +178,12 @@ _LEAN_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 
 
 def _first(config: Any, *keys: str) -> Any:
-    """The first of several configuration keys that is set; architectures name the same size differently."""
-    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
+    """The first of several configuration keys that is set; architectures name the same size differently.
+
+    Of a size that each layer has its own of the largest is taken.
+    """
+    found = next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
+    return max(found) if isinstance(found, list | tuple) and found else found
 
 
 def _window(config: Any) -> int | None:

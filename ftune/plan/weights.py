@@ -44,10 +44,13 @@ def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any
         SafetensorError: A file is damaged.
     """
     from safetensors import safe_open
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
+
+    from ftune.plan.shapes import auto_class
 
     config = settings["config"]
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    mapping = auto_class(config)._model_mapping
+    known = type(config) in mapping
     elsewhere = getattr(type(config), "extra_files", None)  # unknown to transformers 5.17
     if not known or elsewhere or getattr(config, "quantization_config", None) is not None:
         return None
@@ -62,9 +65,7 @@ def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any
         generation = GenerationConfig.from_pretrained(where, revision=revision)
     except OSError:
         return None  # derived from config.json, in a way that is transformers' own
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, state_dict=weights, generation_config=generation, **settings
-    )
+    return mapping[type(config)].from_pretrained(None, state_dict=weights, generation_config=generation, **settings)
 
 
 def _to_cast(slices: Iterable[Any], dtype: torch.dtype) -> bool:

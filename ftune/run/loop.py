@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -108,10 +109,12 @@ class Loop:
                 model,
                 keeps_gradients=self.engine.keeps_gradients and not method.updates_in_backward,
                 at_rest=method.at_rest(model),
+                of_base=method.artifact == "model",
                 only=self.progress.get("resting"),
             ),
             PeakMeter(self.accelerator.device),
         )
+        told = False  # of adapters that learn nothing
         order_of, order = -1, [[0]]
         lengths = plan.row_lengths
         # Without padding there is nothing to gain from like lengths, and such updates are worse ones. Kept with the
@@ -155,6 +158,9 @@ class Loop:
                 learning_rate=min(group["lr"] for group in self.optimizer.param_groups),
                 at_peak=step >= plan.warmup_steps,
             )
+            if watch.idle and not told and self.accelerator.is_main_process:
+                print(f"note: {watch.idle}", file=sys.stderr)
+                told = True
             self.progress["resting"] = watch.resting
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -433,4 +439,7 @@ def make_batch(rows: list[list[Example]], plan: Plan, flat: bool = False) -> Bat
     if flat or (plan.recipe.packing and plan.recipe.model.attention.startswith("flash")):
         rows = [[document for row in rows for document in row]]
     longest = max((sum(map(len, row)) for row in rows), default=1)
-    return collate(rows, plan.tokenizer.pad_token_id, multiple_of=length_step(longest))
+    # Any token serves. That for padding may have an embedding of zeros, of which some architectures (gemma3n) take a
+    # root, whose gradient is none.
+    padding = next((int(example.input_ids[0]) for row in rows for example in row), plan.tokenizer.pad_token_id)
+    return collate(rows, padding, multiple_of=length_step(longest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import torch
@@ -21,11 +22,16 @@ EXPECTED_MOVES = 30
 class MoveWatch:
     """Hold that each trained parameter gets a gradient and changes within the first updates.
 
+    Attributes:
+        idle: What to tell of adapters whose gradients are zero, where the others move; None where there are none.
+
     Args:
         model: The adapted model, before its first update.
         keeps_gradients: Whether gradients are still there after the update; False where each parameter is
             updated, and its gradient freed, during the backward pass.
         at_rest: Parameters that the method holds still, which are not watched.
+        of_base: Whether the base's own weights train. One whose gradient is zero may move later: a router whose choices
+            were clear.
         only: The parameters that had not moved when the run was interrupted; None: all of them.
     """
 
@@ -35,9 +41,10 @@ class MoveWatch:
         *,
         keeps_gradients: bool = True,
         at_rest: frozenset[str] = frozenset(),
+        of_base: bool = False,
         only: Collection[str] | None = None,
     ) -> None:
-        self._keeps_gradients = keeps_gradients
+        self._keeps_gradients, self._of_base = keeps_gradients, of_base
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise RunFailed("the method left nothing to train: no parameter requires grad")
@@ -46,6 +53,7 @@ class MoveWatch:
         self._all = only is None
         self._trained = len(self._waiting)
         self._updates = 0
+        self.idle: str | None = None
         self._rates = 0.0
 
     @property
@@ -74,13 +82,23 @@ class MoveWatch:
         if outside and self._keeps_gradients:
             raise RunFailed(
                 f"{_some(outside)} got no gradient: trained in name only",
-                help="the model does not use them; narrow method.target_modules",
+                help="the model does not use them: use `method: lora`, beside those that it does"
+                if self._of_base
+                else "the model does not use them; narrow method.target_modules",
             )
         now = _checksums({name: parameters[name] for name in self._waiting})
         self._waiting = {name: before for name, before in self._waiting.items() if now[name] == before}
         resting = []
         if at_peak and self._updates >= PATIENCE:
             resting = [name for name in self._waiting if self._should_show(parameters[name], learning_rate)]
+        still = [name for name in resting if _is_zero(parameters[name].grad)]
+        if still and not self._of_base and not self.idle and 2 * len(still) < self._trained:
+            self.idle = (
+                f"{_some(still)} get gradients of zero: the base multiplies by zero what comes of them, so they learn "
+                f"nothing; {_without(still, [name for name in parameters if parameters[name].requires_grad])}"
+            )
+        if still and (self._of_base or self.idle):
+            resting = [name for name in resting if name not in still]
         if last and self._all and len(self._waiting) == self._trained:
             resting = list(self._waiting)
         if resting:
@@ -97,6 +115,27 @@ class MoveWatch:
             return learning_rate >= bit
         # Rounded at random, an element moves with the probability of the update over the bit.
         return self._rates * parameter.numel() >= EXPECTED_MOVES * bit
+
+
+@torch.no_grad()
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(whole(gradient).any())
+
+
+# The adapted layer in the name of PEFT's parameter.
+_LAYER = re.compile(r"\.([^.]+(?:\.\d+)?)\.(?:lora|ia3|vera|fourierft)_")
+
+
+def _without(still: list[str], trained: list[str]) -> str:
+    """What to write so that the layers with these parameters are not adapted."""
+
+    def layers(names: list[str]) -> set[str]:
+        return {found[1] for name in names if (found := _LAYER.search(name))}
+
+    left = sorted(layers(trained) - layers(still))
+    if not left:
+        return "narrow method.target_modules"
+    return f"to leave them out: `method.target_modules: [{', '.join(left)}]`"
 
 
 def _some(names: list[str]) -> str:
