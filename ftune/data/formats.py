@@ -121,7 +121,9 @@ def detect_format(columns: Sequence[str], first_row: Row) -> Format:
         DataError: No format fits; lists the columns that there are and those that are expected.
     """
     chat = _chat_column(columns)
-    if chat is not None:
+    others = ({"prompt", "completion"}, {"instruction", "output"}, {"text"})
+    # a number or a name may stand in a column of such a name, for which conversation a text is of
+    if chat is not None and (_may_be_turns(first_row.get(chat)) or not any(other <= set(columns) for other in others)):
         turns = first_row.get(chat)
         first = turns[0] if isinstance(turns, list) and turns else None
         if isinstance(first, Mapping) and "from" in first and "value" in first:
@@ -184,6 +186,11 @@ def columns_of(format: Format, rows: Rows) -> tuple[str, ...]:
         turns = any(isinstance(row.get("prompt"), list) for _, row in islice(rows, 1))
         return ("prompt", "completion", *(("system", "tools") if turns else ()))
     return ("instruction", "input", "output", "system", "history") if format == "alpaca" else ("text",)
+
+
+def _may_be_turns(value: Any) -> bool:
+    """Whether a value is a list, or one written out as JSON, or says nothing."""
+    return value is None or isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
 def _is_table(name: str) -> bool:

@@ -53,6 +53,7 @@ _ANSWERS = (
 )
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _TOOLS = ("tools", "functions")
+_HISTORIES = ("history",)
 
 
 @dataclass
@@ -156,13 +157,14 @@ def proposal(rows: Rows) -> dict[str, str]:
     columns = [name for name in rows.columns if not is_about_the_row(name)] or list(rows.columns)
     _, first = next(iter(rows))
     found: dict[str, str] = {}
-    for field, known in (("system", _SYSTEMS), ("tools", _TOOLS)):
+    for field, known in (("system", _SYSTEMS), ("tools", _TOOLS), ("history", _HISTORIES)):
         name = next((name for name in columns if name.lower() in known), None)
         if name is not None:
             found[field] = name
     content = [name for name in columns if name not in found.values()]
-    turns = next((name for name in content if name.lower() in CHAT_COLUMNS or _holds_turns(first.get(name))), None)
+    turns = next((name for name in content if _holds_turns(first.get(name), name.lower() in CHAT_COLUMNS)), None)
     if turns is not None:
+        found.pop("history", None)
         return {"messages": turns, **found}
     if len(content) == 1:
         return {"text": content[0]}
@@ -187,8 +189,11 @@ def _yaml(text: str) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def _holds_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+def _holds_turns(value: Any, named: bool) -> bool:
+    """Whether a value is a conversation, or one written as JSON in a column that is named for it."""
+    if isinstance(value, list):
+        return named or (bool(value) and isinstance(value[0], Mapping))
+    return named and isinstance(value, str) and value.lstrip().startswith("[")
 
 
 def _is_empty(value: Any) -> bool:

@@ -11,6 +11,7 @@ from ftune.data.columns import renamed
 from ftune.data.formats import Format, columns_of, fits, resolve_format
 from ftune.data.leftover import empty_note, is_about_the_row, note, refusal, unused_columns
 from ftune.data.sources import Rows, load_rows
+from ftune.errors import LocatedDataError
 from ftune.recipe.schema import DataSource
 
 __all__ = ["read_source"]
@@ -45,7 +46,13 @@ def read_source(
     if asked == "auto" and like is not None and like.format != "auto" and fits(like.format, rows.columns):
         asked = like.format
     format = resolve_format(rows, asked, source.path, key)
-    used = used or columns_of(format, rows)
+    taken = columns_of(format, rows)
+    idle = [name for name in rows.named if name not in taken]
+    if idle:
+        help = "put it into the text of `prompt`, or use `instruction` and `output`"
+        where = f"format `{format}`{', whose prompts are texts' if format == 'prompt_completion' else ''}"
+        raise LocatedDataError([((*at, name), f"`{name}` has no place in {where}", help) for name in idle])
+    used = used or taken
     unused = unused_columns(read, used)
     if not rows.named and asked == "auto":
         content = {name: one for name, one in unused.items() if not is_about_the_row(name)}

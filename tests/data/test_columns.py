@@ -155,6 +155,20 @@ def test_a_file_without_a_header_says_that_its_first_line_is_one(write: Write) -
     assert "`My printer is broken`, `hardware`, named by its first line" in (caught.value.help or "")
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "q", "completion": "a", "system": "You are nice."},
+        {"text": "{q} {a}", "tools": "t"},
+        {"instruction": "q", "output": "a", "tools": "t"},
+    ],
+)
+def test_what_is_mapped_and_has_no_place_is_refused(write: Write, columns: dict[str, str]) -> None:
+    path = write([{"q": "x", "a": "y", "t": []}])
+    with pytest.raises(LocatedDataError, match=r"`data.train.columns.(system|tools)`: .* has no place in format"):
+        read_source(source(path, columns))
+
+
 def test_a_misfit_names_the_files_column(write: Write) -> None:
     path = write([{"question": "q", "answer": None}])
     with pytest.raises(DataError, match=r"data.jsonl:1: `completion` \(from 'answer'\): found null"):
@@ -223,6 +237,7 @@ def test_a_column_that_repeats_what_is_used_is_no_loss(write: Write) -> None:
     [
         ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
         ({"body": "a"}, {"text": "body"}),
+        ({"query": "q", "response": "r", "history": [["a", "b"]]}, {"instruction": "query", "history": "history"}),
         ({"id": 1, "title": "a", "body": "b", "label": "c"}, {"prompt": '"title: {title}\\nbody: {body}"'}),
         ({"turns": chat("a", "b")}, {"messages": "turns"}),
         ({"system_prompt": "s", "question": "a", "response": "b"}, {"instruction": "question", "output": "response"}),

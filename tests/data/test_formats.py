@@ -35,6 +35,8 @@ def one(rows: Rows, asked: str = "auto", *, chat_template: bool = True) -> Any:
         ({"instruction": "a", "input": "", "output": "b", "text": "rendered"}, "alpaca"),
         ({"prompt": "a", "messages": chat("a", "b")}, "messages"),
         ({"text": "a"}, "text"),
+        ({"conversation": 12, "text": "a"}, "text"),
+        ({"dialog": "d-7", "prompt": "a", "completion": "b"}, "prompt_completion"),
     ],
 )
 def test_the_format_is_detected(row: dict[str, Any], expected: str) -> None:
