@@ -14,6 +14,8 @@ __all__ = ["effect_of", "trend"]
 HARDLY = 0.01
 """Share of the loss before training; a smaller fall is taken for none."""
 TENTH = 10
+FEW = 100
+"""Updates below which more of them may be all that is missing."""
 
 
 def trend(losses: Sequence[float]) -> tuple[float, float] | None:
@@ -33,7 +35,7 @@ def effect_of(
     """Compare losses after training with those before it.
 
     Args:
-        training: The plan's ``training``: steps, epochs, learning rate.
+        training: The plan's ``training``: steps, epochs, learning rate, and the one that is usual for so many.
         losses: Training loss of each update.
         held_out: Updates made, and the held-out loss then; in order.
         base_loss: Held-out loss before the first update.
@@ -67,8 +69,9 @@ def _when_worse(
 ) -> list[str]:
     rate, epochs = training["learning_rate"], training["epochs"]
     if trained is None or not trained[1] < trained[0]:
+        lower = min(rate / 5, training.get("usual_learning_rate", rate))
         return [
-            f"the training loss rose too: the learning rate is too high, try `optimizer.learning_rate: {rate / 5:.2g}`"
+            f"the training loss rose too: the learning rate is too high, try `optimizer.learning_rate: {lower:.2g}`"
         ]
     advice = ["the training loss fell: the training rows were learned by heart, or are unlike the held-out ones"]
     better = [(loss, step) for step, loss in held_out if step and base_loss is not None and loss < base_loss]
@@ -83,8 +86,9 @@ def _when_worse(
 
 def _when_hardly_moved(training: dict[str, Any]) -> list[str]:
     rate, steps = training["learning_rate"], training["steps"]
-    advice = [f"try a higher rate, `optimizer.learning_rate: {rate * 5:.2g}`"]
-    if steps < 200:
-        epochs = max(2, math.ceil(training["epochs"] * 100 / steps))
+    higher = max(rate * 5, training.get("usual_learning_rate", rate))
+    advice = [f"try a higher rate, `optimizer.learning_rate: {higher:.2g}`"]
+    if steps < FEW:
+        epochs = math.ceil(training["epochs"] * max(2, FEW / steps))
         advice.append(f"or more updates than {steps}: `training.epochs: {epochs}`")
     return advice

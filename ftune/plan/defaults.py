@@ -21,7 +21,7 @@ from ftune.recipe.schema import Recipe, TrainingSpec
 if TYPE_CHECKING:
     from ftune.methods import Method
 
-__all__ = ["Choice", "Length", "choose_length", "choose_rate", "few_updates"]
+__all__ = ["Choice", "Length", "choose_length", "choose_rate", "few_updates", "usual_rate"]
 
 UPDATES = 100
 """Updates that a run of little data is given; AdaLoRA's three phases and a warm-up fit in no fewer."""
@@ -101,15 +101,23 @@ def choose_rate(recipe: Recipe, total_steps: int) -> tuple[float, tuple[Choice, 
     if recipe.optimizer.learning_rate is not None:
         return recipe.optimizer.learning_rate, ()
     own, factor = recipe.method.default_learning_rate, _factor(recipe.method, total_steps)
-    rate = float(f"{own * factor:.2g}")
+    rate = usual_rate(recipe.method, total_steps)
     why = f"{recipe.method.name}'s own {own:g}"
     if rate != own:
         why += f" x {factor:.1f} for {total_steps:,} update{'s' * (total_steps != 1)}"
     return rate, (Choice("optimizer.learning_rate", rate, why),)
 
 
-def few_updates(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> str | None:
-    """What to change in a settled recipe that makes too few updates to learn much, or None where it makes enough."""
+def usual_rate(method: Method, total_steps: int) -> float:
+    """The rate that is chosen for so many updates where a recipe gives none."""
+    return float(f"{method.default_learning_rate * _factor(method, total_steps):.2g}")
+
+
+def few_updates(recipe: Recipe, total_steps: int, steps_per_epoch: int, *, packed: bool) -> str | None:
+    """What to change in a settled recipe that makes too few updates to learn much, or None where it makes enough.
+
+    packed: Whether rows hold several examples.
+    """
     if total_steps >= FEW_UPDATES:
         return None
     training, changes = recipe.training, []
@@ -117,15 +125,17 @@ def few_updates(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> str |
         changes.append(f"`training.max_steps: {UPDATES}`, or leave it out")
     if training.accumulation > 1:
         changes.append(f"`training.gradient_accumulation_steps: 1` makes {training.accumulation} times as many")
-    if training.max_steps is None:
-        epochs = math.ceil(UPDATES / steps_per_epoch)
+    if training.max_steps is None and (training.epochs or 0) < MOST_EPOCHS:
+        epochs = min(MOST_EPOCHS, math.ceil(UPDATES / steps_per_epoch))
         changes.append(f"`training.epochs: {epochs}` makes {epochs * steps_per_epoch}")
-    if steps_per_epoch < FEW_UPDATES and recipe.data.packing is True:
-        changes.append("`data.packing: false` makes updates of fewer examples each")
+    if steps_per_epoch < FEW_UPDATES and packed:
+        changes.append("`data.packing: false` makes more of them, of fewer examples each")
+    if not changes:
+        changes.append("more rows are needed than there are")
     text = f"only {total_steps} update{'s' * (total_steps != 1)}, in which little is learned: {'; or '.join(changes)}"
-    usual = recipe.method.default_learning_rate * _factor(recipe.method, total_steps)
+    usual = usual_rate(recipe.method, total_steps)
     if recipe.learning_rate < usual / 3:
-        text += f". So few need a higher learning rate than {recipe.learning_rate:g}: try {usual:.1g}"
+        text += f". So few need a higher learning rate than {recipe.learning_rate:g}: try {usual:g}"
     return text
 
 

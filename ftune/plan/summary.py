@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.data.notes import notes_of
 from ftune.data.overlap import told
 from ftune.plan.advice import what_to_change
-from ftune.plan.defaults import few_updates
+from ftune.plan.defaults import few_updates, usual_rate
 from ftune.plan.duration import duration_of
 from ftune.plan.memory import stored_bytes
 from ftune.plan.sharding import communication, on_host
@@ -82,6 +82,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "world_size": plan.world_size,
             "learning_rate": recipe.learning_rate,
+            "usual_learning_rate": usual_rate(method, plan.total_steps),
             "optimizer": recipe.optimizer.name,
             "schedule": recipe.schedule.name,
             "warmup_steps": plan.warmup_steps,
@@ -187,7 +188,8 @@ def _warnings(plan: Plan) -> list[str]:
             "no rows are held out: whether the model gets better at rows it was not trained on will not be known. "
             "`data.eval_fraction: 0.1` holds out a tenth, `data.eval: FILE` names others"
         )
-    if few := few_updates(recipe, plan.total_steps, plan.steps_per_epoch):
+    packed = any(len(row) > 1 for row in plan.rows)
+    if few := few_updates(recipe, plan.total_steps, plan.steps_per_epoch, packed=packed):
         found.append(few)
     if plan.warmup_steps >= plan.total_steps and plan.total_steps > 1:
         found.append(f"all {plan.total_steps} steps are warm-up: the learning rate never reaches its peak")

@@ -168,7 +168,8 @@ def _optimizer(training: dict[str, Any]) -> Iterator[str]:
     yield training.get("optimizer") or ""
     yield _say(training.get("learning_rate"), "learning rate {:g}")
     yield training.get("schedule") or ""
-    yield _say(training.get("warmup_steps"), "{:,} steps of warm-up")
+    warmup = training.get("warmup_steps")
+    yield _say(warmup, "{:,} step" + "s" * (warmup != 1) + " of warm-up")
 
 
 def _chosen(training: dict[str, Any]) -> Iterator[str]:

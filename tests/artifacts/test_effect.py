@@ -23,6 +23,16 @@ TRAINING = {"steps": 40, "epochs": 6.0, "learning_rate": 1e-3}
 FALLING = [4.0, 3.0, 2.0, 1.0]
 
 
+def test_advice_on_the_rate_knows_the_usual_one_and_asks_for_no_fewer_epochs() -> None:
+    training = {"steps": 108, "epochs": 9.0, "learning_rate": 1e-6, "usual_learning_rate": 6e-4}
+    found = effect_of(training, FALLING, [(0, 3.8), (108, 3.79)], 3.8)
+    assert found["advice"] == ["try a higher rate, `optimizer.learning_rate: 0.0006`"]
+    few = effect_of(training | {"steps": 9}, FALLING, [(0, 3.8), (9, 3.79)], 3.8)["advice"]
+    assert few[1] == "or more updates than 9: `training.epochs: 100`"
+    high = effect_of(training | {"learning_rate": 1.0}, [3.8, 14.0], [(0, 3.8), (108, 9.0)], 3.8)
+    assert "try `optimizer.learning_rate: 0.0006`" in high["advice"][0]
+
+
 def test_a_trend_is_a_mean_of_many_updates() -> None:
     assert trend([1.0]) is None
     assert trend([4.0, 3.0, 1.0]) == (4.0, 1.0)

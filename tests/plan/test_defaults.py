@@ -134,16 +134,30 @@ def test_an_older_run_without_epochs_goes_on_as_one_epoch(tmp_path: Path) -> Non
 def test_few_updates_are_told_with_what_to_change(tmp_path: Path) -> None:
     def told(training: dict[str, Any], **blocks: Any) -> str | None:
         plan = resolve(left_open(tmp_path, training=training, **blocks).recipe)
-        return few_updates(plan.recipe, plan.total_steps, plan.steps_per_epoch)
+        packed = len(plan.rows) < len(plan.splits.train.examples)
+        return few_updates(plan.recipe, plan.total_steps, plan.steps_per_epoch, packed=packed)
 
     assert told({}) is None
     few = told({"epochs": 1.0, "gradient_accumulation_steps": 6}, optimizer={"learning_rate": 2e-4})
     assert few is not None
     assert few.startswith("only 1 update, in which little is learned")
     assert "`training.gradient_accumulation_steps: 1` makes 6 times as many" in few
-    assert "`training.epochs: 100` makes 100" in few
+    assert "`training.epochs: 10` makes 10" in few
     assert "try 0.001" in few
     capped = told({"max_steps": 4})
     assert capped is not None
     assert "`training.max_steps: 100`, or leave it out" in capped
     assert "learning rate" not in capped, "which was chosen for so few"
+
+
+def test_rows_that_are_too_few_are_said_to_be() -> None:
+    recipe = Recipe(model="m", method=tiny.method("lora"), data="d", output_dir="o")
+    training = choose_length(recipe.training, 1, 1).training
+    optimizer = recipe.optimizer.model_copy(update={"learning_rate": choose_rate(recipe, 10)[0]})
+    settled = recipe.model_copy(update={"training": training, "optimizer": optimizer})
+    assert few_updates(settled, 10, 1, packed=False) == (
+        "only 10 updates, in which little is learned: more rows are needed than there are"
+    )
+    told = few_updates(settled, 10, 1, packed=True)
+    assert told is not None
+    assert "`data.packing: false` makes more of them" in told
