@@ -15,7 +15,7 @@ from bench_scripts import imported
 
 from ftune.recipe import load_checked
 
-MODULES = ("environments", "job", "measure", "ours", "peers", "report", "run", "work")
+MODULES = ("environments", "job", "measure", "memory_report", "ours", "peers", "report", "run", "work")
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,28 @@ def test_the_page_is_the_one_of_its_figures(bench) -> None:
     assert report.PAGE.read_text(encoding="utf-8") == page, "run scripts/bench/report.py"
 
 
-def test_times_on_a_shared_machine_are_not_given_but_ratios_are(bench) -> None:
+def test_times_on_a_shared_machine_are_not_given(bench) -> None:
     report = bench["report"]
-    tables, arithmetic, gpu = report.read_figures()
-    (figures,) = tables[:1]
-    whole, shared = (report.render([figures | {"shared": flag}], arithmetic, gpu) for flag in (False, True))
+    tables, *others = report.read_figures()
+    whole, shared = (report.render([tables[0] | {"shared": flag}], *others) for flag in (False, True))
     assert "| tool | tokens/s |" in whole
+    assert "|  | over | speed |" in whole
     assert "| tool | tokens/s |" not in shared
-    assert whole.partition("## Ratios")[2] == shared.partition("## Ratios")[2]
+    assert "|  | over | CPU | peak memory |" in shared
     assert "not alone" in shared
+
+
+def test_a_table_of_each_dtype_and_of_the_memory_measured_in_it(bench) -> None:
+    report = bench["report"]
+    tables, arithmetic, gpu, _ = report.read_figures()
+    case = {"method": "lora", "length": 512, "checkpointing": "off", "dtype": "float32", "ratio": 1.2}
+    memory = {"device": "x86_64", "cases": [case | {"measured": 100 * 2**20}]}
+    again = tables[0] | {"dtype": "float32", "isa": "avx2"}
+    page = report.render([tables[0], again], arithmetic, gpu, [memory])
+    assert "## In fp32, on a CPU with AVX2 only" in page
+    assert page.count("## Measured") == page.count("## Ratios") == 2
+    assert "| lora | 512 | 120 | 100 | 1.20 | - | - | - |" in page
+    assert "0 of 1 within 10 %" in page
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

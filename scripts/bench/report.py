@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
+import memory_report
 from table import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,8 @@ FIGURES = {
 """By the dtype in which all tools computed."""
 ARITHMETIC = ROOT / "docs/figures/arithmetic.json"
 GPU = ROOT / "docs/figures/gpu.json"
+MEMORY = ("memory_bf16.json", "memory_fp32.json")
+"""Under docs/figures, of ``scripts/measure_memory.py --out``."""
 PAGE = ROOT / "docs/benchmarks.md"
 
 Run = dict[str, Any]
@@ -56,9 +59,9 @@ size of a process{device_memory}.
 SHARED = """
 ## Measured
 
-{pairs}, whole processes measured from outside. The machine was not alone with this work, so the times of single
-runs say little and are left out; memory does not depend on that, and ratios are those of neighbours. Memory is the
-median of the largest resident sizes of a process{device_memory}.
+{pairs}, whole processes measured from outside. The machine was not alone with this work, so times are left out, and
+speeds with them: only CPU seconds, start-up included, which other work disturbs less, and memory, the median of the
+largest resident sizes of a process{device_memory}, are compared.
 
 """
 
@@ -81,13 +84,19 @@ ftune over the peer, each pair from one round: median, and the smallest and larg
 """
 
 
-def render(tables: Sequence[dict[str, Any]], arithmetic: dict[str, Any], gpu: dict[str, Any] | None) -> str:
+def render(
+    tables: Sequence[dict[str, Any]],
+    arithmetic: dict[str, Any],
+    gpu: dict[str, Any] | None,
+    memory: Sequence[dict[str, Any]],
+) -> str:
     """The whole page.
 
     Args:
         tables: Of ``run.py``, one for each dtype; the first is described at length.
         arithmetic: Of ``arithmetic.py``.
         gpu: Of ``gpu.py``; None where no GPU was at hand.
+        memory: Of ``measure_memory.py``, one for each dtype that was measured.
     """
     first, *others = tables
     parts = [HEAD.format(work=_work(first), batch=first["work"]["batch"]), _losses(first), *_comparison(first, 2)]
@@ -96,7 +105,7 @@ def render(tables: Sequence[dict[str, Any]], arithmetic: dict[str, Any], gpu: di
         parts += [_losses(figures), *_comparison(figures, 3)]
     parts += ["\n## Versions and settings\n\n", _settings(first), "\n## Not in the table\n\n"]
     parts += [f"- {name}: {reason}.\n" for name, reason in first["absent"].items()]
-    return "".join([*parts, gpu_report.section(arithmetic, gpu)])
+    return "".join([*parts, memory_report.section(memory), gpu_report.section(arithmetic, gpu)])
 
 
 def _comparison(figures: dict[str, Any], level: int) -> Iterator[str]:
@@ -199,22 +208,24 @@ def _medians(figures: dict[str, Any]) -> str:
 
 def _ratios(figures: dict[str, Any]) -> str:
     runs, rows = by_tool(figures["runs"]), []
-    measures: list[Callable[[Run], float]] = [
-        lambda run: 1 / run["training_seconds"],
-        lambda run: run["wall_seconds"] - run["training_seconds"],
-        lambda run: run["wall_seconds"],
-        lambda run: run["cpu_seconds"],
-        lambda run: run["device_peak_bytes" if figures["cuda"] else "peak_bytes"],
-    ]
+    measures: dict[str, Callable[[Run], float]] = {
+        "speed": lambda run: 1 / run["training_seconds"],
+        "start-up and saving": lambda run: run["wall_seconds"] - run["training_seconds"],
+        "wall": lambda run: run["wall_seconds"],
+        "CPU": lambda run: run["cpu_seconds"],
+        "peak memory": lambda run: run["device_peak_bytes" if figures["cuda"] else "peak_bytes"],
+    }
+    if figures.get("shared"):
+        measures = {name: measures[name] for name in ("CPU", "peak memory")}
     for ours in (name for name in runs if name.startswith("ftune")):
         for peer in (name for name in runs if not name.startswith("ftune")):
-            spreads = [spread(runs[ours], runs[peer], value) for value in measures]
+            spreads = [spread(runs[ours], runs[peer], value) for value in measures.values()]
             cells = [
                 f"**{middle:.2f}**" + (f" ({low:.2f} to {high:.2f})" if len(runs[ours]) > 1 else "")
                 for middle, low, high in spreads
             ]
             rows.append([figures["tools"][ours]["title"], figures["tools"][peer]["title"], *cells])
-    return table(["", "over", "speed", "start-up and saving", "wall", "CPU", "peak memory"], rows)
+    return table(["", "over", *measures], rows)
 
 
 def _settings(figures: dict[str, Any]) -> str:
@@ -252,11 +263,14 @@ def write_page() -> None:
     PAGE.write_text(render(*read_figures()), encoding="utf-8")
 
 
-def read_figures() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any] | None]:
+def read_figures() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
     """The arguments of ``render``."""
-    tables = [json.loads(path.read_text(encoding="utf-8")) for path in FIGURES.values() if path.exists()]
-    arithmetic = json.loads(ARITHMETIC.read_text(encoding="utf-8"))
-    return tables, arithmetic, json.loads(GPU.read_text(encoding="utf-8")) if GPU.exists() else None
+
+    def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+    gpu = next(iter(read([GPU])), None)
+    return read(FIGURES.values()), read([ARITHMETIC])[0], gpu, read(GPU.with_name(name) for name in MEMORY)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,12 @@ def test_without_its_instructions_bfloat16_is_measured_slow_and_not_chosen(tmp_p
 
     def plan(caps: dict[str, str], *overrides: str) -> str:
         command = [sys.executable, "-m", "ftune", "plan", str(tmp_path / "recipe.yaml"), *overrides]
-        done = subprocess.run(command, env=os.environ | caps, capture_output=True, text=True, timeout=120, check=True)
+        own = {name: value for name, value in os.environ.items() if name not in precision.CAPS}
+        done = subprocess.run(command, env=own | caps, capture_output=True, text=True, timeout=120, check=True)
         return " ".join(done.stdout.split())
 
     said = re.search(r"bfloat16 is ([\d.]+) times slower than float32 on this CPU \(measured\)", plan(AVX2))
     assert said
     assert float(said[1]) > 3, "7 to 60 times a product"
     assert ", float32," in plan(AVX2, "--set", "model.dtype=auto")
-    assert ", bfloat16," in plan({}, "--set", "model.dtype=auto"), "what was measured with the caps is not kept without"
+    assert "slower than float32" not in plan({}), "what was measured with the caps is not taken without"
