@@ -269,7 +269,8 @@ def other_value(value: Any) -> Any:
     if not places:
         return f"{value}x"
     place = places[-1]
-    new = ("1" if value[place] != "1" else "2") if value[place].isdigit() else ("q" if value[place] != "q" else "z")
+    # neither upper nor lower case of what was there: a template may change either
+    new = ("1" if value[place] != "1" else "2") if value[place].isdigit() else ("z" if value[place] in "qQ" else "q")
     return value[:place] + new + value[place + 1 :]
 
 
