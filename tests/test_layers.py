@@ -27,6 +27,7 @@ LAYERS = [
     "available",
     "installed",
     "heap",
+    "expressions",
     "streams",
     "regular",
     "errors",

@@ -19,6 +19,7 @@ import torch
 from ftune.artifacts.divergence import in_fp32
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.stops import saved_stops, write_generation_config
+from ftune.artifacts.stored import put_on
 from ftune.artifacts.tensor_files import check_shards, plan_shards, write_shards
 from ftune.errors import FtuneError, ModelError, RunFailed
 from ftune.human import bytes_text
@@ -190,7 +191,11 @@ class _Merger:
         self._base_dtype, self._computed, self._device = recipe.method.base_dtype(context.dtype), context.dtype, device
         quantized = list_linears(model) if recipe.method.base_quantization else ()
         self._quantized = {f"{linear.name}.weight" for linear in quantized if linear.quantizable}
-        self._tuned = in_fp32(recipe.method.load(model, adapter, context)) if adapter else model
+        self._tuned = (
+            in_fp32(put_on(recipe.method, model, adapter, context, RunDir(adapter.parent).base_names()))
+            if adapter
+            else model
+        )
         self._random = torch.Generator().manual_seed(0)
         self._rest: dict[str, Tensor] = {}
 

@@ -156,6 +156,11 @@ def restore(
     if path is None:
         return 0, ["no checkpoint to resume from: starting at step 0"], None, {}
     restored = checkpoints.load(path, model, plan.recipe.method, optimizer)
+    if restored.step > plan.total_steps:
+        raise RunDirError(
+            f"{path} is after step {restored.step}, and this run has {plan.total_steps}",
+            help="rename it, and --resume takes the one before",
+        )
     return restored.step, notes, path, restored.progress
 
 

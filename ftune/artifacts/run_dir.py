@@ -30,9 +30,11 @@ from typing import Any
 from pydantic import ValidationError
 
 import ftune
+from ftune.artifacts.stored import RESTORE, explain, require_digests, require_record
 from ftune.errors import RunDirError
 from ftune.installed import version_of
 from ftune.plan.pinned import repinned
+from ftune.recipe.checks import check_stored
 from ftune.recipe.schema import Recipe
 from ftune.regular import kind_of, read_regular, walk_irregular
 from ftune.run.files import remove_leftovers, write_json
@@ -54,7 +56,6 @@ _OURS = (
     "evaluations",
     "tracking",
 )
-_DAMAGED = "restore it from a copy, or train anew with --overwrite"
 MAX_RECORD_BYTES = 16_000_000
 """A larger ``run.json`` is not one that ftune wrote."""
 _PACKAGES = (
@@ -148,9 +149,8 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"{self.record_path} cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
-            raise RunDirError(f"{self.record_path} is damaged: {error}", help=_DAMAGED) from error
-        if not isinstance(data, dict):
-            raise RunDirError(f"{self.record_path} is damaged: it is no JSON object", help=_DAMAGED)
+            raise RunDirError(f"{self.record_path} is damaged: {error}", help=RESTORE) from error
+        require_record(data, self.record_path)
         return data
 
     def recipe(self) -> Recipe:
@@ -161,11 +161,17 @@ class RunDir:
         """
         try:
             # As JSON, where a list is what a tuple is written as.
-            return _length_written_out(Recipe.model_validate_json(json.dumps(self.read()["resolved"])))
-        except (ValidationError, KeyError) as error:
+            recipe = _length_written_out(Recipe.model_validate_json(json.dumps(self.read()["resolved"])))
+        except ValidationError as error:
             raise RunDirError(
-                f"the recipe in {self.record_path} does not fit this version of ftune: {error}"
+                f"the recipe in {self.record_path} does not fit this version of ftune:\n  "
+                + "\n  ".join(f"resolved.{line}" for line in explain(error)),
+                help=RESTORE,
             ) from error
+        if problems := check_stored(recipe):
+            lines = (f"resolved.{'.'.join(map(str, problem.loc))}: {problem.message}" for problem in problems)
+            raise RunDirError(f"the recipe in {self.record_path} cannot work:\n  " + "\n  ".join(lines), help=RESTORE)
+        return recipe
 
     def as_begun(self, recipe: Recipe) -> Recipe:
         """A recipe for this run, with all that a recipe may leave open as the run settled it at its start.
@@ -185,6 +191,12 @@ class RunDir:
             blocks[block] = now.model_copy(update={name: getattr(then, name) for name in fields})
         return recipe.model_copy(update=blocks)
 
+    def base_names(self) -> set[str]:
+        """How the base model may be called in what was trained: as it was found then, wherever it is now."""
+        model = self.read()["resolved"].get("model") if self.exists() else None
+        name = model.get("id") if isinstance(model, dict) else None
+        return {name, Path(name).name} if isinstance(name, str) else set()
+
     def artifact(self, recipe: Recipe) -> Path:
         """Where the trained adapter or model is.
 
@@ -192,12 +204,16 @@ class RunDir:
             RunDirError: The run is not finished.
         """
         path = self.root / recipe.method.artifact
-        if not path.is_dir():
-            status = self.read().get("status", "unknown")
+        record = self.read() if self.exists() else {}
+        kind = kind_of(path)
+        if kind is None and not path.exists():
             raise RunDirError(
-                f"{self.root} has no {recipe.method.artifact}/ yet: the run is {status}",
+                f"{self.root} has no {recipe.method.artifact}/ yet: the run is {record.get('status', 'unknown')}",
                 help="finish it with `ftune train RECIPE --resume`",
             )
+        if kind != "a directory":
+            raise RunDirError(f"{path} is {kind or 'a file'}, where a directory must be", help=RESTORE)
+        require_digests(path, record.get("artifact_sha256", {}))
         return path
 
     def write(self, record: dict[str, Any]) -> None:

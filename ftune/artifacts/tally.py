@@ -52,9 +52,12 @@ class Tally:
         for event in read_events(metrics):
             if kind := kinds.get(event["event"]):
                 names = {field.name for field in dataclasses.fields(kind)} - {"extra"}
-                # What is not finite was written as null.
-                values: dict[str, Any] = {name: math.nan if event[name] is None else event[name] for name in names}
-                self.receive(kind(**values))
+                # What is not finite was written as null. A line that somebody changed is none of this run's.
+                values: dict[str, Any] = {
+                    name: math.nan if event[name] is None else event[name] for name in names if name in event
+                }
+                if values.keys() == names and all(type(value) in (int, float) for value in values.values()):
+                    self.receive(kind(**values))
 
     def effect(self, training: dict[str, Any]) -> dict[str, Any]:
         """Whether training made the model better (``ftune.artifacts.effect``); training: the plan's."""

@@ -24,6 +24,7 @@ from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import evaluation_missed, record_changes, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
 from ftune.artifacts.stops import stops_of_plan, write_generation_config
+from ftune.artifacts.stored import digests_of
 from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
@@ -261,6 +262,7 @@ def _train(
                         "predicted_loop_seconds": forecaster.predicted,
                     }
                     write_card(out, record)
+                    record["artifact_sha256"] = digests_of(out)
                 emit(Saved(plan.total_steps, recipe.method.artifact))
             status = "finished"
     except Interrupted as interrupted:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import is_moved, require_same_base
+from ftune.artifacts.stored import put_on
 from ftune.errors import RunDirError
 from ftune.methods import Context
 from ftune.plan.base_model import choose_device, load_base, load_config
@@ -151,15 +152,16 @@ def load_plain(plan: Plan) -> nn.Module:
 def load_tuned(base: nn.Module, plan: Plan, run: RunDir) -> nn.Module:
     """Put what a run trained onto its base model, in evaluation mode."""
     recipe = plan.recipe
-    return recipe.method.load(base, run.artifact(recipe), plan.context).to(plan.context.device).eval()
+    tuned = put_on(recipe.method, base, run.artifact(recipe), plan.context, run.base_names())
+    return tuned.to(plan.context.device).eval()
 
 
 def load_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
     """Put what a run trained, up to its end or to a checkpoint, onto its base model, in evaluation mode."""
-    method = target.recipe.method
-    assert target.run is not None
+    method, run = target.recipe.method, target.run
+    assert run is not None
     if target.checkpoint is None:
-        tuned = method.load(base, target.run.artifact(target.recipe), context)
+        tuned = put_on(method, base, run.artifact(target.recipe), context, run.base_names())
     else:
         from ftune.run.checkpoint import Checkpoints
 

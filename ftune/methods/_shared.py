@@ -6,17 +6,19 @@ Every function here takes what it needs as arguments; none knows which method ca
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftune.errors import ModelError, RunFailed
+from ftune.expressions import compiled, matching
 from ftune.methods._language import in_language_model, language_prefixes, reads_weight
-from ftune.methods.base import Context, Linear, Problem
+from ftune.methods.base import Context, Linear, Method, Problem
 from ftune.methods.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def match_targets(
 
     Raises:
         ModelError: An entry matches no linear projection inside the blocks, or one past which the model reads the
-            weight.
+            weight; or an expression takes too long.
     """
     if targets == "all-linear":
         return [linear for linear in linears if linear.adaptable or not beside]
@@ -102,7 +104,11 @@ def match_targets(
 
 def _match(linears: Sequence[Linear], targets: Targets, field: str) -> list[Linear]:
     if isinstance(targets, str):
-        matched = [linear for linear in linears if re.fullmatch(targets, linear.name)]
+        try:
+            names = set(matching(targets, (linear.name for linear in linears)))
+        except ValueError as error:
+            raise ModelError(f"{field}: {targets[:80]!r}: {error}", help="give a list of module names") from error
+        matched = [linear for linear in linears if linear.name in names]
         if not matched:
             raise ModelError(f"{field}: {targets!r} matches no linear layer", help=_available(linears))
         return matched
@@ -134,8 +140,8 @@ def target_problems(targets: Targets, embeddings: str | None = None) -> Iterator
             yield Problem(loc, f"`{targets}` is no module name", "did you mean `all-linear`?")
             return
         try:
-            re.compile(targets)
-        except re.error as error:
+            compiled(targets)
+        except ValueError as error:
             yield Problem(loc, f"not a regular expression: {error}", "or give a list of module names")
         return
     if not targets:
@@ -193,11 +199,41 @@ def peft_settings(model: nn.Module, targets: Targets, context: Context) -> dict[
     }
 
 
+_only_asking: ContextVar[bool] = ContextVar("_only_asking", default=False)
+
+
+class _Asked(Exception):
+    """Carries the configuration that ``attach`` was called with."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def asked_for(method: Method, base: nn.Module, context: Context) -> Any:
+    """The PEFT configuration that a method would attach to a base, without attaching it.
+
+    Raises:
+        ModelError: As the method's ``adapt`` does.
+    """
+    token = _only_asking.set(True)
+    try:
+        # AdaLoRA refuses a run too short for its phases; how long it was is not asked here.
+        method.adapt(base, dataclasses.replace(context, total_steps=10**9))
+    except _Asked as asked:
+        return asked.config
+    finally:
+        _only_asking.reset(token)
+    raise AssertionError(f"{type(method).__name__}.adapt does not attach by PEFT")
+
+
 def attach(model: nn.Module, config: Any, context: Context) -> nn.Module:
     """Wrap a model with PEFT: the base frozen, the adapter in fp32, its start drawn from the seed alone."""
     import torch
     from peft import get_peft_model
 
+    if _only_asking.get():
+        raise _Asked(config)
     # PEFT draws from the global generator; the loop reseeds it before every forward pass.
     torch.manual_seed(context.seed)
     wrapped = cast("nn.Module", get_peft_model(cast(Any, model), config))
@@ -285,15 +321,21 @@ def _difference(state: dict[str, Tensor], initial: dict[str, Tensor], config: An
     """The adapter of rank 2r that adds ``scale (B A - B0 A0)``; changes the configuration to match."""
     import torch
 
-    config.r, config.init_lora_weights = 2 * config.r, True
-    # rsLoRA divides by the root of the rank, which grows by the root of two.
-    config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    for key, value in difference_settings(config).items():
+        setattr(config, key, value)
     return {
         name: torch.cat([tensor, initial[name]], dim=0)
         if "lora_A" in name
         else torch.cat([tensor, -initial[name]], dim=1)
         for name, tensor in state.items()
     }
+
+
+def difference_settings(config: Any) -> dict[str, Any]:
+    """How the configuration of ``scale (B A - B0 A0)`` differs from that of ``scale B A``."""
+    # rsLoRA divides by the root of the rank, which grows by the root of two.
+    alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    return {"r": 2 * config.r, "lora_alpha": alpha, "init_lora_weights": True}
 
 
 def save_as_lora(factors: dict[str, tuple[Tensor, Tensor]], base: nn.Module, out: Path, context: Context) -> int:
@@ -336,12 +378,16 @@ def load_peft(base: nn.Module, directory: Path) -> nn.Module:
     from peft import PeftModel
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    if not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
+    from ftune.methods._agreement import require_tensors
+
+    weights = directory / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
         raise ModelError(
             f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}, and ftune reads no pickle",
             help="train the run again, or restore the file",
         )
     wrapped = cast("nn.Module", PeftModel.from_pretrained(cast(Any, base), str(directory)))
+    require_tensors(wrapped, weights)
     return wrapped.requires_grad_(False)
 
 

@@ -354,6 +354,10 @@ class Method(BaseModel):
         """Write what was trained into ``out``, in the form other tools load."""
         raise NotImplementedError
 
+    def stored_settings(self, config: Any) -> dict[str, Any]:
+        """Fields in which the saved PEFT configuration differs from the attached one, with their saved values."""
+        return {}
+
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Put what ``save`` wrote onto a freshly loaded base model; nothing requires grad afterwards."""
         raise NotImplementedError

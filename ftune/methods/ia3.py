@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
+from ftune.expressions import compiled
 from ftune.methods import _roles, _shared
 from ftune.methods._roles import AUTO
 from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
@@ -65,8 +66,8 @@ class Ia3(Method):
         yield from _shared.target_problems(self.target_modules)
         if isinstance(self.feedforward_modules, str) and self.feedforward_modules != AUTO:
             try:
-                re.compile(self.feedforward_modules)
-            except re.error as error:
+                compiled(self.feedforward_modules)
+            except ValueError as error:
                 yield Problem(
                     ("method", "feedforward_modules"),
                     f"not a regular expression: {error}",

@@ -105,6 +105,10 @@ class Lora(LowRank):
         """Check that the base was decomposed as before: the frozen residual must be the same."""
         _shared.require_same_initial(model, state)
 
+    def stored_settings(self, config: Any) -> dict[str, Any]:
+        """Of rank 2r where A and B were taken out of the base."""
+        return _shared.difference_settings(config) if self._takes_from_base else {}
+
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter that fits the untouched base."""
         _shared.save_peft(model, out, context, initial=getattr(model, "_ftune_initial", None))

@@ -173,7 +173,11 @@ class Prefix(VirtualTokens):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter that holds the keys and values themselves; an encoder is not needed any more."""
-        _shared.save_peft(model, out, context, settings={"prefix_projection": False, "encoder_hidden_size": None})
+        _shared.save_peft(model, out, context, settings=self.stored_settings(None))
+
+    def stored_settings(self, config: Any) -> dict[str, Any]:
+        """Without an encoder."""
+        return {"prefix_projection": False, "encoder_hidden_size": None}
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """A key and a value a block for each virtual token; with an encoder, what makes them."""

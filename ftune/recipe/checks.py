@@ -22,7 +22,7 @@ from ftune.recipe.variables import unbraced
 from ftune.regular import kind_of
 from ftune.scrub import find_secret
 
-__all__ = ["advise", "check", "metric_names"]
+__all__ = ["advise", "check", "check_stored", "metric_names"]
 
 BUILTIN_METRICS = (
     "exact_match",
@@ -73,6 +73,11 @@ def check(recipe: Recipe) -> list[Problem]:
         *_unbraced(recipe),
         *_secrets(recipe.model_dump(mode="json"), ()),
     ]
+
+
+def check_stored(recipe: Recipe) -> list[Problem]:
+    """What would stop the recipe of a run that was trained already, wherever its data and its packages are now."""
+    return [*recipe.method.problems(recipe), *_metrics(recipe)]
 
 
 def advise(recipe: Recipe) -> list[Problem]:

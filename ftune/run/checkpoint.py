@@ -9,10 +9,12 @@ A damaged one is never deleted and never counted: it is renamed to ``step-N.dama
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from ftune.errors import RunFailed
+from ftune.errors import FtuneError, RunFailed
 from ftune.methods import Method
-from ftune.regular import token
+from ftune.regular import read_regular, token
 from ftune.run.engines import Gathered
 from ftune.run.files import as_os_error, new_directory, sync
 from ftune.run.manifest import damage, write_manifest
@@ -34,7 +36,11 @@ __all__ = ["Checkpoints", "Restored"]
 
 FILES = ("trained.safetensors", "method.safetensors", "optimizer.pt", "progress.json")
 """What a checkpoint consists of, beside its manifest."""
-_NAME = re.compile(r"step-(\d+)")
+MAX_PROGRESS_BYTES = 100_000_000
+"""The names of parameters that have not moved yet are in it."""
+PROGRESS: dict[str, type] = {"step": int, "halvings": int, "by_length": bool, "base_loss": float}
+"""Types of what a run wants back, where it is there."""
+_NAME = re.compile(r"step-(\d{1,18})")
 _DAMAGED = re.compile(r"step-\d+\.damaged(-\d+)?")
 
 
@@ -155,9 +161,17 @@ class Checkpoints:
         Raises:
             RunFailed: The checkpoint was made by another model or method.
         """
-        self.load_model(path, model, method)
-        optimizer.load_state_dict(read_tensors(path / "optimizer.pt"))
-        progress = json.loads((path / "progress.json").read_text())
+        with _explained(path):
+            progress = json.loads(read_regular(path / "progress.json", MAX_PROGRESS_BYTES))
+            if not isinstance(progress, dict):
+                raise ValueError("progress.json is no JSON object")
+            if path.name != f"step-{progress.get('step')}":
+                raise ValueError(f"progress.json is of step {progress.get('step')}")
+            for name, kind in PROGRESS.items():
+                if name in progress and (type(progress[name]) is not kind):
+                    raise ValueError(f"progress.json: `{name}` is not of the type {kind.__name__}")
+            self._load_model(path, model, method)
+            optimizer.load_state_dict(read_tensors(path / "optimizer.pt"))
         return Restored(step=progress.pop("step"), path=path, progress=progress)
 
     @staticmethod
@@ -165,8 +179,13 @@ class Checkpoints:
         """Put what a checkpoint has of the model into a freshly adapted one.
 
         Raises:
-            RunFailed: The checkpoint was made by another model or method.
+            RunFailed: The checkpoint was made by another model or method, or cannot be read.
         """
+        with _explained(path):
+            Checkpoints._load_model(path, model, method)
+
+    @staticmethod
+    def _load_model(path: Path, model: nn.Module, method: Method) -> None:
         trained = load_file(path / "trained.safetensors")
         mine = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if trained.keys() != mine.keys() or any(trained[name].shape != mine[name].shape for name in mine):
@@ -175,6 +194,20 @@ class Checkpoints:
             for name, parameter in mine.items():
                 parameter.copy_(trained[name])
         method.load_state(model, load_file(path / "method.safetensors"))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what libraries raise for a checkpoint that a stranger wrote into one sentence."""
+    try:
+        yield
+    except (FtuneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunFailed(
+            f"{path} cannot be loaded: {said}", help="take the checkpoint before it: rename this one, and --resume"
+        ) from error
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ftune.regular import read_regular
+
 __all__ = ["MANIFEST", "damage", "write_manifest"]
 
 MANIFEST = "manifest.json"
@@ -29,7 +31,7 @@ def damage(directory: Path, files: Collection[str], *, from_disk: bool = False) 
         from_disk: Whether to read what the disk has, not what the system still holds in memory.
     """
     try:
-        sums = json.loads((directory / MANIFEST).read_text())["sha256"]
+        sums = json.loads(read_regular(directory / MANIFEST, 1_000_000))["sha256"]
         if missing := sorted(set(files) - sums.keys()):
             return f"{MANIFEST} does not name {', '.join(missing)}"
         there = {path.name for path in directory.iterdir()} - {MANIFEST}
@@ -42,7 +44,7 @@ def damage(directory: Path, files: Collection[str], *, from_disk: bool = False) 
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}" if not isinstance(error, OSError) else str(error)
     return None
 
