@@ -27,8 +27,8 @@ _ABOUT_THE_ROW = frozenset(
 """Names of columns that say where a row is from, and nothing that could be learned."""
 _ABOUT_THE_ROW_ENDS = ("_id", "_ids", "_idx", "_index", "_url", "_hash", "_at")
 
-COUNTED_ROWS = 100_000
-"""Rows of a source that are looked through for what its unused columns hold."""
+HUB_ROWS = 20_000
+"""Rows of a hub data set that are looked through: each is decoded for it, those of files are in memory."""
 
 # what people call the parts of an example, the likeliest first
 _ANSWERS = (
@@ -83,7 +83,7 @@ def unused_columns(rows: Rows, used: Sequence[str]) -> dict[str, Unused]:
         return {}
     found = {name: Unused() for name in left}
     repeats = set(left)
-    for number, row in islice(rows, COUNTED_ROWS):
+    for number, row in islice(rows, _looked_through(rows)):
         for name in left:
             if not _is_empty(row.get(name)):
                 found[name].first = number if not found[name].count else found[name].first
@@ -96,11 +96,16 @@ def unused_columns(rows: Rows, used: Sequence[str]) -> dict[str, Unused]:
 def empty_note(rows: Rows, columns: Sequence[str], key: str) -> list[str]:
     """What to tell of values that stand in a text and are empty, or missing, in some rows."""
     empty = dict.fromkeys(columns, 0)
-    for _, row in islice(rows, COUNTED_ROWS):
+    for _, row in islice(rows, _looked_through(rows)):
         for name in columns:
             empty[name] += _is_empty(row.get(name))
-    shown = [f"`{name[:40]}` in {count:,} of {len(rows):,} rows" for name, count in empty.items() if count]
+    of = _looked_through(rows)
+    shown = [f"`{name[:40]}` in {count:,} of {of:,} rows" for name, count in empty.items() if count]
     return [f"data.{key}: empty in the text: {', '.join(shown)}"] if shown else []
+
+
+def _looked_through(rows: Rows) -> int:
+    return len(rows) if isinstance(rows.source, list) else min(len(rows), HUB_ROWS)
 
 
 def is_about_the_row(name: str) -> bool:
@@ -115,7 +120,7 @@ def note(unused: Mapping[str, Unused], rows: Rows, key: str) -> list[str]:
     """What to tell of unused columns; nothing where there are none."""
     if not unused:
         return []
-    of = min(len(rows), COUNTED_ROWS)
+    of = _looked_through(rows)
     cut = "first " if of < len(rows) else ""
     shown = [
         f"`{name[:40]}`" if one.count == of else f"`{name[:40]}` (in {one.count:,} of the {cut}{of:,} rows)"

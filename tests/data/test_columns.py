@@ -145,6 +145,20 @@ def test_values_that_are_empty_in_a_text_are_told(write: Write) -> None:
     assert rows.notes == ("data.train: empty in the text: `more` in 2 of 3 rows",)
 
 
+def test_a_hub_data_set_is_looked_through_at_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list([{"q": "x", "a": "y", "id": n} for n in range(6)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr("ftune.data.leftover.HUB_ROWS", 4)
+    mapping = ColumnMap(prompt="{q}", completion="a")
+    rows, format = read_source(DataSource(path="org/set", columns=mapping))
+    assert rows.notes == ("data.train: not used: `id`",)
+    assert len(convert(rows, format, chat_template=False)) == 6
+    with pytest.raises(DataError, match="no format fits the columns `q`, `a`, `id`"):
+        read_source(DataSource(path="org/set"))
+
+
 def test_a_file_without_a_header_says_that_its_first_line_is_one(write: Write) -> None:
     path = write("My printer is broken,hardware\nNo mail,software\n", "t.csv")
     with pytest.raises(DataError) as caught:
