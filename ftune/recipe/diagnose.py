@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from ftune.errors import RecipeError
 from ftune.methods import METHODS, Problem
 from ftune.methods.quantization import Quantization
-from ftune.recipe.other_tools import ELSEWHERE, GENERIC, HERE, NO_FIELD, NOTES
+from ftune.recipe.other_tools import ELSEWHERE, GENERIC, HERE, NO_FIELD, NOTES, other_value
 from ftune.recipe.schema import SHORT_FORMS, ColumnMap, Recipe
 from ftune.recipe.spelling import closest
 from ftune.scrub import scrub
@@ -557,7 +557,8 @@ def _method_name(path: KeyPath, entry: _Entry, positions: Positions) -> Mistake:
         return _at(path, positions, "`method` has no `name`", "add `name` to it", help)
     if not isinstance(name, str):
         return _at(path, positions, f"`method.name` must be a method's name, not {_shown(name)}", "", help)
-    near = closest(name, METHODS)
+    known = other_value("method.name", name)
+    near = closest(name, METHODS) if known is None else known
     return _at(
         path,
         positions,
@@ -596,7 +597,8 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
     if "a block of fields" in words and short:
         words.insert(0, "a string")
     words = [part for word in dict.fromkeys(words) for part in word.split(" or ")]
-    near = closest(value, allowed) if isinstance(value, str) else None
+    known = other_value(name, value) if isinstance(value, str) else None
+    near = known if known in allowed or known == "" else closest(value, allowed) if isinstance(value, str) else None
     label = f"did you mean `{near}`?" if near else _conversion(value, words)
     if value is None and not _is_required(path, raw):
         label = "remove it to get the default"

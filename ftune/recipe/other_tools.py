@@ -217,3 +217,60 @@ NO_FIELD = {
     "ds_type": "remove it: a file's kind is known by how its name ends",
 }
 """Names for which there is no field, and what to do instead."""
+
+_OTHER_VALUES = {
+    "dtype": {
+        **_all("bf16 torch.bfloat16 bfloat", "bfloat16"),
+        **_all("fp32 float torch.float32 full", "float32"),
+        **_all("float16 fp16 half torch.float16", ""),
+    },
+    "attention": _all("flash_attn flash_attention fa2 flash flash_attn_2", "flash_attention_2"),
+    "format": {
+        **_all("chatml openai chat chat_template conversation conversational", "messages"),
+        **_all("raw pretrain pretraining completion plain", "text"),
+        **_all("instruct instruction", "alpaca"),
+        "input_output": "prompt_completion",
+    },
+    "too_long": {
+        **_all("cut trunc", "truncate"),
+        **_all("drop discard", "skip"),
+        **_all("chunk chunks window", "split"),
+    },
+    "train_on": {
+        **_all("completion completions response responses answers output outputs", "assistant"),
+        **_all("everything full inputs", "all"),
+        **_all("last_turn final", "last"),
+    },
+    "optimizer.name": {
+        **_all("adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused", "adamw"),
+        **_all("adamw_bnb_8bit adam8bit", "adamw_8bit"),
+        "paged_adamw_32bit": "paged_adamw",
+        **_all("adam sgd", ""),
+    },
+    "schedule.name": {
+        **_all("constant_with_warmup", "constant"),
+        **_all("cosine_with_min_lr cosine_decay", "cosine"),
+        "linear_decay": "linear",
+    },
+    "method.name": {
+        **_all("prompt_tuning p_tuning soft_prompt", "prompt"),
+        **_all("prefix_tuning", "prefix"),
+        **_all("fft full_finetune full_parameter fullft", "full"),
+        **_all("adapters houlsby pfeiffer", "bottleneck"),
+        **_all("rslora lora+ loraplus pissa", "lora"),
+        **_all("loha lokr oft boft", ""),
+    },
+}
+
+
+def other_value(field: str, value: str) -> str | None:
+    """What a value of another tool is called here; empty where it is near to one that means something else.
+
+    Args:
+        field: The field's path; its last name is enough.
+        value: What was written.
+    """
+    for key in (field, field.rpartition(".")[2]):
+        if (known := _OTHER_VALUES.get(key, {}).get(value.strip().lower().replace("-", "_"))) is not None:
+            return known
+    return None

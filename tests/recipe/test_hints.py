@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ftune.errors import RecipeError
 from ftune.recipe import load_recipe, parse_recipe
@@ -112,6 +114,35 @@ def test_a_name_that_means_nothing_here_gets_none(path: str) -> None:
     assert "did you mean" not in report
     assert "write it as" not in report
     assert "fields of " in report
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "meant"),
+    [
+        ("model.dtype", "bf16", "bfloat16"),
+        ("model.dtype", "float16", None),
+        ("model.attention", "flash_attn", "flash_attention_2"),
+        ("model.attention", "eagr", "eager"),
+        ("data.too_long", "drop", "skip"),
+        ("data.train_on", "completion", "assistant"),
+        ("optimizer.name", "adamw_torch", "adamw"),
+        ("optimizer.name", "paged_adamw_32bit", "paged_adamw"),
+        ("optimizer.name", "sgd", None),
+        ("schedule.name", "constant_with_warmup", "constant"),
+        ("schedule.name", "polynomial", None),
+        ("method.name", "prompt-tuning", "prompt"),
+        ("method.name", "loha", None),
+        ("method.name", "qlroa", "qlora"),
+    ],
+)
+def test_a_value_of_another_tool_gets_the_right_hint(field: str, value: str, meant: str | None) -> None:
+    recipe: dict[str, Any] = {"model": {"id": "org/tiny"}, "method": {"name": "lora"}, "data": {"train": "a.jsonl"}}
+    block, _, name = field.partition(".")
+    recipe.setdefault(block, {})[name] = value
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(yaml.safe_dump(recipe | {"output_dir": "runs/x"}), "r.yaml")
+    report = caught.value.render()
+    assert (f"did you mean `{meant}`?" in report) if meant else ("did you mean" not in report)
 
 
 def test_the_tables_do_not_contradict_each_other() -> None:
