@@ -9,7 +9,7 @@ import torch
 
 from ftune.artifacts.generate import decoded
 from ftune.artifacts.one_pass import settings_of
-from ftune.artifacts.stops import end_token_ids, saved_stops
+from ftune.artifacts.stops import end_token_ids, saved_stops, text_stop, until
 from ftune.artifacts.terminal import printable
 from ftune.artifacts.tuned import Target, load_target
 from ftune.data.prompts import prompt_ids, prompting_of
@@ -59,6 +59,7 @@ class Chat:
         self._model = load_base(recipe.model, recipe.method, self._dtype, device).eval()
         self._recipe = recipe
         self._stops = saved_stops(target.run, recipe, self._tokenizer)
+        self._end_text = text_stop(recipe, self._tokenizer)
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self.tuned = target.run is not None and not (base and recipe.method.artifact == "model")
         if self.tuned:
@@ -120,6 +121,8 @@ class Chat:
                 out.flush()
 
         settings = settings_of(self._tokenizer, ends)
+        if self._end_text is not None:
+            settings |= {"stop_strings": [self._end_text], "tokenizer": self._tokenizer}
         if self._temperature > 0:
             settings |= {"do_sample": True, "temperature": self._temperature}
         off = self._recipe.method.switched_off(self._model) if self.base and self.tuned else None
@@ -132,6 +135,7 @@ class Chat:
                 **settings,
             )
         (answer,) = decoded([output[0, ids.shape[1] :].tolist()], self._tokenizer, ends)
+        answer = until(answer, self._end_text)
         if self._prompting.kind == "chat":
             self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.whole}]
         return answer.whole

@@ -13,7 +13,7 @@ from ftune.artifacts.measure import Measured, measure
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.scores import check_references
-from ftune.artifacts.stops import stops_of_run
+from ftune.artifacts.stops import stops_of_run, text_stop, until
 from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
@@ -162,6 +162,8 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     held_out, spec = plan.splits.eval, plan.recipe.evaluation
     assert held_out is not None
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
+    text = text_stop(plan.recipe, plan.tokenizer)
+    items = [replace(item, reference=until(item.reference, text)) for item in items]
     context = getattr(configured(plan.recipe.model, plan.recipe.method), "max_position_embeddings", None) or sys.maxsize
     room = context - plan.recipe.method.virtual_positions - spec.max_new_tokens
     fitting = [item for item in items if 0 < len(item.prompt_ids) <= room]

@@ -14,7 +14,7 @@ import torch
 from ftune.artifacts.generate import decoded, greedy
 from ftune.artifacts.one_pass import Row, read_and_answer
 from ftune.artifacts.scores import Scores, score
-from ftune.artifacts.stops import end_token_ids
+from ftune.artifacts.stops import end_token_ids, text_stop, until
 from ftune.data.answers import Answer
 from ftune.data.tokenize import GenerationItem
 from ftune.plan.base_model import configured
@@ -119,8 +119,8 @@ def answers_of(
     found = _read(objective, recipe, tokenizer, rows, stops) if reads and prompts else None
     if found is not None:
         return found[2]
-    spec = recipe.evaluation
-    return greedy(
+    spec, text = recipe.evaluation, text_stop(recipe, tokenizer)
+    answers = greedy(
         objective.model.eval(),
         tokenizer,
         prompts,
@@ -130,6 +130,7 @@ def answers_of(
         stops=stops,
         equal_lengths=_padding_shows(recipe, max(map(len, prompts), default=0)),
     )
+    return [until(answer, text) for answer in answers]
 
 
 def _read(
@@ -138,6 +139,7 @@ def _read(
     if recipe.method.virtual_positions:
         return None  # its own keys and values stand in front
     spec, ends = recipe.evaluation, end_token_ids(objective.model, tokenizer, stops)
+    text = text_stop(recipe, tokenizer)
     found = read_and_answer(
         objective,
         tokenizer,
@@ -145,10 +147,12 @@ def _read(
         ends=ends,
         batch_size=spec.batch_size,
         max_new_tokens=spec.max_new_tokens,
+        ended=lambda tokens: text is not None and text in tokenizer.decode(tokens),
     )
     if found is None:
         return None
-    return found.loss_sum, found.targets, decoded(found.written, tokenizer, ends)
+    answers = [until(answer, text) for answer in decoded(found.written, tokenizer, ends)]
+    return found.loss_sum, found.targets, answers
 
 
 def _examples_of(items: Sequence[GenerationItem], plan: Plan) -> dict[int, tuple[int, Any]]:

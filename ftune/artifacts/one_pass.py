@@ -10,7 +10,7 @@ gives: elsewhere the caller measures loss and answers apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -95,6 +95,7 @@ def read_and_answer(
     ends: Sequence[int],
     batch_size: int,
     max_new_tokens: int,
+    ended: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Read | None:
     """Measure the loss of rows and answer their prompts greedily.
 
@@ -105,6 +106,7 @@ def read_and_answer(
         ends: Tokens that end an answer.
         batch_size: Rows answered together.
         max_new_tokens: Longest answer.
+        ended: Whether the tokens of an answer end it in another way.
 
     Returns:
         None where this model's loss and answers are to be measured apart.
@@ -112,7 +114,7 @@ def read_and_answer(
     was_training = objective.training
     objective.eval()
     try:
-        reader = _Reader(objective, tokenizer, rows, ends, max_new_tokens)
+        reader = _Reader(objective, tokenizer, rows, ends, max_new_tokens, ended)
         return reader.read(batch_size)
     except _OtherCache:
         return None
@@ -126,8 +128,15 @@ class _OtherCache(Exception):
 
 class _Reader:
     def __init__(
-        self, objective: Objective, tokenizer: Any, rows: Sequence[Row], ends: Sequence[int], max_new_tokens: int
+        self,
+        objective: Objective,
+        tokenizer: Any,
+        rows: Sequence[Row],
+        ends: Sequence[int],
+        max_new_tokens: int,
+        ended: Callable[[list[int]], bool],
     ) -> None:
+        self._ended = ended
         self._objective, self._model = objective, cast(Any, objective.model)
         self._pad = tokenizer.pad_token_id
         self._rows, self._ends, self._longest = rows, frozenset(ends), max_new_tokens
@@ -248,7 +257,7 @@ class _Reader:
             for place, row in enumerate(open_rows):
                 end = next((i for i, token in enumerate(new[place]) if token in self._ends), None)
                 answers[row] += new[place] if end is None else new[place][: end + 1]
-                if end is None and len(answers[row]) < self._longest:
+                if end is None and len(answers[row]) < self._longest and not self._ended(answers[row]):
                     going.append(place)
             keep = torch.tensor(going, dtype=torch.long, device=self._device)
             ids, cache = out.sequences[keep], out.past_key_values

@@ -111,11 +111,13 @@ def _counts(result: dict[str, Any]) -> str:
     examples, generated, left_out = result["examples"], result["generated"], result["prompts_too_long"]
     if not generated:
         return rows(examples)
-    if generated == examples and not left_out:
-        return f"loss and metrics on the same {rows(examples)}; answers generated greedily"
-    text = f"loss on {rows(examples)}, metrics on "
-    text += f"{generated:,} of them; answers generated greedily"
-    return text + (f"; {left_out:,} prompts left out: empty, or longer than the model's context" if left_out else "")
+    if generated == examples:
+        same = "the same " if examples != 1 else ""
+        text = f"loss and metrics on {same}{rows(examples)}; answers generated greedily"
+    else:
+        text = f"loss on {rows(examples)}, metrics on {generated:,} of them; answers generated greedily"
+    prompts = f"{left_out:,} prompt{'s' * (left_out != 1)}"
+    return text + (f"; {prompts} left out: empty, or longer than the model's context" if left_out else "")
 
 
 def _confusion(name: str, classes: dict[str, Any], width: int) -> str:

@@ -87,7 +87,7 @@ def check_references(specs: Sequence[MetricSpec], references: Sequence[Answer]) 
         if bad and bad == len(references):
             raise DataError(
                 f"metric `{spec.name}`: no held-out answer has {what}, so that every score would be 0",
-                help="use another metric for these answers, or correct the pattern",
+                help="correct the pattern" if spec.name == "regex" else "use another metric for these answers",
             )
         if bad:
             notes.append(f"`{key_of(spec, specs)}`: {bad} of {len(references)} references have not {what}: scored 0")

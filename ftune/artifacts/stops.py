@@ -8,22 +8,35 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.data.stops import learned_ends, template_end
+from ftune.data.answers import Answer
+from ftune.data.prompts import prompting_of
+from ftune.data.stops import end_text, learned_ends, template_end
 from ftune.errors import RunDirError
 from ftune.plan.resolve import Plan
 from ftune.recipe.schema import Recipe
+from ftune.regular import read_regular
 from ftune.run.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["end_token_ids", "saved_stops", "stops_of_plan", "stops_of_run", "write_generation_config"]
+__all__ = [
+    "end_token_ids",
+    "saved_stops",
+    "stops_of_plan",
+    "stops_of_run",
+    "text_stop",
+    "until",
+    "write_generation_config",
+]
 
 FILE = "generation_config.json"
+MAX_BYTES = 1_000_000
 
 
 def end_token_ids(model: nn.Module | None, tokenizer: Any, learned: Sequence[int] = ()) -> list[int]:
@@ -44,6 +57,21 @@ def end_token_ids(model: nn.Module | None, tokenizer: Any, learned: Sequence[int
 def stops_of_plan(plan: Plan) -> tuple[int, ...]:
     """The tokens that end the trained turns of a plan's data."""
     return learned_ends(plan.splits.train, plan.tokenizer, plan.recipe.data)
+
+
+def text_stop(recipe: Recipe, tokenizer: Any) -> str | None:
+    """The text that ends an answer where no token does, of a run that prompts in a chat template."""
+    if prompting_of(recipe.data, tokenizer).kind != "chat":
+        return None
+    return end_text(tokenizer, recipe.data.chat_template)
+
+
+def until(answer: Answer, text: str | None) -> Answer:
+    """An answer up to the text that ends it."""
+    if text is None:
+        return answer
+    said, whole = (part.partition(text)[0].rstrip() for part in (answer.text, answer.whole))
+    return replace(answer, text=said, whole=whole)
 
 
 def stops_of_run(run: RunDir | None, plan: Plan) -> tuple[int, ...]:
@@ -71,7 +99,7 @@ def _saved(run: RunDir | None, recipe: Recipe, tokenizer: Any) -> tuple[int, ...
     if path is None or not path.is_file():
         return None
     try:
-        ids = _listed(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        ids = _listed(json.loads(read_regular(path, MAX_BYTES)).get("eos_token_id"))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise RunDirError(f"{path} is damaged: {error}", help="delete it, or train the run again") from error
     if not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.data.chat import load_template, special_tokens
+from ftune.data.chat import apply_template, load_template, special_tokens
 from ftune.data.encode import Encoder
 from ftune.data.examples import Examples
-from ftune.data.formats import Conversation, convert
+from ftune.data.formats import Conversation, Message, convert
 from ftune.data.spans import render
 from ftune.data.tokenize import Split
+from ftune.errors import DataError
 from ftune.recipe.schema import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["learned_ends", "template_end"]
+__all__ = ["end_text", "learned_ends", "template_end"]
 
 RENDERED = 200  # rows that are rendered where the labels do not tell where a turn ends
 INSIDE = 0.05
@@ -63,6 +64,33 @@ def template_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None =
     if template is None or template.end_of_turn is None:
         return ()
     return (special_tokens(tokenizer)[template.end_of_turn],)
+
+
+def end_text(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> str | None:
+    """What the chat template writes behind an answer where that is no token of the tokenizer.
+
+    ChatML on a tokenizer that does not know ``<|im_end|>`` learns it letter by letter; no token can stop it.
+
+    Args:
+        tokenizer: With the template, where no file replaces it.
+        chat_template: The path of a file with the template.
+
+    Returns:
+        The first line of it; None where a token ends a turn, or nothing does.
+    """
+    template = load_template(tokenizer, chat_template)
+    if template is None or template.end_of_turn is not None:
+        return None
+    mark = "\ue000said\ue001"
+    turns: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+    try:
+        text = apply_template(turns, Conversation(tuple(turns), row=0), tokenizer, template)
+    except DataError:  # it refuses this exchange, and may take the data's
+        return None
+    behind = text.partition(mark)[2].strip()
+    if not behind or any(behind.startswith(token.content) for token in tokenizer.added_tokens_decoder.values()):
+        return None
+    return behind.splitlines()[0].rstrip()
 
 
 def _from_labels(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[Counter[int], Counter[int]]:

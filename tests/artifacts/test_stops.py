@@ -108,3 +108,31 @@ def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     with pytest.raises(RunDirError, match=r"generation_config\.json is damaged"):
         saved_stops(RunDir(tmp_path / "run"), loaded.recipe, tokenizer)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_an_end_that_is_no_token_stops_as_text(method: str, tmp_path: Path) -> None:
+    """ChatML on a tokenizer that has other marks: the end of turn is learned letter by letter."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}[end]\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "chat.jinja").write_text(template)
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "ok"}]} for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {key: str(tmp_path / "rows.jsonl") for key in ("train", "eval")}
+    loaded = tiny.recipe(
+        tmp_path,
+        method,
+        data={**data, "chat_template": str(tmp_path / "chat.jinja"), "packing": False},
+        training={"max_steps": 40, "micro_batch_size": 4},
+        evaluation={"metrics": ["strict"], "max_new_tokens": 16},
+    )
+    train(loaded)
+    result = evaluate(find_target(tmp_path / "run"), base=False)
+    assert result["samples"][0]["reference"] == "ok"
+    assert result["samples"][0]["tuned"] == "ok"
+    talk = Chat(find_target(tmp_path / "run"), max_new_tokens=16, temperature=0.0, base=False)
+    assert talk.answer("q3", io.StringIO()) == "ok"
