@@ -19,7 +19,7 @@ from ftune.plan.weights import STORED
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Header", "check_files", "read_headers", "require_whole"]
+__all__ = ["Header", "check_files", "read_headers", "require_finite", "require_whole"]
 
 Header = tuple[Path, str, tuple[int, ...]]
 """Of a tensor: the file it is in, its dtype in safetensors' words, and its shape."""
@@ -146,6 +146,29 @@ def require_whole(found: dict[str, Any], model: Any, name: str) -> None:
         + also,
         help=help,
     )
+
+
+def require_finite(model: nn.Module, name: str) -> None:
+    """Hold that no weight is NaN or infinite: one is enough to make every loss so.
+
+    Args:
+        model: Loaded; packed weights are passed over. Reading them takes under a second for 10^9 on a CPU's core.
+        name: The model's, for messages.
+
+    Raises:
+        ModelError: Names the tensors.
+    """
+    import torch
+
+    wrong = [
+        key
+        for key, tensor in model.named_parameters()
+        if tensor.is_floating_point()
+        and tensor.numel()
+        and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    ]
+    if wrong:
+        raise ModelError(f"weights of `{name}` are NaN or infinite: {_listed(wrong)}", help=_AGAIN)
 
 
 def _unpacked(headers: dict[str, Header]) -> dict[str, Header]:

@@ -40,6 +40,7 @@ from ftune.plan.fingerprint import fingerprint
 from ftune.plan.generation import check_generation
 from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
+from ftune.plan.missing import require_finite
 from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
@@ -436,6 +437,7 @@ def build(plan: Plan) -> tuple[nn.Module, Optimizer]:
     recipe, context = plan.recipe, plan.context
     device = torch.device("cpu") if plan.through_host else context.device
     base = load_base(recipe.model, recipe.method, context.dtype, device)
+    require_finite(base, recipe.model.id)
     model = recipe.method.adapt(base, context)
     if context.recomputed_blocks:
         enable_checkpointing(model, context.recomputed_blocks)

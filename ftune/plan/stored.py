@@ -138,6 +138,9 @@ def find_weights(files: list[Path], model: nn.Module, what: str) -> StoredWeight
                     name = stored
                     converted.add(name)
                 places[name], shapes[name] = (file, stored), shape
+    for second, first in tied.items():
+        if first not in places and second in places:  # stored under its second name alone
+            places[first], shapes[first] = places.pop(second), wanted[first]
     absent = tuple(name for name in wanted if name not in places or name in converted)
     if converted or absent:
         for name in _unused(files, model, what, frozenset(converted)):

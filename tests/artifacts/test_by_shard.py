@@ -168,6 +168,17 @@ def test_tensors_that_the_model_does_not_use_are_left_out(tmp_path: Path) -> Non
     assert report["tensors"] == 21
 
 
+def test_a_tied_tensor_may_be_stored_under_its_second_name_alone(tmp_path: Path) -> None:
+    tiny.model_dir(tmp_path / "base", tie_word_embeddings=True)
+    tiny.write_chats(tmp_path / "train.jsonl", 24)
+    tiny.write_chats(tmp_path / "eval.jsonl", 6, start=100)
+    file = tmp_path / "base/model.safetensors"
+    stored = load_file(file)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, file, metadata={"format": "pt"})
+    assert merge(run_of(tmp_path), by_shard=True)["tensors"] == 20
+
+
 def test_tied_tensors_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftune.artifacts.merge.require_same_base", lambda run, recipe: None)
     tiny.model_dir(tmp_path / "base", tie_word_embeddings=True)

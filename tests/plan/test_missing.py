@@ -20,7 +20,7 @@ from ftune.methods.lora import Lora
 from ftune.methods.qlora import QLora
 from ftune.plan.base_model import check_weights, load_base
 from ftune.plan.missing import require_whole
-from ftune.plan.resolve import resolve
+from ftune.plan.resolve import build, resolve
 from ftune.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
@@ -299,3 +299,16 @@ def test_a_whole_load_is_whole() -> None:
     require_whole(found, tiny.model(), "m")
     with pytest.raises(ModelError, match="no `a`, `b`, `c`, `d` and 1 more"):
         require_whole(found | {"missing_keys": set("abcde")}, tiny.model(), "m")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [("nan", torch.float32), ("inf", torch.bfloat16), ("-inf", torch.float32)])
+def test_a_weight_that_is_no_number_is_named_before_training(value: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    def spoil(weights: Weights) -> None:
+        weights[DOWN][3, 3] = float(value)
+
+    recipe = tiny.recipe(tmp_path, model={"dtype": str(dtype).removeprefix("torch.")}).recipe
+    plan = resolve(recipe)
+    build(plan)
+    edit(tmp_path / "base", spoil)
+    with pytest.raises(ModelError, match=f"are NaN or infinite: `{DOWN}`"):
+        build(plan)
