@@ -21,6 +21,8 @@ from ftune.recipe.spelling import closest
 
 __all__ = ["ABSENT", "Unfit", "renamed", "value_at", "written"]
 
+NEEDED = {"prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output")}
+"""Fields that a format cannot do without, where a mapping gives one of its others."""
 Make = Callable[[Row], Any]
 LONGEST = 300
 """Digits of a number that is written out; a few characters could ask for a billion."""
@@ -63,6 +65,11 @@ def renamed(rows: Rows, columns: ColumnMap, at: KeyPath) -> tuple[Rows, tuple[st
         if name not in given and name in rows.columns and name not in used:
             makers[name] = _column(name)
             used.append(name)
+
+    lacking = [name for name in NEEDED.get(formats[0], ()) if name not in makers] if formats else []
+    if lacking:
+        said = f"`{lacking[0]}` is not given, and {rows.origin[0]} has no column of that name"
+        raise LocatedDataError([(at, said, f"its columns are {names(rows.columns, '`')}")])
 
     def change(row: Row) -> Row:
         made: dict[str, Any] = {}

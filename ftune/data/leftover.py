@@ -177,6 +177,8 @@ def proposal(rows: Rows) -> dict[str, str]:
     answer = next((by_name[name] for name in _ANSWERS if name in by_name), content[-1] if content else "")
     # of a pair for preference training, the one that was not preferred is no part of an example
     rest = [name for name in content if name != answer and not (answer.lower() == "chosen" and name == "rejected")]
+    if not rest:
+        return {"text": answer}
     asked = rest[0] if len(rest) == 1 else "\n".join(f"{name}: {{{name}}}" for name in rest[:6])
     # a system message stands in a conversation, and tools belong to one
     return {"instruction": asked, "output": answer, **found} if found else {"prompt": asked, "completion": answer}

@@ -353,6 +353,8 @@ def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
     local = HERE.get((block, name), "")
     if local in siblings:
         return f"did you mean `{local}`?", note(local)
+    if block.endswith(".columns") and (meant := _value_at(path, raw)) in siblings:
+        return f"write `{meant}: {name}`", None
     elsewhere = local or ELSEWHERE.get(name, "")
     if len(parent) == 2 and parent[0] == "data" and name in ColumnMap.model_fields:
         elsewhere = f"{block}.columns.{name}"
@@ -381,6 +383,12 @@ def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
         return f"did you mean `{meant}`?", None
     where = "the recipe" if not parent else f"`{dotted(parent)}`"
     return "", f"fields of {where}: {', '.join(siblings)}" if siblings else None
+
+
+def _value_at(path: KeyPath, raw: Any) -> Any:
+    for key in path:
+        raw = raw[key]
+    return raw
 
 
 def _of_other_methods(path: str, word: str | int, raw: Any) -> tuple[str, str | None] | None:

@@ -459,6 +459,9 @@ class _Builder:
         if problem == "could not find expected ':'":
             return Mistake("a key without `:`", opened, "write `key: value`")
         if problem.startswith("expected <block end>"):
+            before = span.source.lines[span.line][: span.column] if span else ""
+            if re.search(r"[:-]\s+(\{[^{}]*\}|\[[^][]*\]|\"[^\"]*\"|'[^']*')\s*$", before):
+                return Mistake("text behind a value", span, "put all of the value in one pair of quotes")
             return Mistake("the indentation fits no line above", span)
         if bracket := re.match("expected ',' or '(.)'", problem):
             label = f"opened in line {opened.line + 1}" if opened else ""

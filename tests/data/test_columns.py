@@ -183,6 +183,13 @@ def test_what_is_mapped_and_has_no_place_is_refused(write: Write, columns: dict[
         read_source(source(path, columns))
 
 
+def test_half_of_a_mapping_says_what_is_lacking(write: Write) -> None:
+    path = write([{"q": "x", "a": "y"}])
+    for columns, lacking in (({"prompt": "q"}, "completion"), ({"output": "a"}, "instruction")):
+        with pytest.raises(LocatedDataError, match=rf"`data.train.columns`: `{lacking}` is not given, and "):
+            read_source(source(path, columns))
+
+
 def test_a_misfit_names_the_files_column(write: Write) -> None:
     path = write([{"question": "q", "answer": None}])
     with pytest.raises(DataError, match=r"data.jsonl:1: `completion` \(from 'answer'\): found null"):
@@ -251,6 +258,7 @@ def test_a_column_that_repeats_what_is_used_is_no_loss(write: Write) -> None:
     [
         ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
         ({"body": "a"}, {"text": "body"}),
+        ({"chosen": "a", "rejected": "b"}, {"text": "chosen"}),
         ({"query": "q", "response": "r", "history": [["a", "b"]]}, {"instruction": "query", "history": "history"}),
         ({"id": 1, "title": "a", "body": "b", "label": "c"}, {"prompt": '"title: {title}\\nbody: {body}"'}),
         ({"turns": chat("a", "b")}, {"messages": "turns"}),
