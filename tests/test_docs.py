@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
+import pytest
+
+from ftune.data.formats import Plain, convert
+from ftune.data.read import read_source
 from ftune.methods import METHODS
+from ftune.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,3 +22,16 @@ def test_the_page_on_methods_is_the_one_of_this_version() -> None:
     assert page == script["render"](), "run `make docs`"
     for name in METHODS:
         assert f"### {name}\n" in page
+
+
+def test_the_columns_on_the_page_on_data_are_read_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)
+    for name in ("tickets.csv", "held-out.csv"):
+        Path(name).write_text("id,body,team\n1,No mail,007\n")
+    text = f"model: org/tiny\nmethod: lora\n{block[1]}output_dir: runs/x\n"
+    spec = parse_recipe(text, "r.yaml").recipe.data
+    assert spec.eval is not None
+    for rows, format in (read_source(spec.train), read_source(spec.eval, "eval", like=spec.train)):
+        assert convert(rows, format, chat_template=True) == [Plain("Ticket: No mail\nTeam:", " 007", 0)]
