@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "Part", "RowError", "encodable"]
 
 CALLS_AS_TEXT = "the chat template shows no tool calls: they are trained as the text that the rows have"
+BEHIND_LAST = "messages behind the last answer are left out: no trained token follows them"
 OTHER_IDS = "tool calls get ids of nine digits: the chat template takes no others"
 
 
@@ -257,6 +258,12 @@ class Encoder:
         """One conversation as text; counts what is to be told of it."""
         _, turns, said = weighed(record, self._train_on)
         conversation = self.prepared(record)
+        if self._train_on != "all":
+            # a question without an answer would only make the last answer look like an earlier one
+            end = 1 + max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+            if end < len(conversation.messages):
+                conversation = replace(conversation, messages=conversation.messages[:end])
+                said.append(BEHIND_LAST)
         rendered = render(conversation, self._tokenizer, template, turns)
         encodable(rendered.text)
         assert self._unrendered is not None

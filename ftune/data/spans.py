@@ -36,6 +36,8 @@ NOT_BEHIND_PROMPT = (
     "the chat template renders answers behind another text than its generation prompt: the model is trained on another "
     "beginning than it is given to answer from"
 )
+# a tag that is opened where generation prompt and finished turn go apart
+OPEN_TAG = re.compile(r"<(\w+)>\s*\Z")
 # characters at the end of a generation prompt that tell where it ends in a conversation
 HEADER = 8
 
@@ -120,19 +122,24 @@ class _Unmarked:
         prompt = self.prompt(self.last)
         if not prompt or self.last < len(self.messages) - 1 or self.whole.startswith(prompt):
             return self.whole
-        start = self._starts(self.whole, self.messages, self.last)
-        if start is None:
+        same = self._behind_header(self.whole, self.last)
+        if same is not None:
+            tag = OPEN_TAG.search(prompt, 0, same)
+            if tag is None or f"</{tag[1]}>" not in prompt[same:]:
+                self.notes[
+                    f"the chat template's generation prompt goes on with {prompt[same:][:40]!r}, which finished turns "
+                    "do not show: the answers are trained right behind it"
+                ] = None
+                return prompt + self.whole[same:]
+            # the prompt closes a reasoning that the answer goes on with
             return self.whole
-        # white space that the template puts before an answer is the model's to write, unless the prompt ends with it
-        for end in (len(self.whole[:start].rstrip()), start):
-            if self.whole[max(0, end - HEADER) : end] == prompt[-HEADER:]:
-                return prompt + self.whole[end:]
-        opened = prompt[len(os.path.commonprefix([prompt, self.whole])) :]
-        self.notes[
-            f"the chat template's generation prompt goes on with {opened[:40]!r}, which finished turns do not show: "
-            "the answers are trained right behind it"
-        ] = None
-        return prompt + self.whole[start:]
+        start = self._starts(self.whole, self.messages, self.last)
+        if start is not None:
+            # white space that the template puts before an answer is the model's to write, unless it ends the prompt
+            for end in (len(self.whole[:start].rstrip()), start):
+                if self.whole[max(0, end - HEADER) : end] == prompt[-HEADER:]:
+                    return prompt + self.whole[end:]
+        return self.whole
 
     def prompt(self, index: int) -> str:
         """What the model is given when it has to write the message at ``index``; empty for the first."""
@@ -177,7 +184,9 @@ class _Unmarked:
             return None
         else:
             # the template shows what precedes differently once others follow, or opens a turn in a way of its own
-            found = self._starts(self.text, self.messages, index)
+            found = self._behind_header(self.text, index) if index == self.last else None
+            if found is None:
+                found = self._starts(self.text, self.messages, index)
             other = found if alone is self.text else self._starts(alone, upto, index)
             if found is None or other is None:
                 if index == self.last:
@@ -222,8 +231,8 @@ class _Unmarked:
 
         Renders the messages once with placeholders for what the assistant says. What stands between the
         placeholders must stand between the contents too, to the last character, so nothing is found by accident.
-        Where the template changes contents, or the message has none: behind the last special token that the
-        generation prompt and the rendered turn have in common.
+        Where the template changes contents, or the message has none: where the generation prompt and the rendered
+        turn go apart.
         """
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("content")]
         marks = {i: f"\ue000{i}\ue001" for i in indices}
@@ -254,13 +263,11 @@ class _Unmarked:
         before = apply_template(self.messages[:index], self.conversation, self.tokenizer, self.template)
         if not prompt.startswith(before) or not text.startswith(before):
             return None
-        same = len(os.path.commonprefix([prompt, text]))
-        ends = [
-            place + len(token)
-            for token in self.template.specials
-            if (place := prompt.rfind(token, len(before), same)) >= 0
-        ]
-        return max(ends, default=None)
+        same = os.path.commonprefix([prompt, text])
+        # not within a tag of which both have the first characters
+        opened = max(same.rfind("<", len(before)), same.rfind("[", len(before)))
+        closed = max(same.rfind(">", len(before)), same.rfind("]", len(before)))
+        return opened if opened > closed else len(same)
 
 
 class _Marked(_Unmarked):
@@ -273,7 +280,16 @@ class _Marked(_Unmarked):
         return text
 
     def as_generated(self) -> str:
-        return self.whole
+        """The same with the marks where they then are; those of turns that are shown otherwise are empty."""
+        if len(self.marks) != sum(message["role"] == "assistant" for message in self.messages):
+            return self.whole
+        text = super().as_generated()
+        if text != self.whole:
+            moved, same = len(text) - len(self.whole), len(os.path.commonprefix([text, self.whole]))
+            start, end = self.marks[-1]
+            earlier = [mark if mark[1] <= same else (0, 0) for mark in self.marks[:-1]]
+            self.marks = [*earlier, (start + moved, end + moved)]
+        return text
 
     def spans(self, turns: Sequence[int]) -> list[tuple[int, Span]]:
         """The marks of the turns; all where there are not as many as turns: some are shown in several parts, say."""
@@ -293,8 +309,16 @@ class _Marked(_Unmarked):
     def span(self, index: int) -> Span | None:
         start, end = self._mark_of[index]
         written = self.text[start:end]
+        prompt = self.prompt(index)
         if index < self.last:
             upto = self.messages[: index + 1]
             alone, marks = apply_marked(upto, self.conversation, self.tokenizer, self.template)
-            written = alone[slice(*marks[-1])] if marks else ""
-        return self.compared(start, written)
+            # behind another prompt than the model is given, it would write something else
+            written = alone[slice(*marks[-1])] if marks and (not prompt or alone.startswith(prompt)) else ""
+        found = self.compared(start, written)
+        if found is None and not written:
+            self.notes[NOT_AS_WRITTEN] = None
+        if found is not None and self.text.startswith(prompt):
+            # a mark that takes in the header, which the model is given
+            found = max(found[0], len(prompt)), found[1]
+        return found if found is not None and found[0] < found[1] else None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.templates import TEMPLATES
 from ftune.data.chat import generation_prompt, load_template
-from ftune.data.encode import CALLS_AS_TEXT, OTHER_IDS, Encoder, Part, RowError
+from ftune.data.encode import BEHIND_LAST, CALLS_AS_TEXT, OTHER_IDS, Encoder, Part, RowError
 from ftune.data.examples import IGNORE
 from ftune.data.formats import Conversation
 from ftune.data.spans import NOT_AS_WRITTEN
@@ -143,7 +143,7 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ("qwen3", "plain"): ["<think>\n\n</think>\n\nno<|im_end|>"],
     ("qwen3", "reasoning"): ["<think>\nAh.\n</think>\n\nno<|im_end|>"],
     ("qwen3", "call with text"): [f"<think>\n\n</think>\n\nLet me see.\n{JSON_CALL}"],
-    ("qwen3", "asks last"): [],
+    ("qwen3", "asks last"): ["<think>\n\n</think>\n\nyes<|im_end|>"],
     ("gemma", "plain"): ["yes<end_of_turn>", "no<end_of_turn>"],
     ("gpt_oss", "plain"): ["<|channel|>final<|message|>yes", "<|channel|>final<|message|>no<|return|>"],
     ("gpt_oss", "reasoning"): [
@@ -237,6 +237,7 @@ TOLD: dict[tuple[str, str], list[str]] = {
     ("qwen3", "reasoning"): [NOT_AS_WRITTEN, f"{NOT_SHOWN}`reasoning_content` of earlier assistant messages"],
     ("gemma", "tools"): [f"{NOT_SHOWN}`tools`"],
     ("plain", "without ids"): [CALLS_AS_TEXT],
+    ("qwen3", "asks last"): [BEHIND_LAST],
 }
 
 
