@@ -276,6 +276,8 @@ def init(
         print(text, end="")
         return
     path = out or Path(f"{method}.yaml")
+    if path.is_dir():
+        raise FtuneError(f"{path} is a directory", help=f"--out names a file: {path / f'{method}.yaml'}")
     # Also where a link stands that leads nowhere: what is written would appear there.
     if os.path.lexists(path) and not force:
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")

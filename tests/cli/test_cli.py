@@ -180,7 +180,7 @@ def test_interrupted_is_130(recipe: Path, tmp_path: Path) -> None:
     )
     metrics = tmp_path / "run/metrics.jsonl"
     for _ in range(600):
-        if metrics.is_file() and '"step"' in metrics.read_text():
+        if metrics.is_file() and '"event": "step"' in metrics.read_text():
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
