@@ -202,7 +202,7 @@ def written(value: Any, field: Field) -> str:
     if isinstance(value, float) and math.isnan(value):
         value = None
     if spec == "json":
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return _json(value, field)
     if value is None:
         return ""
     if spec is not None:
@@ -218,8 +218,15 @@ def written(value: Any, field: Field) -> str:
     if isinstance(value, bytes):
         raise Misfit(f"`{field.name}`: found bytes, which are no text")
     if isinstance(value, bool | int | float | list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return _json(value, field)
     return str(value)  # dates and decimal numbers of tables
+
+
+def _json(value: Any, field: Field) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        raise Misfit(f"`{field.name}`: found a {type(value).__name__} nested too deeply to be written") from None
 
 
 def _number(value: Any, field: Field) -> str:

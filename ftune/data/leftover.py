@@ -209,15 +209,13 @@ def _is_empty(value: Any) -> bool:
 
 def _texts(value: Any) -> Iterator[str]:
     """What is said in a value: a string, or the contents of turns."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif isinstance(value, list):
-        for inner in value:
-            if isinstance(inner, Mapping):
-                yield from _texts(inner.get("content", inner.get("value")))
-            else:
-                yield from _texts(inner)
+    waiting = [value]  # not by recursion: a row may be nested as deep as its file has brackets
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str) and inner.strip():
+            yield inner.strip()
+        elif isinstance(inner, list):
+            waiting += [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in inner]
 
 
 def _repeats(value: Any, taken: Sequence[str]) -> bool:

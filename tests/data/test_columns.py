@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 
 from data.kit import build_tokenizer, chat
+from ftune.data.columns import written
 from ftune.data.formats import convert
+from ftune.data.leftover import unused_columns
 from ftune.data.read import read_source
+from ftune.data.sources import Rows
 from ftune.data.tokenize import load_splits
+from ftune.data.turns import Misfit
 from ftune.errors import DataError, LocatedDataError
+from ftune.recipe.columns import Field
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
 
 Write = Callable[..., Path]
@@ -181,6 +186,16 @@ def test_what_is_mapped_and_has_no_place_is_refused(write: Write, columns: dict[
     path = write([{"q": "x", "a": "y", "t": []}])
     with pytest.raises(LocatedDataError, match=r"`data.train.columns.(system|tools)`: .* has no place in format"):
         read_source(source(path, columns))
+
+
+def test_a_value_nested_without_end_is_no_crash() -> None:
+    deep: Any = "x"
+    for _ in range(200_000):
+        deep = [deep]
+    rows = Rows([{"text": deep, "more": "y"}], ("text", "more"), ("d",), "", range(1))
+    assert list(unused_columns(rows, ("text",))) == ["more"]
+    with pytest.raises(Misfit, match="nested too deeply"):
+        written(deep, Field("text"))
 
 
 def test_half_of_a_mapping_says_what_is_lacking(write: Write) -> None:
