@@ -41,12 +41,14 @@ class ChatTemplate:
         marks_generation: Whether ``{% generation %}`` says what the assistant writes.
         specials: The text of every special token of the tokenizer.
         end_of_turn: The special token behind an assistant turn, where there is one.
+        parts: Whether a message's text is shown only as a list of parts, as templates of models that see images ask.
     """
 
     source: str
     marks_generation: bool
     specials: tuple[str, ...]
     end_of_turn: str | None = None
+    parts: bool = False
 
 
 def load_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> ChatTemplate | None:
@@ -99,7 +101,7 @@ def apply_template(
     try:
         # not through apply_chat_template, which takes a null away that some templates ask for (``content is none``)
         texts, _ = render_jinja_template(
-            conversations=[list(messages)],
+            conversations=[_given(messages, template)],
             tools=list(conversation.tools) or None,
             chat_template=template.source,
             add_generation_prompt=prompt,
@@ -130,7 +132,7 @@ def apply_marked(
 
     try:
         texts, marked = render_jinja_template(
-            conversations=[list(messages)],
+            conversations=[_given(messages, template)],
             tools=list(conversation.tools) or None,
             chat_template=template.source,
             return_assistant_tokens_mask=True,
@@ -139,6 +141,18 @@ def apply_marked(
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise _refused(error) from error
     return texts[0], [(start, end) for start, end in marked[0] if start < end]
+
+
+def _given(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
+    """The messages as the template reads them."""
+    if not template.parts:
+        return list(messages)
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def generation_prompt(
@@ -167,12 +181,23 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, path: str
     for word in said:
         turns += [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
     conversation = Conversation(tuple(turns), row=0)
+    as_parts = replace(template, parts=True)
+    text: str | None
     try:
         text = apply_template(turns, conversation, tokenizer, template)
     except DataError as error:
         if isinstance(error.__cause__, TemplateSyntaxError):
             name = f"{path}:{error.__cause__.lineno}" if path else f"the tokenizer's, line {error.__cause__.lineno}"
             raise DataError(f"chat template ({name}) does not compile: {error.__cause__.message}") from error
+        text = None
+    if text is None or not all(word in text for word in said):
+        try:
+            text_of_parts = apply_template(turns, conversation, tokenizer, as_parts)
+        except DataError:
+            text_of_parts = ""
+        if all(word in text_of_parts for word in said):
+            template, text = as_parts, text_of_parts
+    if text is None:
         # a template may refuse the probe and accept the data; each row is checked on its own
         return template
     if template.marks_generation:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.kit import TEMPLATES, build_tokenizer, chat
+from data.kit import PROMPT, TEMPLATES, build_tokenizer, chat
 from ftune.data.chat import apply_template, generation_prompt, load_template
 from ftune.data.formats import Conversation
+from ftune.data.spans import render
 from ftune.errors import DataError
 
 
@@ -31,3 +32,25 @@ def test_a_template_runs_in_the_sandbox() -> None:
     conversation = Conversation(tuple(chat("q", "yes")), 0)
     with pytest.raises(DataError, match="SecurityError"):
         apply_template(conversation.messages, conversation, tokenizer, loaded)
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_template_that_reads_texts_as_parts_gets_parts(marks: bool) -> None:
+    # as those of models that see images; a string would show nothing, or stop the template
+    inner = "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}"
+    if marks:
+        inner = (
+            "{% if m.role == 'assistant' %}{% generation %}"
+            + inner
+            + "{% endgeneration %}{% else %}"
+            + inner
+            + "{% endif %}"
+        )
+    tokenizer = build_tokenizer("{% for m in messages %}{{ m.role }}:" + inner + "\n{% endfor %}" + PROMPT)
+    loaded = load_template(tokenizer)
+    assert loaded is not None
+    assert loaded.parts
+    found = render(Conversation(tuple(chat("q", "yes")), 0), tokenizer, loaded)
+    assert "user:q" in found.text
+    assert [found.text[start:end].strip() for start, end in found.spans] == ["assistant:yes" if not marks else "yes"]
+    assert not load_template(build_tokenizer("chatml")).parts  # type: ignore[union-attr]
