@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -26,6 +26,8 @@ NEEDED = {"prompt_completion": ("prompt", "completion"), "alpaca": ("instruction
 Make = Callable[[Row], Any]
 LONGEST = 300
 """Digits of a number that is written out; a few characters could ask for a billion."""
+MOST_CHARACTERS = 200_000_000
+"""Of one row's text: a template may name one long column a thousand times."""
 ABSENT = object()
 """What a row does not have; a null is something that it has."""
 
@@ -181,15 +183,21 @@ def _plain(field: str, name: str) -> Make:
 def _filled(parts: tuple[str | Field, ...]) -> Make:
     """A template's text for a row; what is null, or missing in this row, is empty."""
 
-    def values(row: Row) -> Iterator[str]:
+    def make(row: Row) -> str:
+        texts: list[str] = []
+        length = 0
         for part in parts:
             if isinstance(part, str):
-                yield part
+                texts.append(part)
             else:
                 value = value_at(row, part.name)
-                yield written(None if value is ABSENT else value, part)
+                texts.append(written(None if value is ABSENT else value, part))
+            length += len(texts[-1])
+            if length > MOST_CHARACTERS:
+                raise Misfit(f"the text with its columns has more than {MOST_CHARACTERS:,} characters")
+        return "".join(texts)
 
-    return lambda row: "".join(values(row))
+    return make
 
 
 def written(value: Any, field: Field) -> str:

@@ -198,6 +198,14 @@ def test_a_value_nested_without_end_is_no_crash() -> None:
         written(deep, Field("text"))
 
 
+def test_a_text_without_bound_is_located(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftune.data.columns.MOST_CHARACTERS", 1_000)
+    path = write([{"q": "x" * 100, "a": "b"}])
+    assert len(plain(path, {"prompt": "{q}" * 10, "completion": "a"})[0][0]) == 1_000
+    with pytest.raises(DataError, match="data.jsonl:1: the text with its columns has more than 1,000 characters"):
+        plain(path, {"prompt": "{q}" * 11, "completion": "a"})
+
+
 def test_half_of_a_mapping_says_what_is_lacking(write: Write) -> None:
     path = write([{"q": "x", "a": "y"}])
     for columns, lacking in (({"prompt": "q"}, "completion"), ({"output": "a"}, "instruction")):
