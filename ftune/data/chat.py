@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftune.data.deadline import TooLongError, within
 from ftune.data.formats import Conversation, Message
 from ftune.errors import DataError
 from ftune.regular import read_regular
@@ -30,6 +31,8 @@ Span = tuple[int, int]
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MAX_TEMPLATE_BYTES = 1_000_000
+TEMPLATE_SECONDS = 10.0
+"""For one conversation; an ordinary template needs a thousandth of a second."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,14 @@ def apply_template(
 
     try:
         # not through apply_chat_template, which takes a null away that some templates ask for (``content is none``)
-        texts, _ = render_jinja_template(
-            conversations=[_given(messages, template)],
-            tools=list(conversation.tools) or None,
-            chat_template=template.source,
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
+        with within(TEMPLATE_SECONDS):
+            texts, _ = render_jinja_template(
+                conversations=[_given(messages, template)],
+                tools=list(conversation.tools) or None,
+                chat_template=template.source,
+                add_generation_prompt=prompt,
+                **tokenizer.special_tokens_map,
+            )
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise _refused(error) from error
     text: str = texts[0]
@@ -131,13 +135,14 @@ def apply_marked(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, marked = render_jinja_template(
-            conversations=[_given(messages, template)],
-            tools=list(conversation.tools) or None,
-            chat_template=template.source,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        with within(TEMPLATE_SECONDS):
+            texts, marked = render_jinja_template(
+                conversations=[_given(messages, template)],
+                tools=list(conversation.tools) or None,
+                chat_template=template.source,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise _refused(error) from error
     return texts[0], [(start, end) for start, end in marked[0] if start < end]
@@ -163,6 +168,11 @@ def generation_prompt(
 
 
 def _refused(error: Exception) -> DataError:
+    if isinstance(error, TooLongError):
+        return DataError(
+            f"the chat template needs more than {TEMPLATE_SECONDS:g} seconds for one conversation",
+            help="look for loops inside of loops in it, or name another as `data.chat_template` (a Jinja file)",
+        )
     return DataError(
         f"the chat template refuses this conversation: {type(error).__name__}: {error}",
         help="change or remove such rows, or name a template that takes them as `data.chat_template` (a Jinja file)",
@@ -186,6 +196,8 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, path: str
     try:
         text = apply_template(turns, conversation, tokenizer, template)
     except DataError as error:
+        if isinstance(error.__cause__, TooLongError):
+            raise
         if isinstance(error.__cause__, TemplateSyntaxError):
             name = f"{path}:{error.__cause__.lineno}" if path else f"the tokenizer's, line {error.__cause__.lineno}"
             raise DataError(f"chat template ({name}) does not compile: {error.__cause__.message}") from error

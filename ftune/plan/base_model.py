@@ -15,6 +15,7 @@ from ftune.methods import Method
 from ftune.methods._shared import not_quantizable
 from ftune.methods._whole import quiet
 from ftune.plan.attention import settle_attention
+from ftune.plan.bounds import require_possible_sizes
 from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens
 from ftune.plan.gguf import kept_config, kept_tokenizer, kept_weights
 from ftune.plan.missing import check_files, require_whole
@@ -147,11 +148,9 @@ def _read_config(spec: ModelSpec) -> Any:
     with explained(spec, "configuration"):
         try:
             config = kept_config(gguf_path(located), read) if located.gguf_file else read()
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError, ArithmeticError) as error:
             raise ValueError(f"a value in it is not what it should be ({type(error).__name__}: {error})") from error
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers < 1:
-        raise ModelError(f"the configuration of model `{spec.id}` gives it {layers} layers")
+    require_possible_sizes(config, spec.id)
     refuse_other_kinds(config, spec.id)
     return config
 

