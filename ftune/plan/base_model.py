@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,19 @@ def configured(spec: ModelSpec, method: Method) -> Any:
     return config
 
 
+# What transformers' readers raise of values that cannot be, beside ValueError; RecursionError of depth.
+_NO_CONFIGURATION = (
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    ArithmeticError,
+    RecursionError,
+    struct.error,
+)
+
+
 @functools.cache
 def _read_config(spec: ModelSpec) -> Any:
     """Read once a process: a GGUF file's header alone takes seconds."""
@@ -148,7 +162,7 @@ def _read_config(spec: ModelSpec) -> Any:
     with explained(spec, "configuration"):
         try:
             config = kept_config(gguf_path(located), read) if located.gguf_file else read()
-        except (TypeError, KeyError, AttributeError, RecursionError, ArithmeticError) as error:
+        except _NO_CONFIGURATION as error:
             raise ValueError(f"a value in it is not what it should be ({type(error).__name__}: {error})") from error
     require_possible_sizes(config, spec.id)
     refuse_other_kinds(config, spec.id)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ftune.cache import cache_dir
+from ftune.errors import ModelError
 from ftune.methods import Method
 from ftune.methods.full import Full
 from ftune.methods.longlora import LongLora
@@ -27,8 +28,8 @@ from ftune.recipe.schema import ModelSpec
 CPU = torch.device("cpu")
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
-    """A random Llama of 64 wide blocks, quantized to 4 bits, with a byte-level tokenizer."""
+def write_gguf(path: Path, seed: int = 0, without: str = "") -> Path:
+    """A random Llama of 64 wide blocks, quantized to 4 bits, with a byte-level tokenizer; without one tensor."""
     config, vocab = tiny.config(), tiny.tokenizer().get_vocab()
     tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ab", "bc"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -57,6 +58,8 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
 
     def add(name: str, *shape: int) -> None:
         values = numbers.standard_normal(shape, dtype=np.float32) * 0.3
+        if name == without:
+            return
         if len(shape) == 1:
             writer.add_tensor(name, values)
         else:
@@ -233,6 +236,27 @@ def test_another_file_in_its_place_is_another_entry(spec: ModelSpec) -> None:
     os.utime(path, ns=(changed + 1, changed + 1))
     after = load_base(spec, Lora(), torch.float32, CPU)
     assert not torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_tensor_missing_from_the_file_is_named_and_nothing_kept(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache") if cached else "0")
+    path = write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_down.weight")
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"no `model.layers.1.mlp.down_proj.weight`"):
+            load_base(ModelSpec(id=str(path)), Lora(), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("length", [0, 200, 2000, 40_000])
+def test_a_file_that_is_cut_short_is_one_sentence(length: int, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelError) as error:
+        load_base(ModelSpec(id=str(path)), Lora(), torch.float32, CPU)
+    assert str(path) in error.value.message
+    assert "\n" not in error.value.message
 
 
 def test_training_in_place_does_not_reach_the_entry(spec: ModelSpec) -> None:
