@@ -238,7 +238,7 @@ def test_the_penalty_is_in_the_gradient_once_an_update_and_in_no_loss_that_is_sh
         evals = [event["loss"] for event in tiny.events(tmp_path / name, "eval")]
         shown.append((losses(tmp_path / name), evals))
     assert len(calls) == 4
-    assert len(shown[0][1]) == 2
+    assert len(shown[0][1]) == 3
     assert shown[0] == shown[1]
     assert shown[0][0][0] == shown[2][0][0]  # before the first update it has changed nothing
     assert shown[0][0][1:] != shown[2][0][1:]

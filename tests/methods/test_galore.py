@@ -547,7 +547,7 @@ def recipe(method: str, rest: str = "", model: str = "org/tiny") -> Any:
         ("rank: 8", "optimizer: {name: paged_adamw_8bit}", ("optimizer", "name"), "use `adamw_8bit`"),
         (
             "per_layer: true",
-            "training: {max_grad_norm: null}",
+            "training: {max_grad_norm: null, gradient_accumulation_steps: 8}",
             ("training", "gradient_accumulation_steps"),
             "micro_batch",
         ),

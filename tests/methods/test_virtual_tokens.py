@@ -201,16 +201,20 @@ def test_answers_in_a_batch_are_those_of_one_row_without_a_cache(name: str, kind
     tokenizer = tiny.tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("Hi", "A longer prompt", "Which?")]
     expected = [one_after_another(model, prompt, 8) for prompt in prompts]
-    settings = {"dtype": torch.float32, "batch_size": 3, "max_new_tokens": 8}
-    assert greedy(model, tokenizer, prompts, **settings) == expected
-    assert greedy(loaded, tokenizer, prompts, **settings) == expected
+
+    def answers(of: Any) -> list[str]:
+        found = greedy(of, tokenizer, prompts, dtype=torch.float32, batch_size=3, max_new_tokens=8)
+        return [answer.text for answer in found]
+
+    assert answers(model) == expected
+    assert answers(loaded) == expected
     plain = [one_after_another(architecture(kind), prompt, 8) for prompt in prompts]
     assert plain != expected
     switch = method.switched_off(loaded)
     assert switch is not None
     with switch:
-        assert greedy(loaded, tokenizer, prompts, **settings) == plain
-    assert greedy(loaded, tokenizer, prompts, **settings) == expected
+        assert answers(loaded) == plain
+    assert answers(loaded) == expected
 
 
 @BOTH
@@ -222,7 +226,7 @@ def test_in_short_windows_prompts_of_one_length_share_a_batch(name: str, kind: s
     prompts = [torch.randint(3, 200, (length,), generator=generator).tolist() for length in (5, 27, 21, 5)]
 
     def answers(batch_size: int, equal_lengths: bool) -> list[str]:
-        return greedy(
+        found = greedy(
             model,
             tiny.tokenizer(),
             prompts,
@@ -231,6 +235,7 @@ def test_in_short_windows_prompts_of_one_length_share_a_batch(name: str, kind: s
             max_new_tokens=8,
             equal_lengths=equal_lengths,
         )
+        return [answer.text for answer in found]
 
     expected = [one_after_another(model, prompt, 8) for prompt in prompts]
     assert answers(1, False) == expected

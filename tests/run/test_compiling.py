@@ -246,7 +246,7 @@ def test_norms_of_heads_have_a_row_for_each_and_are_not_made_again(transposed: b
     [(False, 0, (250, 40)), (True, 0, (500, 20)), (True, 4, (500, 12))],
 )
 def test_portions(flat: bool, start: int, expected: tuple[int, int]) -> None:
-    training = SimpleNamespace(gradient_accumulation_steps=4)
+    training = SimpleNamespace(accumulation=4)
     plan: Any = SimpleNamespace(
         row_lengths=[200, 300] * 20, steps_per_epoch=5, world_size=2, total_steps=10, micro_batch_tokens=600,
         recipe=SimpleNamespace(training=training),
@@ -292,7 +292,7 @@ def test_a_run_uses_them_and_leaves_the_eager_ones_behind(
     assert current() is plain()
     assert kept(tmp_path / "run", 4) is True
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         assert current() is not plain()
         raise RunFailed("no")
 
