@@ -242,7 +242,9 @@ def test_another_file_in_its_place_is_another_entry(spec: ModelSpec) -> None:
 def test_a_tensor_missing_from_the_file_is_named_and_nothing_kept(
     cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache") if cached else "0")
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
+    if not cached:
+        monkeypatch.setenv("FTUNE_CACHE_GIB", "0")
     path = write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_down.weight")
     for _ in range(2):
         with pytest.raises(ModelError, match=r"no `model.layers.1.mlp.down_proj.weight`"):
