@@ -266,7 +266,7 @@ def generation_items(
         )
     rows = rows.select(rows.numbers[:limit])
     template = template_for(tokenizer, spec, format, rows)
-    encoder = encoder_for(tokenizer, template, spec, format)
+    encoder = encoder_for(tokenizer, template, spec.model_copy(update={"too_long": "truncate"}), format)
     prompts: list[str] = []
     references: list[Answer] = []
     specials = tuple(special_tokens(tokenizer))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data.kit import build_tokenizer, chat
 from ftune.data.examples import IGNORE
 from ftune.data.notes import notes_of
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.sources import load_rows
+from ftune.data.tokenize import Split, generation_items, load_splits
 from ftune.data.windows import windows
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSource, DataSpec
@@ -83,3 +84,10 @@ def test_an_answer_is_not_split_from_its_prompt(load: Load, row: dict[str, objec
     assert load([row], max_length=60).stats.truncated == 1
     with pytest.raises(DataError, match="too_long: split is for the format `text`"):
         load([row], max_length=60, too_long="split")
+
+
+def test_prompts_are_read_whatever_becomes_of_long_texts(write: Callable[..., Path]) -> None:
+    rows = load_rows(DataSource(path=str(write([{"prompt": "q", "completion": "a"}]))))
+    spec = DataSpec(train="unused", too_long="split")
+    (item,) = generation_items(rows, build_tokenizer(), spec, "prompt_completion")
+    assert build_tokenizer().decode(item.prompt_ids) == "q"
