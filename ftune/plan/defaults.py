@@ -2,7 +2,8 @@
 
 A hundred updates are aimed at, which small data does not have by itself:
 
-- rows in an update: a hundredth of an epoch's, as a power of two, 1 to 32;
+- rows in an update: a hundredth of an epoch's, as a power of two, 1 to 32; of short rows that are not packed up to 8 at
+  least, as long as an epoch keeps ten updates;
 - epochs: as many as make 100 updates, 1 to 10;
 - learning rate: the method's own is for a thousand updates and more; for ``n`` fewer it is ``sqrt(1000 / n)`` times
   that, as far as the method bears (``Method.few_updates_factor``).
@@ -26,6 +27,8 @@ __all__ = ["Choice", "Length", "choose_length", "choose_rate", "few_updates", "u
 UPDATES = 100
 """Updates that a run of little data is given; AdaLoRA's three phases and a warm-up fit in no fewer."""
 MOST_ROWS = 32
+SHORT_ROWS = 8
+"""Rows that an update has at least where each is a short example: the gradient of one alone is mostly noise."""
 MOST_EPOCHS = 10
 MANY_UPDATES = 1000
 """Updates from which on a method's own rate is taken as it is."""
@@ -65,20 +68,24 @@ class Length:
     choices: tuple[Choice, ...]
 
 
-def choose_length(training: TrainingSpec, rows: int, world_size: int, *, one_pass: bool = False) -> Length:
+def choose_length(
+    training: TrainingSpec, rows: int, world_size: int, *, fill: float = 1.0, one_pass: bool = False
+) -> Length:
     """Settle the rows of an update and the epochs.
 
     Args:
         training: As the recipe has it.
         rows: Training rows, after packing.
         world_size: Processes that share an update.
+        fill: Tokens of a row on average, as a share of the longest that the recipe allows; packed rows are full.
         one_pass: Whether the method updates weights in the backward pass, so that nothing can be accumulated.
     """
     choices: list[Choice] = []
     smallest = training.micro_batch_size * world_size
     accumulation = training.gradient_accumulation_steps
     if accumulation is None:
-        wanted = 2 ** int(math.log2(min(MOST_ROWS, max(1, rows // UPDATES))))
+        least = min(SHORT_ROWS, 1 / fill, rows / MOST_EPOCHS)
+        wanted = 2 ** int(math.log2(min(MOST_ROWS, max(1, least, rows // UPDATES))))
         accumulation = 1 if one_pass else max(1, wanted // smallest)
         why = f"{_rows(accumulation * smallest)} of {rows:,} in an update"
         choices.append(Choice("training.gradient_accumulation_steps", accumulation, why))

@@ -234,7 +234,13 @@ def resolve(
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
 
     schedule = recipe.schedule
-    length = choose_length(recipe.training, len(rows), world_size, one_pass=recipe.method.updates_in_backward)
+    length = choose_length(
+        recipe.training,
+        len(rows),
+        world_size,
+        fill=splits.train.stats.tokens / (len(rows) * recipe.data.max_length),
+        one_pass=recipe.method.updates_in_backward,
+    )
     training, total_steps = length.training, length.total_steps
     rate, rate_chosen = choose_rate(recipe, total_steps)
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": rate})

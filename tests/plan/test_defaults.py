@@ -48,6 +48,22 @@ def test_small_data_gets_a_hundred_updates(rows: int, in_an_update: int, epochs:
     assert [choice.field for choice in found.choices] == ["training.gradient_accumulation_steps", "training.epochs"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "fill", "in_an_update", "updates"),
+    [
+        (198, 0.06, 8, 100),  # 17 of them would fill a row
+        (198, 0.3, 2, 198),
+        (198, 0.9, 1, 198),
+        (40, 0.06, 4, 100),
+        (5, 0.06, 1, 50),
+        (3_200, 0.06, 32, 100),
+    ],
+)
+def test_short_rows_share_an_update(rows: int, fill: float, in_an_update: int, updates: int) -> None:
+    found = choose_length(TrainingSpec(), rows, 1, fill=fill)
+    assert (found.training.accumulation, found.total_steps) == (in_an_update, updates)
+
+
 def test_processes_and_micro_batches_share_an_update_of_that_size() -> None:
     whole = choose_length(TrainingSpec(), 3_200, 1)
     parts = choose_length(TrainingSpec(micro_batch_size=4), 3_200, 2)
