@@ -17,7 +17,7 @@ FLOOR_PYTHON ?= python3.11
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fix test test-fast test-capped test-floor smoke quickstart methods bench bench-gpu docs golden audit clean
+.PHONY: architectures help setup check fix test test-fast test-capped test-floor smoke quickstart methods bench bench-gpu docs golden audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ quickstart: $(STAMP) ## train, evaluate and merge a real model on real data: a f
 methods: $(STAMP) ## train 20 updates of every method's recipe beside LoRA, for docs/methods.md: half an hour
 	$(BIN)/python scripts/measure_methods.py --set training.max_steps=20
 	$(MAKE) docs
+
+architectures: $(STAMP) ## try the methods on tiny models of fifty architectures, for docs/architectures.md: ten minutes
+	$(BIN)/python scripts/make_architecture_table.py
 
 # Each peer's environment is made once under build/bench; BENCH passes options, as in BENCH="--peers trl --pairs 1".
 bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmarks.md: 20 minutes, alone

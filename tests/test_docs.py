@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import causal_models
 import pytest
 
 from ftune.data.formats import Plain, convert
@@ -35,3 +36,10 @@ def test_the_columns_on_the_page_on_data_are_read_as_it_says(tmp_path: Path, mon
     assert spec.eval is not None
     for rows, format in (read_source(spec.train), read_source(spec.eval, "eval", like=spec.train)):
         assert convert(rows, format, chat_template=True) == [Plain("Ticket: No mail\nTeam:", " 007", 0)]
+
+
+def test_the_page_on_architectures_has_them_all() -> None:
+    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [row.split("|")[1].strip() for row in rows] == [*causal_models.CONFIGS, *causal_models.VISION]
+    assert not [row for row in rows if "fails" in row], "run `make architectures`"

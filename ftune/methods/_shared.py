@@ -494,7 +494,8 @@ def update_vitals(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
     them.
     """
     found = {p: float(p.detach().float().norm()) for name, p in model.named_parameters() if "lora_B" in name}
-    idle = [p for p, norm in found.items() if norm == 0 and never_pulled(optimizer.state.get(p, {}))]
+    states = {p: optimizer.state.get(p) for p in found} if optimizer.state else {}
+    idle = [p for p, state in states.items() if found[p] == 0 and (not state or never_pulled(state))]
     norms = [norm for p, norm in found.items() if not any(p is other for other in idle)]
     return ({"idle_layers": float(len(idle))} if idle and norms else {}) | {
         "adapted_layers": float(len(norms)),

@@ -60,12 +60,18 @@ class Full(Method):
         }
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
-        """A weight that the optimizer never updated."""
+        """Most weights were never updated. Of a few the model may have no use: those are told as training begins."""
         left = int(vitals["trained_tensors"] - vitals["tensors_with_state"])
-        return f"the optimizer never updated {left} of the model's tensors" if left > 0 else None
+        return (
+            f"the optimizer never updated {left} of the model's tensors"
+            if 2 * left >= vitals["trained_tensors"]
+            else None
+        )
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
+        if vitals["tensors_with_state"] < vitals["trained_tensors"]:
+            return f"{vitals['tensors_with_state']:.0f} of {vitals['trained_tensors']:.0f} tensors were updated"
         return f"all {vitals['trained_tensors']:.0f} tensors of the model were updated"
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:

@@ -261,6 +261,9 @@ class GaLore(Method):
             for group in optimizer.param_groups
             for parameter in (group["params"] if group["rank"] else ())
         ]
+        # The model may have no use of a few, which is told as training begins; they have no state at all.
+        if 2 * sum(map(bool, states)) > len(states):
+            states = [state for state in states if state]
         used = [state for state in states if "basis" in state]
         state_bytes = cast("GaLoreAdamW", optimizer).state_bytes
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

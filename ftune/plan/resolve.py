@@ -388,20 +388,12 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
             f"{config.model_type} has no linear layer of torch's own kind in its blocks, and no other is quantized",
             help="leave out `quantization`, or take another model",
         )
-    text = config.get_text_config()
-    experts = next(
-        (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if _many(text, name)), None
-    )
-    if experts and recipe.method.artifact == "adapter":
+    if shape.extra["fused_experts"] and recipe.method.artifact == "adapter":
         # PEFT adapts the fused tensor of all experts, in other numbers than it was asked for.
         raise ModelError(
-            f"{config.model_type} is a mixture of experts: `{recipe.method.name}` is not proven on fused experts yet",
+            f"{config.model_type} keeps its experts in one tensor, beside which adapters are not proven yet",
             help="use `method: full`, or a dense model",
         )
-
-
-def _many(config: Any, name: str) -> bool:
-    return (getattr(config, name, None) or 0) > 1
 
 
 def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:

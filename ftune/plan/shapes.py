@@ -92,6 +92,7 @@ def shape_of(model: Any) -> ModelShape:
     - ``head_elements``: elements of the output head's weight, tied or not;
     - ``vectors``: elements of all parameters that are no matrices: norms and biases;
     - ``sliding_window``: the shortest attention window, or None;
+    - ``fused_experts``: whether the weights of several experts are one parameter;
     - ``transposed``: whether projections are kept transposed, as ``Conv1D``;
     - ``max_positions``: the longest row the model was made for, or None;
     - ``softcap``: whether attention scores are capped; ``attention_dropout``: whether they are dropped out.
@@ -164,6 +165,7 @@ def shape_of(model: Any) -> ModelShape:
             "sliding_window": _window(config),
             "max_positions": _first(config, "max_position_embeddings"),
             "softcap": bool(_first(config, "attn_logit_softcapping")),
+            "fused_experts": _has_fused_experts(model),
             "transposed": any(isinstance(module, Conv1D) for module in model.modules()),
             "attention_dropout": bool(_first(config, "attention_dropout", "attn_pdrop")),
         },
@@ -175,6 +177,15 @@ _COMPOSED_ACTIVATIONS = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "
 _COMPOSED = 4
 # of a gated feed-forward that ftune.methods._lean replaces
 _LEAN_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
+
+
+def _has_fused_experts(model: Any) -> bool:
+    """Whether a parameter holds a matrix for each of several experts."""
+    return any(
+        parameter.ndim == 3 and parameter.shape[0] > 1 and "expert" in f"{name}.{type(module).__name__}.{leaf}".lower()
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+    )
 
 
 def _first(config: Any, *keys: str) -> Any:

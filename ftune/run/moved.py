@@ -23,7 +23,7 @@ class MoveWatch:
     """Hold that each trained parameter gets a gradient and changes within the first updates.
 
     Attributes:
-        idle: What to tell of adapters whose gradients are zero, where the others move; None where there are none.
+        idle: What to tell of parameters that learn nothing on this base, where the others move; None where all do.
 
     Args:
         model: The adapted model, before its first update.
@@ -78,13 +78,16 @@ class MoveWatch:
         self._updates += 1
         self._rates += learning_rate
         parameters = dict(model.named_parameters())
-        outside = [name for name in self._waiting if parameters[name].grad is None]
-        if outside and self._keeps_gradients:
+        outside = [name for name in self._waiting if parameters[name].grad is None] if self._keeps_gradients else []
+        if outside and 2 * len(outside) < self._trained:
+            self.idle = f"{_some(outside)} got no gradient: the model does not use them here, and they stay as they are"
+            if not self._of_base:
+                self.idle += f"; {_without(outside, [name for name in parameters if parameters[name].requires_grad])}"
+            self._waiting = {name: before for name, before in self._waiting.items() if name not in outside}
+        elif outside:
             raise RunFailed(
                 f"{_some(outside)} got no gradient: trained in name only",
-                help="the model does not use them: use `method: lora`, beside those that it does"
-                if self._of_base
-                else "the model does not use them; narrow method.target_modules",
+                help="the model does not use them; narrow method.target_modules",
             )
         now = _checksums({name: parameters[name] for name in self._waiting})
         self._waiting = {name: before for name, before in self._waiting.items() if now[name] == before}

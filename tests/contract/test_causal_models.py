@@ -34,7 +34,7 @@ def test_a_method_works_from_the_plan_to_the_merge(architecture: str, method: st
 
 REFUSED = [
     ("falcon", "qlora", {}, "no linear layer of torch's own kind"),
-    ("mixtral", "lora", {}, "mixture of experts"),
+    ("mixtral", "lora", {}, "keeps its experts in one tensor"),
     ("falcon_h1", "lora", {"target_modules": ["out_proj"]}, r"reads the weight of `model.layers.0.mamba.out_proj`"),
 ]
 
