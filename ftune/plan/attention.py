@@ -44,7 +44,7 @@ def settle_attention(spec: ModelSpec, method: Method, built: Any) -> tuple[Atten
         raise ModelError(
             f"`{cast(Any, method).name}` brings its own attention in place of sdpa, and {kind} "
             f"{why_not or 'computes sdpa in its own way'}",
-            help="use `method: lora`",
+            help="use `method: lora`, or `method: full`",
         )
     told = (Choice("model.attention", settled, f"{kind} {why_not}"),) if asked == "auto" and why_not else ()
     return settled, told

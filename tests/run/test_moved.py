@@ -50,6 +50,37 @@ def test_a_weight_whose_updates_are_below_its_last_bit_is_not_blamed() -> None:
     assert watched(torch.ones(64, dtype=torch.bfloat16), 1e-5, 9).resting == ["weight"]
 
 
+@pytest.mark.parametrize(("gradient", "word"), [(0.0, "gradients of zero"), (None, "got no gradient")])
+@pytest.mark.parametrize("of_base", [False, True])
+def test_what_learns_nothing_beside_others_that_move_is_told(gradient: float | None, word: str, of_base: bool) -> None:
+    def watch_of(idle: int) -> MoveWatch:
+        model = torch.nn.Module()
+        for number in range(5):
+            name = "gate" if number < idle else "proj"
+            layer = torch.nn.ModuleDict({name: torch.nn.ModuleDict({"lora_B": torch.nn.Linear(2, 2, bias=False)})})
+            model.add_module(f"layer{number}", layer)
+        watch = MoveWatch(model, of_base=of_base)
+        for _ in range(3):
+            for name, parameter in model.named_parameters():
+                if "proj" in name:
+                    parameter.data += 1
+                    parameter.grad = torch.ones_like(parameter)
+                elif gradient is not None:
+                    parameter.grad = torch.full_like(parameter, gradient)
+            watch.after_update(model, last=False, learning_rate=1e-2)
+        return watch
+
+    told = watch_of(2).idle
+    if of_base and gradient == 0:
+        assert told is None  # it may move later
+    else:
+        assert word in (told or "")
+        assert of_base or "target_modules: [proj]" in (told or "")
+    if not of_base or gradient is None:
+        with pytest.raises(RunFailed):
+            watch_of(5)
+
+
 def test_what_had_moved_before_an_interruption_is_not_watched_again() -> None:
     assert watched(torch.ones(8), 1e-5, 9, only=[]).resting == []
 
