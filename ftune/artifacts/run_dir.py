@@ -37,7 +37,7 @@ from ftune.plan.pinned import repinned
 from ftune.recipe.checks import check_stored
 from ftune.recipe.schema import Recipe
 from ftune.regular import kind_of, read_regular, walk_irregular
-from ftune.run.files import remove_leftovers, write_json
+from ftune.run.files import remove_leftovers, told, write_json
 from ftune.run.lock import LOCK, RunLock
 from ftune.scrub import scrub_data
 
@@ -262,7 +262,8 @@ class RunDir:
         with RunLock(self.root, shared=True):
             with contextlib.suppress(OSError):  # a run that may only be read
                 self.sweep()
-            yield
+            with told("the command", self.root):
+                yield
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the directory ready for a run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shlex
@@ -38,7 +39,7 @@ from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import make_engine
 from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
-from ftune.run.files import as_os_error, new_directory
+from ftune.run.files import as_os_error, failed, new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.launch import launched
 from ftune.run.lock import RunLock
@@ -274,7 +275,7 @@ def _train(
         raise _stopped_at_once(stop, run if sinks else None, plan, command) from at_once
     except OSError as error:
         record["error"] = str(error)
-        raise _unwritten(error) from error
+        raise _unwritten(error, run) from error
     except BaseException as error:
         step = (tally.last.step if tally.last else 0) if sinks else None
         explained = out_of_memory(plan, step) if is_out_of_memory(error) else error
@@ -284,7 +285,7 @@ def _train(
         if not sinks:
             for tracker in trackers:
                 tracker.close()
-        if sinks and main and run.exists():  # a run that never began leaves the record of another as it is
+        if sinks and main:  # a run that never began leaves the record of another as it is
             last = tally.last.step if tally.last else 0
             record |= {"status": status, "ended": now_text()}
             record["measured"] = record["measured"] or tally.measured(plan.memory.total)
@@ -303,7 +304,7 @@ def _train(
                 if isinstance(sink, Guarded) and sink.summary is not None:
                     _tell(sink.summary)
             if unwritten and status != "failed":
-                raise _unwritten(unwritten) from unwritten
+                raise _unwritten(unwritten, run) from unwritten
     accelerator.wait_for_everyone()
     return record
 
@@ -358,11 +359,13 @@ def _end(sink: Sink, event: RunEnd) -> None:
         sink.receive(event)
 
 
-def _unwritten(error: OSError) -> RunFailed:
-    return RunFailed(
-        f"writing the run failed: {error}",
-        help="free the disk, then continue with --resume: checkpoints that were complete are untouched",
-    )
+def _unwritten(error: OSError, run: RunDir) -> RunFailed:
+    of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    told = failed(error, "writing the run" if of_the_disk else "the run", run.root)
+    if run.root.is_dir():
+        mend = told.help or "mend that"
+        told.help = f"{mend}; then continue with --resume: checkpoints that were complete are untouched"
+    return told
 
 
 def _local_sinks(recipe: Recipe, run: RunDir, progress: bool) -> list[Sink]:

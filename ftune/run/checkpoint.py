@@ -105,6 +105,7 @@ class Checkpoints:
             OSError: It could not be written; the older ones are untouched.
             RunFailed: What the disk gives back is not what was written; the older ones are untouched.
         """
+        self.directory.mkdir(exist_ok=True)
         with new_directory(self.path(step)) as out, as_os_error():
             save_file(_trained(model) if gathered is None else gathered.trained, out / "trained.safetensors")
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state(model).items()}

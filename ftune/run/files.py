@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftune.errors import FtuneError
+from ftune.errors import FtuneError, RunFailed
 from ftune.regular import kind_of, new_file, token
 
 __all__ = [
     "as_os_error",
+    "failed",
     "new_directory",
     "remove_leftovers",
     "require_writable",
     "sync",
+    "told",
     "write_json",
     "write_text",
 ]
@@ -85,6 +87,47 @@ def as_os_error() -> Iterator[None]:
         raise
 
 
+def failed(error: OSError, what: str, root: Path | None = None) -> RunFailed:
+    """What to tell of an error of the operating system: its own reason, and what mends that one.
+
+    Args:
+        error: What was raised.
+        what: What failed for it, as the beginning of a sentence: ``the merge``.
+        root: The run directory, where there is one.
+    """
+    if root is not None and not root.is_dir():
+        gone = f"{what} failed: {root} is not there any more"
+        return RunFailed(gone, help="it was deleted, moved or unmounted meanwhile: put it back, or begin anew")
+    reason = str(error) if error.strerror is None else f"{error.strerror}: {error.filename or 'no file is named'}"
+    if error.filename is None and error.strerror is not None:
+        reason = error.strerror
+    help = {
+        errno.ENOSPC: "free the disk",
+        errno.EDQUOT: "free the disk, or ask for a larger quota",
+        errno.EROFS: "the file system takes no more writes: see what the system's log says of the disk",
+        errno.EACCES: "give the right to read and write there",
+        errno.EPERM: "give the right to read and write there",
+        errno.EIO: "the disk may be failing, or its connection: see what the system's log says",
+        errno.EMFILE: "let a process open more files: ulimit -n",
+    }.get(error.errno or 0)
+    return RunFailed(f"{what} failed: {reason}", help=help)
+
+
+@contextlib.contextmanager
+def told(what: str, root: Path | None = None) -> Iterator[None]:
+    """Turn an error of the operating system in the block into one sentence (``failed``).
+
+    Raises:
+        RunFailed: In place of an ``OSError``; a reader that has gone away (``BrokenPipeError``) is no failure.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise failed(error, what, root) from error
+
+
 def require_writable(target: Path, marker: str, what: str) -> None:
     """Hold that ``new_directory`` can and may make ``target``, before the work that fills it.
 
@@ -119,9 +162,9 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     It is new and its name cannot be foreseen, so nothing in it is a link that somebody put there. Everything in it
     reaches the disk before the rename. An older ``target`` is replaced; a link of that name too, not followed. When
-    the block raises, nothing is left.
+    the block raises, nothing is left. What ``target`` is in must be there: a run that was deleted meanwhile is not made
+    anew without its ``run.json``.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f"{_ASIDE}{target.name}-{token()}")
     aside.mkdir()
     with contextlib.ExitStack() as held:
