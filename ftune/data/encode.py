@@ -120,6 +120,7 @@ class Encoder:
         self._specials = frozenset(special_tokens(tokenizer).values())
         self._is_special = np.zeros(max(len(tokenizer), *self._specials) + 1, dtype=np.bool_)
         self._is_special[list(self._specials)] = True
+        self._blank: dict[int, bool] = {}
         self._borders = Borders(tokenizer, self._specials)
         self._forms = Forms(tokenizer, template) if template is not None else None
         self._unrendered = Unrendered(tokenizer, template) if template is not None else None
@@ -290,6 +291,17 @@ class Encoder:
             inside |= whole | special & (starts < end) & (ends > start)
         return inside
 
+    def _ends(self, trained: Ids) -> bool:
+        """Whether the last trained token is special; white space that a template puts behind it does not count."""
+        for token in map(int, trained[::-1]):
+            if token in self._specials:
+                return True
+            if token not in self._blank:
+                self._blank[token] = not self._tokenizer.decode([token]).strip()
+            if not self._blank[token]:
+                return False
+        return False
+
     def _part(self, records: Sequence[Record], encoded: list[Encoded | int], notes: Counter[str]) -> Part:
         """Cut or split what is too long, leave out what has no target, count both."""
         kept: list[tuple[Encoded, int]] = []
@@ -328,7 +340,7 @@ class Encoder:
                 counts["truncated"] += 1
                 counts["cut_answers"] += bool(trained[self._max_length :].any())
             else:
-                counts["ended"] += int(ids[np.flatnonzero(trained)[-1]]) in self._specials
+                counts["ended"] += self._ends(ids[trained])
             kept += [(example, record.row) for example in cut]
         examples = Examples(
             np.concatenate([example.ids for example, _ in kept] or [np.zeros(0, np.int32)]),

@@ -21,7 +21,8 @@ def notes_of(stats: Stats) -> list[str]:
     if stats.skipped:
         found.append(f"{_of(stats.skipped, stats.rows)} rows are left out, longer than data.max_length{_lost(stats)}")
     if stats.no_target:
-        found.append(f"{stats.no_target} examples are left out: nothing in them is trained on")
+        behind = "" if stats.truncated or stats.skipped or not stats.lost_tokens else _lost(stats)
+        found.append(f"{stats.no_target} examples are left out: nothing in them is trained on{behind}")
     if stats.ends_with_eos < 0.5 and stats.truncated < stats.examples:
         found.append(
             f"only {stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "

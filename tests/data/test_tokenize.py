@@ -59,6 +59,8 @@ def test_only_what_the_assistant_says_is_trained(make: Make, tokenizer: Tokenize
     assert decoded(tokenizer, split) == ["yes<|im_end|>日\n<|im_end|>"]
     assert split.stats.ends_with_eos == 1
     everything = make(tokenizer, rows, train_on="all")
+    # the line break behind the last end of turn hides it not
+    assert everything.stats.ends_with_eos == 1
     assert (everything.examples[0].labels == everything.examples[0].input_ids).all()
     # the first token has nothing before it that could predict it
     assert everything.stats.target_tokens == everything.stats.tokens - 1

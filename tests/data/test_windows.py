@@ -77,6 +77,9 @@ def test_what_is_lost_is_told_in_tokens(load: Load) -> None:
     # a prompt that is too long loses what it has behind the cut, and its answer with it
     stats = load([{"prompt": "a" * 30, "completion": "a"}, {"prompt": "q", "completion": "a"}], max_length=8).stats
     assert (stats.lost_tokens, stats.lost_target_tokens, stats.no_target) == (25, 2, 1)
+    assert notes_of(stats) == [
+        "1 examples are left out: nothing in them is trained on: 25 tokens (86%) are lost, 2 (50%) of those in the loss"
+    ]
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a" * 80}, {"messages": chat("q", "a" * 80)}])
