@@ -138,6 +138,8 @@ def _train(
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
         resolved = with_accumulation(resolved, began.training.accumulation)
     summary = plan.summary()
+    if before is not None:  # what was chosen then, and why, is part of the recipe now
+        summary["training"]["chosen"] = before["plan"]["training"].get("chosen", [])
     if world > 1:
         require_agreement(accelerator, facts_of(plan, resolved))
     if before is not None:

@@ -130,9 +130,11 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
     assert begun["resolved"]["training"]["gradient_accumulation_steps"] == 1
     # Another version would have chosen otherwise.
     begun["resolved"]["optimizer"]["learning_rate"] = 1.5e-3
+    chosen_then = begun["plan"]["training"]["chosen"]
     (tmp_path / "run/run.json").write_text(json.dumps(begun))
     record = train(loaded, resume=True)
     assert record["resolved"]["optimizer"]["learning_rate"] == 1.5e-3
+    assert record["plan"]["training"]["chosen"] == chosen_then != []
     assert record["measured"]["steps"] == whole["measured"]["steps"] == 12
 
 
