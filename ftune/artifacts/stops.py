@@ -61,9 +61,9 @@ def stops_of_plan(plan: Plan) -> tuple[int, ...]:
 
 def text_stop(recipe: Recipe, tokenizer: Any) -> str | None:
     """The text that ends an answer where no token does, of a run that prompts in a chat template."""
-    if prompting_of(recipe.data, tokenizer).kind != "chat":
-        return None
-    return end_text(tokenizer, recipe.data.chat_template)
+    text = end_text(tokenizer, recipe.data.chat_template)
+    # The data are looked at only where it matters.
+    return text if text is not None and prompting_of(recipe.data, tokenizer).kind == "chat" else None
 
 
 def until(answer: Answer, text: str | None) -> Answer:
