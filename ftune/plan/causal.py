@@ -38,14 +38,16 @@ def refuse_other_kinds(config: Any, name: str) -> None:
     """
     from transformers.models.auto import modeling_auto
 
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    own = getattr(config, "auto_map", None)
+    if isinstance(own, dict) and "AutoModelForCausalLM" in own:
         return  # the model's own code says what it is
     tables = {
         table.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"): names
         for table, names in vars(modeling_auto).items()
         if table.startswith("MODEL_FOR_") and table.endswith("_MAPPING_NAMES")
     }
-    saved_as = [str(architecture) for architecture in getattr(config, "architectures", None) or ()]
+    named = getattr(config, "architectures", None)
+    saved_as = [str(architecture) for architecture in (named if isinstance(named, list) else [named] if named else [])]
     kinds = [kind for kind, names in tables.items() if _classes(names).intersection(saved_as)]
     generates = any(config.model_type in tables[kind] for kind in _LANGUAGE_MODELS if kind in tables)
     what = f"`{saved_as[0]}`" if saved_as else f"of type `{config.model_type}`"

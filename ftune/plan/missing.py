@@ -79,7 +79,12 @@ def check_files(files: Iterable[Path], hollow: nn.Module, name: str, *, packed: 
 
     headers = read_headers(files)
     if packed:
-        headers = _unpacked(headers)
+        plain, headers = headers, _unpacked(headers)
+        if headers == plain:
+            raise ModelError(
+                f"the config.json of `{name}` says that it is stored in 4 or 8 bits, and its files hold no scales",
+                help="remove `quantization_config` from config.json where the weights are plain",
+            )
     _refuse_scaled(headers, name)
     model: Any = hollow
     tensors = {

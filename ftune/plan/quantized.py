@@ -43,12 +43,15 @@ def stored_bits(config: Any, name: str) -> Literal[4, 8] | None:
     Raises:
         ModelError: They are quantized in a way that ftune cannot train on.
     """
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if not found:
+    found = getattr(config, "quantization_config", None)
+    found = getattr(config, "compression_config", None) if found is None else found
+    if found is None:
         return None
     settings = found if isinstance(found, dict) else found.to_dict()
-    scheme = settings.get("quant_method") or "bitsandbytes"
-    if scheme == "bitsandbytes" and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+    in_bits = bool(settings.get("load_in_4bit") or settings.get("load_in_8bit"))
+    scheme = settings.get("quant_method") or ("bitsandbytes" if in_bits else "unknown")
+    known = settings.get("bnb_4bit_quant_type", "fp4") in ("nf4", "fp4")
+    if scheme == "bitsandbytes" and in_bits and known:
         from ftune.recipe.locate import is_installed
 
         if not is_installed("bitsandbytes"):

@@ -52,7 +52,7 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False, attention: st
             asked = {} if attention is None else {"attn_implementation": attention}
             # False is said as well: left unsaid, transformers asks the user at the terminal
             return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **asked)
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         help = "use a decoder that transformers' AutoModelForCausalLM or AutoModelForImageTextToText knows"
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             help = "the model comes with its own code: read it, and then set `model.trust_remote_code: true`"

@@ -131,6 +131,23 @@ def test_logits_that_are_not_finite_tell_nothing() -> None:
     assert sees_later_tokens(model) is None
 
 
+@pytest.mark.parametrize("change", [{"architectures": 5}, {"architectures": "Llama"}, {"auto_map": "x"}])
+def test_values_that_say_nothing_are_passed_over(change: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path).recipe
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert resolve(recipe).shape.layers == 2
+
+
+def test_code_that_is_no_name_is_one_sentence(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path).recipe
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": 5}}))
+    with pytest.raises(ModelError) as error:
+        resolve(recipe)
+    assert "\n" not in error.value.message
+
+
 def test_a_decoder_saved_without_architectures_is_taken(tmp_path: Path) -> None:
     path = tiny.model_dir(tmp_path / "m") / "config.json"
     content = json.loads(path.read_text())

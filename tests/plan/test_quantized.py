@@ -125,13 +125,15 @@ def test_what_does_not_go_with_4_bits_is_refused_as_with_a_quantization_block(tm
         {"quant_method": "compressed-tensors"},
         {"quant_method": "turboquant9"},
         {"quant_method": "bitsandbytes"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int5"},
+        {},
     ],
 )
 def test_other_schemes_are_refused_by_name(scheme: dict[str, Any], tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path)
     path = tmp_path / "base/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": scheme}))
-    with pytest.raises(ModelError, match=f"is quantized by `{scheme['quant_method']}`") as error:
+    with pytest.raises(ModelError, match=f"is quantized by `{scheme.get('quant_method', 'unknown')}`") as error:
         resolve(loaded.recipe)
     assert "the model that it was made of" in (error.value.help or "")
     with pytest.raises(ModelError, match="is quantized by"):
@@ -157,6 +159,15 @@ def test_a_tensor_missing_from_packed_files_is_named(stored: str, lost: str, tmp
     named = "model.norm.weight" if "norm" in lost else "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(ModelError, match=named):
         check_weights(ModelSpec(id=str(directory)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_weights_that_are_said_to_be_packed_are_refused(bits: int, tmp_path: Path) -> None:
+    path = tiny.model_dir(tmp_path / "m") / "config.json"
+    scheme = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": scheme}))
+    with pytest.raises(ModelError, match="its files hold no scales"):
+        check_weights(ModelSpec(id=str(tmp_path / "m")))
 
 
 def test_packed_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
