@@ -159,7 +159,10 @@ def put_on(
     try:
         if method.saved_as == "peft":
             require_agreement(method, base, directory, context, base_names)
-        return method.load(base, directory, context)
+        model = method.load(base, directory, context)
+        if method.saved_as != "peft":  # of PEFT's, the file was looked through
+            _require_finite(model, directory)
+        return model
     except FtuneError:
         raise
     except Exception as error:  # of a damaged file libraries raise whatever they stumble over
@@ -167,3 +170,9 @@ def put_on(
             raise
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RunDirError(f"{directory} cannot be loaded: {said}", help=RESTORE) from error
+
+
+def _require_finite(model: nn.Module, directory: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise RunDirError(f"{directory} holds numbers that are not finite, in `{name}`", help=RESTORE)

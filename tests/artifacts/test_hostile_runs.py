@@ -317,3 +317,14 @@ def test_a_checkpoint_after_the_end_is_refused(run: Path, finished: tuple[Path, 
 
     with pytest.raises(RunDirError, match="is after step 3, and this run has 2"):
         train(parse_recipe(json.dumps(recipe), "r.yaml"), resume=True, progress=False)
+
+
+def test_a_whole_model_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    from ftune.artifacts.stored import put_on
+
+    trained = tiny.model()
+    with torch.no_grad():
+        trained.get_parameter("model.norm.weight")[-1] = float("nan")
+    tiny.method("full").save(trained, tmp_path, tiny.context())
+    with pytest.raises(RunDirError, match=r"not finite, in `model\.norm\.weight`"):
+        put_on(tiny.method("full"), tiny.model(), tmp_path, tiny.context(), ())
