@@ -65,7 +65,7 @@ def feed_forward(linears: Sequence[Linear]) -> tuple[str, ...]:
     reads = match_targets(linears, attention(linears, "query"))
     hidden, inside_attention = reads[0].in_features, {_parent(linear) for linear in reads}
     last = {_parent(linear): linear for linear in linears if _parent(linear) not in inside_attention}
-    back = [linear for linear in last.values() if linear.out_features == hidden]
+    back = [linear for linear in last.values() if linear.out_features == hidden and linear.adaptable]
     if not back:
         raise ModelError(
             "no feed-forward was found in this model", help="name its last projection in `feedforward_modules`"

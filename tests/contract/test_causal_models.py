@@ -19,6 +19,7 @@ WORKS = [
     ("falcon_h1", "lora"),  # reads the weight of a projection past the adapter
     ("ernie4_5_moe", "full"),  # has a parameter that does not train
     ("gemma3n_text", "lora"),  # sizes of each layer, an embedding of zeros, a branch times zero
+    ("falcon_h1", "ia3"),
     ("lfm2", "galore"),
     ("gemma3, with vision", "longlora"),
     ("qwen2_vl", "galore"),
