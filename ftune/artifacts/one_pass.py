@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from ftune.data.batches import collate
 from ftune.data.examples import IGNORE, Example
 from ftune.run.objective import Objective, autocast
 from ftune.run.out_of_memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Read", "Row", "read_and_answer", "settings_of"]
 

@@ -32,7 +32,7 @@ ABSENT = object()
 """What a row does not have; a null is something that it has."""
 
 
-def renamed(rows: Rows, columns: ColumnMap, at: KeyPath) -> tuple[Rows, tuple[str, ...]]:
+def renamed(rows: Rows, columns: ColumnMap, at: KeyPath, *, answers: bool = True) -> tuple[Rows, tuple[str, ...]]:
     """The rows with the mapping's names as columns, and the file's columns that went into them.
 
     A field that the mapping does not give is taken from the column of its own name, where the mapping's format has
@@ -42,6 +42,7 @@ def renamed(rows: Rows, columns: ColumnMap, at: KeyPath) -> tuple[Rows, tuple[st
         rows: The rows as they were read.
         columns: What is what.
         at: Where the mapping stands in the recipe.
+        answers: Whether the rows have to have answers; rows that are to be answered have none.
 
     Raises:
         LocatedDataError: A column is not in the file; says which are.
@@ -68,7 +69,7 @@ def renamed(rows: Rows, columns: ColumnMap, at: KeyPath) -> tuple[Rows, tuple[st
             makers[name] = _column(name)
             used.append(name)
 
-    lacking = [name for name in NEEDED.get(formats[0], ()) if name not in makers] if formats else []
+    lacking = [name for name in NEEDED.get(formats[0], ()) if name not in makers] if formats and answers else []
     if lacking:
         said = f"`{lacking[0]}` is not given, and {rows.origin[0]} has no column of that name"
         raise LocatedDataError([(at, said, f"its columns are {names(rows.columns, '`')}")])

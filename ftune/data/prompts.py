@@ -137,7 +137,7 @@ def read_prompts(
     read = load_rows(source, "eval")
     columns = spec.train.columns
     if columns is not None and columns.given():
-        rows, _ = renamed(read, _without_answer(columns), ("data", "train", "columns"))
+        rows, _ = renamed(read, _without_answer(columns), ("data", "train", "columns"), answers=False)
         rows = replace(rows, columns=(*rows.columns, *_answer_fields(columns)))
     else:
         rows = read

@@ -37,7 +37,8 @@ def test_base_and_tuned_side_by_side(name: str, tmp_path: Path) -> None:
     # What training measured last is what evaluation measures on the saved model.
     assert result["tuned"]["loss"] == pytest.approx(tiny.events(tmp_path / "run", "eval")[-1]["loss"], rel=1e-5)
     assert result["tuned"]["perplexity"] == pytest.approx(math.exp(result["tuned"]["loss"]))
-    assert json.loads((tmp_path / "run/eval.json").read_text()) == result
+    kept = {key: value for key, value in result.items() if key != "predictions"}  # where they are, not what they are
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == kept
     table = evaluation_table(result, 80)
     assert max(len(line) for line in table.splitlines()) <= 80
     assert "change" in table.splitlines()[0]

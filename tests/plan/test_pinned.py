@@ -55,7 +55,9 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: Path, tmp_path: Path)
     assert plan.recipe.model.revision == OLD
     assert plan.context.revision == OLD  # what PEFT's files and the card say
     run = RunDir(tmp_path)
-    run.write({"pinned": pins(recipe, plan.recipe), "resolved": plan.recipe.model_dump(mode="json")})
+    run.write(
+        {"pinned": pins(recipe, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": plan.summary()}
+    )
     assert json.loads(run.record_path.read_text())["pinned"]["model"] == {"asked": None, "commit": OLD}
 
     (hub / "refs/main").write_text(NEW)
@@ -96,7 +98,9 @@ def test_a_run_keeps_the_commit_of_its_data_or_is_refused(cached: Path, tmp_path
     plan = resolve(asked)
     assert plan.recipe.data.train.revision == OLD
     run = RunDir(tmp_path)
-    run.write({"pinned": pins(asked, plan.recipe), "resolved": plan.recipe.model_dump(mode="json")})
+    run.write(
+        {"pinned": pins(asked, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": plan.summary()}
+    )
     assert json.loads(run.record_path.read_text())["pinned"]["data.train"] == {"asked": None, "commit": OLD}
     assert resolve(run.as_begun(asked)).recipe.data.train.revision == OLD
 
