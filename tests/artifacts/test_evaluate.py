@@ -40,7 +40,8 @@ def test_base_and_tuned_side_by_side(name: str, tmp_path: Path) -> None:
     kept = {key: value for key, value in result.items() if key != "predictions"}  # where they are, not what they are
     assert json.loads((tmp_path / "run/eval.json").read_text()) == kept
     table = evaluation_table(result, 80)
-    assert max(len(line) for line in table.splitlines()) <= 80
+    # A path is not broken.
+    assert max(len(line) for line in table.splitlines() if not line.endswith("predictions.jsonl")) <= 80
     assert "change" in table.splitlines()[0]
 
 
