@@ -48,7 +48,9 @@ def cache_dir(kind: str) -> Path | None:
         if not directory.is_dir():
             directory.mkdir(mode=0o700, exist_ok=True)
             (directory.parent / f"{MADE}{kind}").touch()
-        if any(part.stat().st_mode & stat.S_IWOTH for part in (directory.parent, directory)):
+        elif "FTUNE_CACHE" not in os.environ:  # one of an older version, which left no mark
+            (directory.parent / f"{MADE}{kind}").touch()
+        if os.name != "nt" and any(part.stat().st_mode & stat.S_IWOTH for part in (directory.parent, directory)):
             _warn_of(directory.parent)
             return None
     except (OSError, RuntimeError):  # RuntimeError: no home directory

@@ -32,6 +32,10 @@ class Expanded(str):
         made.typed = typed
         return made
 
+    def __getnewargs__(self) -> tuple[str, Any]:
+        """What a copy is made from: recipes are sent to other processes."""
+        return str(self), self.typed
+
 
 @dataclass(frozen=True)
 class Unexpanded:

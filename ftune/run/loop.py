@@ -110,6 +110,7 @@ class Loop:
                 keeps_gradients=self.engine.keeps_gradients and not method.updates_in_backward,
                 at_rest=method.at_rest(model),
                 of_base=method.artifact == "model",
+                alone=plan.world_size == 1,
                 only=self.progress.get("resting"),
             ),
             PeakMeter(self.accelerator.device),

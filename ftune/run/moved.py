@@ -42,9 +42,10 @@ class MoveWatch:
         keeps_gradients: bool = True,
         at_rest: frozenset[str] = frozenset(),
         of_base: bool = False,
+        alone: bool = True,
         only: Collection[str] | None = None,
     ) -> None:
-        self._keeps_gradients, self._of_base = keeps_gradients, of_base
+        self._keeps_gradients, self._of_base, self._alone = keeps_gradients, of_base, alone
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise RunFailed("the method left nothing to train: no parameter requires grad")
@@ -79,7 +80,7 @@ class MoveWatch:
         self._rates += learning_rate
         parameters = dict(model.named_parameters())
         outside = [name for name in self._waiting if parameters[name].grad is None] if self._keeps_gradients else []
-        if outside and 2 * len(outside) < self._trained:
+        if outside and self._alone and 2 * len(outside) < self._trained:
             self.idle = f"{_some(outside)} got no gradient: the model does not use them here, and they stay as they are"
             if not self._of_base:
                 self.idle += f"; {_without(outside, [name for name in parameters if parameters[name].requires_grad])}"
