@@ -32,7 +32,7 @@ class Expanded(str):
         made.typed = typed
         return made
 
-    def __getnewargs__(self) -> tuple[str, Any]:
+    def __getnewargs__(self) -> tuple[str, Any]:  # type: ignore[override]
         """What a copy is made from: recipes are sent to other processes."""
         return str(self), self.typed
 

@@ -239,6 +239,7 @@ class Loop:
         as_base = None if step or method.starts_as_base else method.switched_off(model)
         with as_base or nullcontext():
             loss, count = self._held_out_loss()
+        self.engine.after_evaluation()
         if not step:
             # Kept with every checkpoint: it cannot be measured any more.
             self.progress["base_loss"] = loss

@@ -75,6 +75,9 @@ class Engine:
         """The context of a micro-batch that is not the update's last: gradients need not travel yet."""
         return nullcontext()
 
+    def after_evaluation(self) -> None:
+        """Called behind every evaluation, before the next update."""
+
     def exchange(self, trained: Sequence[nn.Parameter]) -> None:
         """Average the gradients that the last backward pass did not average by itself."""
 

@@ -86,6 +86,10 @@ class Fsdp2(Engine):
         if kept:
             average_gradients(kept, self.world_size, self.accelerator.device)
 
+    def after_evaluation(self) -> None:
+        """Share out again what an evaluation left gathered: used as it is, it would get no gradient."""
+        self._root.reshard()
+
     @torch.no_grad()
     def gather(self, model: nn.Module, optimizer: Optimizer) -> Gathered | None:
         """Parts of all processes put together, one tensor at a time."""
