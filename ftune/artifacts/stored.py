@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ftune.errors import FtuneError, RunDirError
 from ftune.methods import Context, Method
-from ftune.regular import open_regular
+from ftune.regular import kind_of, open_regular
 from ftune.run.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -95,8 +95,28 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def digests_of(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file in a directory that is read again; of a large one, of its size and a sample of it."""
-    return {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name not in _NOT_READ}
+    """SHA-256 of each file below a directory that is read again; of a large one, of its size and a sample of it.
+
+    Returns:
+        By each file's path in the directory, with ``/`` between its parts: a tokenizer may have a directory of chat
+        templates.
+
+    Raises:
+        IrregularError: Something is neither a file nor a directory.
+        OSError: A file cannot be read.
+    """
+    return {name: _digest(path) for name, path in _files(directory).items() if name not in _NOT_READ}
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """What is below a directory and is none, by its path in it; no link is followed."""
+    found: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if kind_of(path) == "a directory":
+            found |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
+        else:
+            found[path.name] = path
+    return found
 
 
 def require_digests(directory: Path, expected: dict[str, str]) -> None:
@@ -113,15 +133,16 @@ def require_digests(directory: Path, expected: dict[str, str]) -> None:
         return
     wrong = []
     try:
-        there = {path.name for path in directory.iterdir()}
+        there = _files(directory)
         for name, digest in expected.items():
             if name not in there:
                 wrong.append(f"{name} is missing")
-            elif _digest(directory / name) != digest:
+            elif _digest(there[name]) != digest:
                 wrong.append(f"{name} is not the file that was written")
     except OSError as error:
         raise RunDirError(f"{directory} cannot be read: {error}") from error
-    extra = sorted(name for name in there - expected.keys() if name.endswith(_WEIGHTS))
+    # at the top only, where loaders look by themselves
+    extra = sorted(name for name in there.keys() - expected.keys() if name.endswith(_WEIGHTS) and "/" not in name)
     wrong += [f"{name} was not written by this run" for name in extra]
     if wrong:
         raise RunDirError(f"{directory} is not what was trained:\n  " + "\n  ".join(wrong[:10]), help=RESTORE)

@@ -424,6 +424,7 @@ def _rehearse(plan: Plan, model: nn.Module, run: RunDir) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-rehearsal-") as scratch, as_os_error():
             _save_artifact(plan, model, Path(scratch))
+            digests_of(Path(scratch))  # reads back what was written, as the end of the run does
     except OSError:
         raise
     except Exception as error:

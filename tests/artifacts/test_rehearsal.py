@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import tiny
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.training import _rehearse
-from ftune.errors import RunFailed
+from ftune.artifacts.training import _rehearse, train
+from ftune.errors import RunDirError, RunFailed
 from ftune.plan.resolve import build, resolve
 
 Usage = namedtuple("Usage", "total used free")
@@ -43,3 +44,19 @@ def test_checkpoints_are_counted_in_the_dtype_of_what_trains(
         else:
             with pytest.raises(RunFailed, match="checkpoints need"):
                 _rehearse(plan, model, run)
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_and_read_back(tmp_path: Path) -> None:
+    loaded = tiny.recipe(tmp_path, training={"max_steps": 1})
+    several = copy.deepcopy(tiny.tokenizer())
+    several.chat_template = {"default": tiny.CHATML, "tool_use": tiny.CHATML}
+    several.save_pretrained(tmp_path / "base")
+    assert train(loaded)["status"] == "finished"
+    run = RunDir(tmp_path / "run")
+    template = run.artifact(loaded.recipe) / "additional_chat_templates" / "tool_use.jinja"
+    template.write_text("another")
+    with pytest.raises(RunDirError, match=r"additional_chat_templates/tool_use\.jinja is not the file"):
+        run.artifact(loaded.recipe)
+    template.unlink()
+    with pytest.raises(RunDirError, match=r"additional_chat_templates/tool_use\.jinja is missing"):
+        run.artifact(loaded.recipe)
