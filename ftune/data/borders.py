@@ -39,6 +39,7 @@ class Borders:
         self._tokenizer = tokenizer
         self._specials = specials
         self._known: dict[str, list[int]] = {}
+        self._added = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
         self.lead = _lead(tokenizer)
 
     def tokenized(self, texts: Sequence[str], **wanted: bool) -> Any:
@@ -74,14 +75,39 @@ class Borders:
 
     def split(self, text: str, at: int) -> tuple[list[int], list[Span]]:
         """Ids and offsets of a text whose prompt ends ``at``: no token lies across."""
-        before = self.tokenized([text[:at]], return_offsets_mapping=True)
-        answer = text[at:]
-        context, count = self._context(answer, text[max(0, at - BEHIND) : at])
-        after = self.tokenized([context + answer], return_offsets_mapping=True)
-        shift = at - len(context)
-        offsets = [(start + shift, end + shift) for start, end in after["offset_mapping"][0][count:]]
-        ids = [*before["input_ids"][0], *after["input_ids"][0][count:]]
-        return ids, [*before["offset_mapping"][0], *offsets]
+        before, after = self.part(text, 0, at), self.part(text, at, len(text))
+        return [*before[0], *after[0]], [*before[1], *after[1]]
+
+    def part(self, text: str, start: int, end: int) -> tuple[list[int], list[Span]]:
+        """Ids and offsets of a part of a text where it follows what is before it; the offsets are in the whole text."""
+        # nothing stands before the beginning
+        contexts = (text[max(0, start - BEHIND) : start], *OTHERS) if start else ()
+        for context in (*contexts, ""):
+            alone = self._kept([context])[0] if context else []
+            both = self.tokenized([context + text[start:end]], return_offsets_mapping=True)
+            ids, offsets = both["input_ids"][0], both["offset_mapping"][0]
+            # a text that merges with none of what it may stand behind is tokenized by itself
+            if _apart(ids, offsets, alone, len(context)):
+                break
+        shift = start - len(context)
+        return ids[len(alone) :], [(first + shift, last + shift) for first, last in offsets[len(alone) :]]
+
+    def added_around(self, text: str, at: int) -> int | None:
+        """Where an added token begins that a character lies in; None where there is none."""
+        for token in self._added:
+            low = max(0, at - len(token) + 1)
+            found = text.find(token, low, at + len(token) - 1)
+            if found >= 0:
+                return found
+        return None
+
+    def apart(self, text: str, at: int) -> bool:
+        """Whether no token lies across a character, as far as what is near it tells."""
+        if self.added_around(text, at) is not None:
+            return False
+        before = text[max(0, at - BEHIND) : at]
+        both = self.tokenized([before + text[at : at + BEHIND]], return_offsets_mapping=True)
+        return _apart(both["input_ids"][0], both["offset_mapping"][0], self.ids([before])[0], len(before))
 
     def agree(self, texts: Sequence[str], at: Sequence[int | None], batch: Any) -> list[bool]:
         """Of each tokenized text, whether its tokens up to ``at`` are those of that part alone; true for None.
@@ -108,15 +134,6 @@ class Borders:
                 places, known, at, batch["input_ids"], batch["offset_mapping"], strict=True
             )
         ]
-
-    def _context(self, answer: str, first: str = "") -> tuple[str, int]:
-        """A text that does not merge with the answer, and how many tokens it has; none where all do."""
-        for context in (first, *OTHERS):
-            alone = self._kept([context])[0]
-            both = self.tokenized([context + answer], return_offsets_mapping=True)
-            if context and _apart(both["input_ids"][0], both["offset_mapping"][0], alone, len(context)):
-                return context, len(alone)
-        return "", 0
 
     def _kept(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts of which many are the same."""

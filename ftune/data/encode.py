@@ -19,7 +19,8 @@ from ftune.data.calls import Forms, canonical
 from ftune.data.chat import ChatTemplate, Span, special_tokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
-from ftune.data.huge import HUGE, Bound, bound_of, require_memory
+from ftune.data.huge import HUGE, Bound, bound_of
+from ftune.data.pieces import pieces
 from ftune.data.spans import Rendered, assistant_turns, render
 from ftune.data.unrendered import Unrendered
 from ftune.data.weights import weighed
@@ -33,14 +34,24 @@ __all__ = ["Encoder", "Part", "RowError", "encodable"]
 
 CALLS_AS_TEXT = "the chat template shows no tool calls: they are trained as the text that the rows have"
 BEHIND_LAST = "messages behind the last answer are left out: no trained token follows them"
+BEGINNING_ONLY = (
+    f"of {HUGE:,} characters or more: no more of the beginning is tokenized than data.max_length needs, and at least "
+    "as many tokens are lost as are counted"
+)
 OTHER_IDS = "tool calls get ids of nine digits: the chat template takes no others"
 
 
 class Encoded(NamedTuple):
-    """A row in tokens: (L,) int32 ids and (L,) bool for what is trained."""
+    """A row in tokens: (L,) int32 ids and (L,) bool for what is trained.
+
+    Of a huge row's rest, which is cut off without being tokenized, ``behind`` is the least number of tokens, and
+    ``trained_behind`` that of trained ones.
+    """
 
     ids: Ids
     trained: NDArray[np.bool_]
+    behind: int = 0
+    trained_behind: int = 0
 
 
 class RowError(Exception):
@@ -70,11 +81,11 @@ class Part:
         truncated: Examples that are kept and were cut.
         cut_answers: Of these, those whose last trained token was cut off: the end of the turn, mostly.
         split: Rows that became several examples.
-        lost_tokens: Tokens that were cut off or left out for the length of their row.
+        lost_tokens: Tokens that were cut off or left out for the length of their row; of huge ones, the least.
         lost_target_tokens: Of these, those that would have been in the loss.
         no_target: Rows left out because no trained token was left in them.
         ended: Examples kept as they were whose last trained token is a special token.
-        longest_before: Tokens of the longest, before the cut; at least, where it is a huge one that is left out.
+        longest_before: Tokens of the longest, before the cut; at least, where it is a huge one.
     """
 
     examples: Examples
@@ -132,7 +143,7 @@ class Encoder:
             RowError: A record cannot be rendered, or the tokenizer lacks what it needs.
         """
         notes: Counter[str] = Counter()
-        plain = iter(self._plain([record for record in records if isinstance(record, Plain)]))
+        plain = iter(self._plain([record for record in records if isinstance(record, Plain)], notes))
         chats = iter(self._conversations([record for record in records if isinstance(record, Conversation)], notes))
         encoded = [next(plain if isinstance(record, Plain) else chats) for record in records]
         return self._part(records, encoded, notes)
@@ -164,50 +175,66 @@ class Encoder:
         """How much text a token can stand for; found out when there is a huge text."""
         return bound_of(self._tokenizer)
 
-    def _surely_too_long(self, row: int, *texts: str) -> int:
-        """How many tokens the texts have at least, where that alone leaves the row out; 0 where they are tokenized.
-
-        Raises:
-            RowError: They must be tokenized, and memory does not suffice.
-        """
-        if sum(map(len, texts)) < HUGE:
+    def _surely_too_long(self, *texts: str) -> int:
+        """How many tokens huge texts have at least, where that alone leaves the row out; 0 otherwise."""
+        if not _huge(*texts) or self._too_long not in ("skip", "error"):
             return 0
-        if self._too_long in ("skip", "error"):
-            # each rounded up: the texts are tokenized apart
-            least = sum(self._bound.least(text) for text in texts) if self._bound is not None else 0
-            if least > self._max_length:
-                return least
-        try:
-            require_memory(sum(len(text.encode()) for text in texts))
-        except DataError as error:
-            raise RowError(row, error.message, error.help) from error
-        return 0
+        # each rounded up: the texts are tokenized apart
+        least = sum(map(self._least, texts))
+        return least if least > self._max_length else 0
+
+    def _least(self, text: str) -> int:
+        """How many tokens a text has at least; 0 where that is not known."""
+        return self._bound.least(text) if self._bound is not None else 0
+
+    def _in_pieces(
+        self, text: str, prompt_end: int | None, spans: Sequence[Span] | None, notes: Counter[str]
+    ) -> Encoded:
+        """A huge text, as far as it can be kept; all behind the prompt is trained where there are no spans."""
+        ids, trained = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        count = end = 0
+        for piece in pieces(text, self._borders, prompt_end):
+            ids.append(piece.ids)
+            if spans is None:
+                trained.append(np.full(len(piece.ids), piece.start >= (prompt_end or 0)))
+            else:
+                trained.append(self._inside(piece.ids, piece.offsets, spans))
+            count, end = count + len(piece.ids), piece.end
+            if self._too_long != "split" and count > self._max_length:
+                break
+        behind = trained_behind = 0
+        if end < len(text):
+            notes[BEGINNING_ONLY] += 1
+            behind = self._least(text[end:])
+            within = [(prompt_end or 0, len(text))] if spans is None else spans
+            trained_behind = sum(self._least(text[max(start, end) : last]) for start, last in within if last > end)
+        return Encoded(np.concatenate(ids), np.concatenate(trained), behind, trained_behind)
 
     def _led(self, ids: list[int]) -> list[int]:
         """Ids behind what the tokenizer puts before every text, unless the text brings it itself."""
         lead = self._borders.lead
         return ids if ids[: len(lead)] == lead else [*lead, *ids]
 
-    def _plain(self, records: list[Plain]) -> list[Encoded | int]:
+    def _plain(self, records: list[Plain], notes: Counter[str]) -> list[Encoded | int]:
         """Prompt, completion and end-of-sequence token; of rows that are left out, their least number of tokens."""
         if not records:
             return []
         eos, eos_text = self._tokenizer.eos_token_id, self._tokenizer.eos_token
         if eos is None:
             raise RowError(None, "plain text ends with an end-of-sequence token, and the tokenizer has none", help=None)
-        out = [self._surely_too_long(record.row, record.prompt, record.completion) for record in records]
-        prompts = ["" if least else record.prompt for record, least in zip(records, out, strict=True)]
-        answers = []
-        for record, least in zip(records, out, strict=True):
+        texts: list[tuple[str, str]] = []
+        for record in records:
             # what stands behind a written end, a line break mostly, is never generated
             stripped = record.completion.rstrip()
-            answers.append("" if least else stripped if stripped.endswith(eos_text) else record.completion)
+            texts.append((record.prompt, stripped if stripped.endswith(eos_text) else record.completion))
+        small = [("", "") if _huge(*both) else both for both in texts]
+        prompts, answers = [prompt for prompt, _ in small], [answer for _, answer in small]
         examples: list[Encoded | int] = []
-        for before, answer, least in zip(
-            self._borders.ids(prompts), self._borders.behind(prompts, answers), out, strict=True
+        for both, before, answer in zip(
+            texts, self._borders.ids(prompts), self._borders.behind(prompts, answers), strict=True
         ):
-            if least:
-                examples.append(least)
+            if _huge(*both):
+                examples.append(self._surely_too_long(*both) or self._huge_plain(*both, eos, notes))
                 continue
             context = len(self._led(before)) if before else 0
             ids = self._led([*before, *answer])
@@ -216,6 +243,21 @@ class Encoder:
             context = context or len(self._borders.lead)
             examples.append(Encoded(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= context))
         return examples
+
+    def _huge_plain(self, prompt: str, answer: str, eos: int, notes: Counter[str]) -> Encoded:
+        """As ``_plain`` makes it, in pieces."""
+        found = self._in_pieces(prompt + answer, len(prompt), None, notes)
+        lead = self._borders.lead
+        brought = list(found.ids[: len(lead)]) == lead
+        # of what is cut off, the end of the sequence is one
+        cut = found.behind > 0 or (self._too_long != "split" and len(found.ids) > self._max_length)
+        end = [] if cut or list(found.ids[-1:]) == [eos] else [eos]
+        ids = np.array([*([] if brought else lead), *found.ids, *end], dtype=np.int32)
+        trained = np.concatenate(
+            [np.zeros(0 if brought else len(lead), np.bool_), found.trained, np.ones(len(end), np.bool_)]
+        )
+        trained[: len(lead)] = False
+        return found._replace(ids=ids, trained=trained)
 
     def _conversations(self, records: list[Conversation], notes: Counter[str]) -> list[Encoded | int]:
         """The whole rendered text in the tokens that the model meets when it is used."""
@@ -228,25 +270,24 @@ class Encoder:
                 help="name a Jinja file as `data.chat_template`, or give the data as strings",
             )
         found: list[Rendered] = []
-        out: list[int] = []
         for record in records:
             try:
                 rendered = self._rendered(record, self._template, notes)
             except DataError as error:
                 raise RowError(record.row, error.message, error.help) from error
-            # only the whole text: a template may leave out what the row says
-            out.append(self._surely_too_long(record.row, rendered.text))
             found.append(rendered)
-        texts = ["" if least else rendered.text for rendered, least in zip(found, out, strict=True)]
-        ends = [None if least else rendered.prompt_end for rendered, least in zip(found, out, strict=True)]
+        texts = ["" if _huge(rendered.text) else rendered.text for rendered in found]
+        ends = [None if _huge(rendered.text) else rendered.prompt_end for rendered in found]
         batch = self._borders.tokenized(texts, return_offsets_mapping=True)
         agree = self._borders.agree(texts, ends, batch)
         examples: list[Encoded | int] = []
-        for least, rendered, fits, ids, offsets in zip(
-            out, found, agree, batch["input_ids"], batch["offset_mapping"], strict=True
-        ):
-            if least:
-                examples.append(least)
+        for rendered, fits, ids, offsets in zip(found, agree, batch["input_ids"], batch["offset_mapping"], strict=True):
+            if _huge(rendered.text):
+                # only the whole text: a template may leave out what the row says
+                examples.append(
+                    self._surely_too_long(rendered.text)
+                    or self._in_pieces(rendered.text, rendered.prompt_end, rendered.spans, notes)
+                )
                 continue
             if not fits:
                 assert rendered.prompt_end is not None
@@ -278,7 +319,9 @@ class Encoder:
         notes.update({*said, *rendered.notes, *lost})
         return rendered
 
-    def _inside(self, ids: Ids, offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    def _inside(
+        self, ids: Ids, offsets: Sequence[Span] | NDArray[np.int64], spans: Sequence[Span]
+    ) -> NDArray[np.bool_]:
         """Which tokens lie inside a span: (L,) bool.
 
         One that lies across an end belongs to neither side, unless it is special (and takes white space with it).
@@ -310,20 +353,20 @@ class Encoder:
         counts: Counter[str] = Counter()
         longest = 0
         for record, found in zip(records, encoded, strict=True):
-            length = found if isinstance(found, int) else len(found.ids)
+            length = found if isinstance(found, int) else len(found.ids) + found.behind
             longest = max(longest, length)
             if length > self._max_length:
                 too_long.append((record.row, length))
             if isinstance(found, int):
                 counts["lost_tokens"] += found
                 continue
-            ids, trained = found
+            ids, trained, _, trained_behind = found
             if self._train_on == "all":
-                trained = np.ones_like(trained)
+                trained, trained_behind = np.ones_like(trained), found.behind
             if length > self._max_length and self._too_long != "split":
                 behind = self._max_length if self._too_long == "truncate" else 0
                 counts["lost_tokens"] += length - behind
-                counts["lost_target_tokens"] += int(np.count_nonzero(trained[max(behind, 1) :]))
+                counts["lost_target_tokens"] += int(np.count_nonzero(trained[max(behind, 1) :])) + trained_behind
                 if not behind:
                     continue
             cut = [Encoded(ids, trained)]
@@ -338,7 +381,7 @@ class Encoder:
             counts["split"] += len(cut) > 1
             if length > self._max_length and self._too_long == "truncate":
                 counts["truncated"] += 1
-                counts["cut_answers"] += bool(trained[self._max_length :].any())
+                counts["cut_answers"] += bool(trained[self._max_length :].any() or trained_behind)
             else:
                 counts["ended"] += self._ends(ids[trained])
             kept += [(example, record.row) for example in cut]
@@ -349,6 +392,10 @@ class Encoder:
             np.array([row for _, row in kept], dtype=np.int64),
         )
         return Part(examples, tuple(too_long), tuple(first_targets), notes, longest_before=longest, **counts)
+
+
+def _huge(*texts: str) -> bool:
+    return sum(map(len, texts)) >= HUGE
 
 
 def _calls(conversation: Conversation) -> bool:

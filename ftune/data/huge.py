@@ -1,7 +1,7 @@
-"""Rows so large that tokenizing them would take all memory: left out by their length, or refused.
+"""Rows so large that tokenizing them would take all memory: left out by their length; others are tokenized in pieces.
 
 Tokens, their offsets and Python's numbers for both take, measured for each byte of the text, 160 bytes for prose, 330
-for random letters, and 95 where a token is as long as it can be. A row of 100 MB of prose takes 16 GB.
+for random letters, and 95 where a token is as long as it can be. A row of 100 MB of prose would take 16 GB at once.
 """
 
 from __future__ import annotations
@@ -11,39 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftune.available import available_bytes
-from ftune.errors import DataError
-from ftune.human import bytes_text
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["HUGE", "Bound", "bound_of", "require_memory"]
+__all__ = ["HUGE", "Bound", "bound_of"]
 
 HUGE = 1_000_000
 """Characters from which on a row is looked at before it is tokenized: 160 MB of memory, half a second."""
-# the least that was measured: what would fit must not be refused
-BYTES_PER_BYTE = 90
 # of nine bytes NFC can make three, and of no character's whole decomposition a smaller part
 NFC_SHRINKS = 3
-
-
-def require_memory(text_bytes: int) -> None:
-    """Hold that a text can be tokenized.
-
-    Raises:
-        DataError: It takes more memory than there is.
-    """
-    import psutil
-
-    needed = BYTES_PER_BYTE * text_bytes
-    left = available_bytes("cpu") - int(psutil.Process().memory_info().rss)
-    if needed > left:
-        raise DataError(
-            f"one row of {bytes_text(text_bytes)} of text: tokenizing it takes at least {bytes_text(needed)} of "
-            f"memory, and {bytes_text(left)} are free",
-            help="cut the row into several, or remove it",
-        )
 
 
 @dataclass(frozen=True)

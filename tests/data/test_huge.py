@@ -1,4 +1,4 @@
-"""Rows too large to tokenize: left out by their length where that is sure, refused where memory does not suffice."""
+"""Rows too large to tokenize at once: left out by their length where that is sure, else tokenized in pieces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from data.kit import SPECIALS, build_tokenizer, chat
-from ftune.data import encode, huge, workers
+from ftune.data import encode, huge, pieces, workers
 from ftune.data.borders import Borders
 from ftune.data.huge import bound_of
 from ftune.data.tokenize import Split, load_splits
@@ -76,33 +75,41 @@ def test_error_names_them_without_tokenizing(load: Callable[..., Split], tokeniz
     assert max(map(len, tokenized)) < 1000
 
 
-def test_what_may_fit_is_tokenized(load: Callable[..., Split], tokenized: list[str]) -> None:
-    split = load(ROWS, max_length=400, too_long="skip")
-    assert (split.stats.examples, split.stats.skipped) == (1, 2)
-    # behind the end of its prompt
-    assert max(map(len, tokenized)) == 3001
-    assert load(ROWS, max_length=64, too_long="truncate").stats.truncated == 1
-
-
-@pytest.mark.parametrize("too_long", ["truncate", "skip"])
-def test_a_row_that_memory_does_not_suffice_for_is_named(
+@pytest.mark.parametrize("too_long", ["truncate", "skip", "error"])
+def test_no_more_is_tokenized_than_tells_what_becomes_of_a_row(
     load: Callable[..., Split], tokenized: list[str], monkeypatch: pytest.MonkeyPatch, too_long: str
 ) -> None:
-    monkeypatch.setattr(huge, "available_bytes", lambda device: 0)
-    with pytest.raises(
-        DataError, match=r"data\.jsonl:2: one row of .* of text: tokenizing it takes at least"
-    ) as caught:
-        load(ROWS, max_length=400, too_long=too_long)
-    assert caught.value.help is not None
-    assert not tokenized
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    # each token could be twelve bytes long, so that the bound alone does not tell
+    rows = [{"prompt": "q", "completion": "yes"}, {"prompt": "q", "completion": "hello " * 5000}]
+    if too_long == "error":
+        with pytest.raises(DataError, match="1 of 2 rows is longer than data.max_length = 4000"):
+            load(rows, max_length=4000, too_long=too_long)
+    else:
+        split = load(rows, max_length=4000, too_long=too_long)
+        assert (split.stats.truncated, split.stats.skipped) == ((1, 0) if too_long == "truncate" else (0, 1))
+        assert list(split.stats.notes.values()) == [1]
+    assert max(map(len, tokenized)) < 600
+    assert sum(map(len, tokenized)) < 29_000
 
 
-def test_what_a_text_takes_is_held_against_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = psutil.Process().memory_info().rss + 10**9
-    monkeypatch.setattr(huge, "available_bytes", lambda device: free)
-    huge.require_memory(10**7)  # 0.9 GB
-    with pytest.raises(DataError, match="tokenizing it takes at least"):
-        huge.require_memory(12 * 10**6)
+def _arrays(split: Split) -> list[list[int]]:
+    found = split.examples
+    return [array.tolist() for array in (found.ids, found.trained, found.lengths, found.rows)]
+
+
+def test_what_is_cut_off_unseen_is_counted_as_the_least_it_can_be(
+    load: Callable[..., Split], tokenized: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    rows = [{"prompt": "q", "completion": "hello " * 1000}]
+    split = load(rows, max_length=64, too_long="truncate")
+    monkeypatch.setattr(encode, "HUGE", 10**9)
+    whole = load(rows, max_length=64, too_long="truncate")
+    assert _arrays(split) == _arrays(whole)
+    assert split.stats.cut_answers == whole.stats.cut_answers == 1
+    assert 5500 / 12 <= split.stats.lost_tokens < whole.stats.lost_tokens
+    assert 5500 / 12 <= split.stats.lost_target_tokens < whole.stats.lost_target_tokens
 
 
 def _tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
@@ -205,3 +212,63 @@ def test_a_chunk_holds_so_many_rows_and_so_much_text(monkeypatch: pytest.MonkeyP
         list(workers.encode_all(encoder, records))
         assert encoded == [3, 2, 1, 1, 2]
     assert list(workers._chunks([])) == []
+
+
+WORDS = ["hello", " yes", " 日本", ", ", "\n", "\n\n", "12", "e\u0301", " <|im_start|>", ADDED, "  "]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(st.lists(st.sampled_from(WORDS)), st.integers(0, 40))
+def test_pieces_have_the_tokens_of_the_whole(name: str, words: list[str], prompt: int) -> None:
+    # two words behind each, so that there is a place to cut at
+    text = "".join(f"{word} go on" for word in words)
+    borders = Borders(TOKENIZERS[name], frozenset())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", 60)
+        for prompt_end in (None, min(prompt, len(text))):
+            ids, offsets = borders.split(text, prompt_end or 0)
+            found = list(pieces.pieces(text, borders, prompt_end))
+            assert "".join(text[piece.start : piece.end] for piece in found) == text
+            assert [i for piece in found for i in piece.ids.tolist()] == ids
+            # behind a byte that the vocabulary lacks, the library's offsets in one text are shifted
+            if name != "lacking":
+                assert [tuple(pair) for piece in found for pair in piece.offsets.tolist()] == offsets
+
+
+def test_a_text_without_any_border_is_cut_all_the_same(
+    load: Callable[..., Split], tokenized: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    assert load([{"text": "a" * 3000}], max_length=4000, too_long="split").stats.tokens >= 3000
+    assert max(map(len, tokenized)) < 600
+
+
+@pytest.mark.parametrize("row", [{"text": "hello yes, " * 300}, {"text": "<|bos|>" + "12\nhello " * 300}])
+def test_a_huge_text_is_split_into_the_windows_of_the_whole(
+    load: Callable[..., Split], tokenized: list[str], monkeypatch: pytest.MonkeyPatch, row: dict[str, str]
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    found = load([row], max_length=64, too_long="split")
+    assert max(map(len, tokenized)) < 600
+    monkeypatch.setattr(encode, "HUGE", 10**9)
+    whole = load([row], max_length=64, too_long="split")
+    assert (found.stats, _arrays(found)) == (whole.stats, _arrays(whole))
+
+
+def test_a_huge_answer_in_a_chat_is_trained_as_the_whole(
+    load: Callable[..., Split], tokenized: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    rows = [{"messages": [*chat("hi " * 400, "yes " * 300), *chat("and, " * 300, "well. " * 200)]}]
+    found = load(rows, max_length=10_000)
+    assert max(map(len, tokenized)) < 600
+    monkeypatch.setattr(encode, "HUGE", 10**9)
+    assert _arrays(found) == _arrays(load(rows, max_length=10_000))
+
+
+def test_an_added_token_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 60)
+    text = "hello" * 9 + ADDED * 5
+    found = list(pieces.pieces(text, Borders(TOKENIZERS["added"], frozenset()), None))
+    added = TOKENIZERS["added"].convert_tokens_to_ids(ADDED)
+    assert [i for piece in found for i in piece.ids.tolist()].count(added) == 5
