@@ -44,9 +44,9 @@ fix: $(STAMP) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The fast tests share the cores; the slow ones train the real model or start processes, one after another.
+# The slow ones train the real model or start processes.
 test: test-fast ## all tests
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(JOBS)
 
 test-fast: $(STAMP) ## the tests that need no real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)

@@ -23,11 +23,12 @@ from ftune.methods import METHODS
 from ftune.recipe import json_schema, load_checked
 
 ROOT = Path(__file__).parents[2]
+GROUPS = {"longlora": 384}
+"""Tokens of a row where 192 are not enough: LongLoRA's recipe has groups of 256."""
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-# Enough to learn something, little enough for CI: a few rows of 384 tokens.
+# Enough to learn something, little enough for CI: a few rows of 192 tokens.
 CUT = [
     "--set=training.max_steps=6",
-    "--set=data.max_length=384",
     "--set=data.train.max_examples=60",
     "--set=data.eval.max_examples=6",
     "--set=checkpoint.every_steps=3",
@@ -86,7 +87,7 @@ def ftune(*arguments: str | Path, check: bool = True) -> subprocess.CompletedPro
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    cut = [*CUT, f"--set=output_dir={run}", f"--set=model.id={dense}"]
+    cut = [*CUT, f"--set=data.max_length={GROUPS.get(name, 192)}", f"--set=output_dir={run}", f"--set=model.id={dense}"]
     arguments = [sys.executable, "-m", "ftune", "train", f"recipes/{name}.yaml", *cut]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (run / "checkpoints/step-3").is_dir():
@@ -104,8 +105,10 @@ def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Pa
     # In this process: importing the libraries takes as long as the work.
     result = evaluate(find_target(run), base=True)
     assert result["tuned"]["loss"] < result["base"]["loss"]
-    # A whole model is trained in fp32 and saved in 16 bits.
-    rounding = 0.05 if METHODS[name].artifact == "model" else 1e-3
+    # In bfloat16 a last digit of one weight, which a processor rounds as memory lies, moves the loss of so few tokens by
+    # 2 %. A whole model is trained in fp32 and saved in 16 bits.
+    exact = METHODS[name].artifact == "adapter" and record["plan"]["model"]["dtype"] == "float32"
+    rounding = 1e-3 if exact else 0.05
     assert result["tuned"]["loss"] == pytest.approx(record["measured"]["held_out_loss"], rel=rounding)
 
     if not METHODS[name].mergeable:
