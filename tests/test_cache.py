@@ -193,6 +193,20 @@ def test_what_others_keep_in_the_root_is_never_deleted(root: Path, monkeypatch: 
     assert not (root / "gguf/b").exists()
 
 
+def test_a_cache_of_an_older_version_is_pruned_where_only_ftune_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FTUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = tmp_path / "ftune/tokens/old"
+    old.parent.mkdir(parents=True)  # without the mark that this version leaves
+    old.write_bytes(b"x" * 1000)
+    os.utime(old, (0, 0))
+    monkeypatch.setenv("FTUNE_CACHE_GIB", str(100 / 2**30))
+    entry("tokens", "new")
+    assert not old.exists()
+
+
 def test_a_cache_that_everybody_can_write_is_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cache_dir("tokens") is not None
     for part in (root, root / "tokens"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from ftune.artifacts.training import train
 from ftune.errors import RecipeError
 from ftune.recipe import load_checked, parse_recipe
 from ftune.recipe.load import Loaded
+from ftune.recipe.variables import Expanded
 
 RECIPE = "model: org/tiny\nmethod: lora\ndata: rows.jsonl\noutput_dir: runs/x\n"
 
@@ -116,6 +120,12 @@ def test_all_of_them_at_once_and_on_the_command_line_too() -> None:
     assert (
         parsed("output_dir: x", "output_dir=${DISK}/z", "training.max_steps=${STEPS}").recipe.training.max_steps == 20
     )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda text: pickle.loads(pickle.dumps(text))])
+def test_what_was_put_in_can_be_copied_and_sent_to_other_processes(copied: Callable[[Expanded], Expanded]) -> None:
+    again = copied(Expanded("20", 20))
+    assert (again, again.typed) == ("20", 20)
 
 
 def test_keys_and_comments_are_left_alone() -> None:

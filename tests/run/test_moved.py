@@ -81,6 +81,16 @@ def test_what_learns_nothing_beside_others_that_move_is_told(gradient: float | N
             watch_of(5)
 
 
+def test_of_several_processes_each_must_use_every_parameter() -> None:
+    """What one process leaves out, the others may have trained: a gradient missing in one is an error."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("used", "also", "unused")})
+    watch = MoveWatch(model, alone=False)
+    for name in ("used", "also"):
+        model[name].weight.grad = torch.ones(2, 2)
+    with pytest.raises(RunFailed, match="unused"):
+        watch.after_update(model, last=False, learning_rate=1e-2)
+
+
 def test_what_had_moved_before_an_interruption_is_not_watched_again() -> None:
     assert watched(torch.ones(8), 1e-5, 9, only=[]).resting == []
 

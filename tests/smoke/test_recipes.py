@@ -105,7 +105,7 @@ def test_trains_resumes_evaluates_and_merges_the_real_model(name: str, dense: Pa
     # In this process: importing the libraries takes as long as the work.
     result = evaluate(find_target(run), base=True)
     assert result["tuned"]["loss"] < result["base"]["loss"]
-    # In bfloat16 a last digit of one weight, which a processor rounds as memory lies, moves the loss of so few tokens by
+    # In bfloat16 the last digit of a weight, which processors round differently, moves the loss of so few tokens by
     # 2 %. A whole model is trained in fp32 and saved in 16 bits.
     exact = METHODS[name].artifact == "adapter" and record["plan"]["model"]["dtype"] == "float32"
     rounding = 1e-3 if exact else 0.05
