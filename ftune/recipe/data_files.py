@@ -6,7 +6,7 @@ Nothing is opened: files are told apart by their names.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,8 @@ _ADVICE = {
 }
 """What to do with a file that is not read, by how its name ends."""
 
-# as `datasets` knows the files of a split by their names
+# as `datasets` knows the files of a split: by a word of their names, set off by these characters
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "heldout", "holdout"), "validation"),
@@ -102,17 +103,23 @@ def _in_directory(path: Path, name: str, key: Literal["train", "eval"], without:
     other = [entry for entry in entries if entry not in data and entry not in about and entry not in inner]
     held_out = [file for file in data if file.resolve() in without]
     rest = [file for file in data if file not in held_out]
-    files = _of_split(rest, key)
+    split_of = _splits(rest)
+    files = _of_split(split_of, key)
     if not files:
-        raise _nothing_in(name, rest, other, inner)
+        raise _nothing_in(name, rest, held_out, other, inner)
     kinds = sorted({file.suffix.lower() for file in files})
     if len(kinds) > 1:
         raise DataError(
             f"{name}: files of {len(kinds)} kinds in one directory: {', '.join(kinds)}",
             help="keep one kind in the directory, or name one file",
         )
+    passed_over = {file: split for file, split in split_of.items() if file not in files}
     reasons = {
-        "named for another split": [file for file in rest if file not in files],
+        **{
+            f"named for another split: {split}": [file for file, its in passed_over.items() if its == split]
+            for split in sorted({its for its in passed_over.values() if its is not None})
+        },
+        f"not named for a split, as {files[0].name} is": [file for file, its in passed_over.items() if its is None],
         "held out": held_out,
         "about the data, by its name": [entry for entry in about if entry.suffix.lower() in DATA_SUFFIXES],
         "no data file": other,
@@ -122,9 +129,8 @@ def _in_directory(path: Path, name: str, key: Literal["train", "eval"], without:
     return LocatedData("directory", str(path), tuple(files), left_out)
 
 
-def _of_split(files: Sequence[Path], key: Literal["train", "eval"]) -> list[Path]:
+def _of_split(split_of: Mapping[Path, str | None], key: Literal["train", "eval"]) -> list[Path]:
     """The files whose names speak for a source, or for none; for ``eval`` those of the best name."""
-    split_of = {file: _split(file) for file in files}
     if key == "train":
         return [file for file, split in split_of.items() if split in (None, "train")]
     for wanted in ("validation", "test", None):
@@ -133,13 +139,35 @@ def _of_split(files: Sequence[Path], key: Literal["train", "eval"]) -> list[Path
     return []
 
 
-def _split(file: Path) -> str | None:
-    """The split that a file is named for, by a word of its name; None where there is none, or several."""
-    found = {_SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _SPLITS}
+def _splits(files: Sequence[Path]) -> dict[Path, str | None]:
+    """The split that each file is named for; None where there is none, or several.
+
+    A table is named by any word of its name, as ``datasets`` has it. A document's name is its subject: `dev-setup.txt`
+    is about a set-up. Only `test.txt` itself is the test split, and only where a file of the train split lies beside.
+    """
+    split_of = {file: _of_document(file) if file.suffix.lower() == ".txt" else _of_table(file) for file in files}
+    if "train" in split_of.values():
+        return split_of
+    return {file: None if file.suffix.lower() == ".txt" else split for file, split in split_of.items()}
+
+
+def _of_table(file: Path) -> str | None:
+    found = {_SPLITS[word] for word in _BETWEEN_WORDS.split(file.stem.lower()) if word in _SPLITS}
     return found.pop() if len(found) == 1 else None
 
 
-def _nothing_in(name: str, data: Sequence[Path], other: Sequence[Path], inner: Sequence[Path]) -> DataError:
+def _of_document(file: Path) -> str | None:
+    return _SPLITS.get(re.sub(r"-\d{5}-of-\d{5}$", "", file.stem.lower()))
+
+
+def _nothing_in(
+    name: str, data: Sequence[Path], held_out: Sequence[Path], other: Sequence[Path], inner: Sequence[Path]
+) -> DataError:
+    if held_out:
+        return DataError(
+            f"every data file in `{name}` that could be trained on is held out: {_shown(held_out)}",
+            help="name other files in `data.eval`, or leave it out and hold out some rows with `eval_fraction`",
+        )
     if data:
         return DataError(
             f"every data file in `{name}` is named for another split: {_shown(data)}",

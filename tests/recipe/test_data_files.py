@@ -42,6 +42,15 @@ def files(key: Literal["train", "eval"] = "train", *without: str) -> list[str]:
         (["a.jsonl", "b.jsonl", "EVAL.jsonl", "c_valid.jsonl"], ["a.jsonl", "b.jsonl"], ["c_valid.jsonl"]),
         (["latest.jsonl", "contest.jsonl"], ["contest.jsonl", "latest.jsonl"], ["contest.jsonl", "latest.jsonl"]),
         (["train_test.jsonl"], ["train_test.jsonl"], ["train_test.jsonl"]),
+        (["a.csv", "étest.csv", "dev.v2.csv"], ["a.csv", "étest.csv"], ["dev.v2.csv"]),
+        # documents: the whole name, beside a train file
+        (["intro.txt", "train.txt", "TEST.txt"], ["intro.txt", "train.txt"], ["TEST.txt"]),
+        (
+            ["train-00000-of-00001.txt", "test-00000-of-00001.txt"],
+            ["train-00000-of-00001.txt"],
+            ["test-00000-of-00001.txt"],
+        ),
+        (["train.txt", "how-to-test.txt", "val.txt"], ["how-to-test.txt", "train.txt"], ["val.txt"]),
     ],
 )
 def test_a_file_named_for_another_split_is_left_out(names: list[str], train: list[str], held_out: list[str]) -> None:
@@ -50,12 +59,27 @@ def test_a_file_named_for_another_split_is_left_out(names: list[str], train: lis
     assert files("eval") == held_out
 
 
+def test_documents_named_for_their_subjects_are_all_read() -> None:
+    names = ["api.txt", "dev-setup.txt", "evaluation-of-plans.txt", "how-to-test.txt", "test.txt", "training-plan.txt"]
+    fill(*names, "test_2.txt", text="Some words.")
+    assert files() == files("eval") == [*names[:5], "test_2.txt", names[5]]
+
+
+def test_what_is_left_out_of_held_out_data_is_told_with_its_true_reason() -> None:
+    fill("train.jsonl", "test.jsonl", "dev.jsonl", "notes.jsonl")
+    assert locate_data(DataSource(path="d"), "eval").left_out == (
+        "test.jsonl (named for another split: test)",
+        "train.jsonl (named for another split: train)",
+        "notes.jsonl (not named for a split, as dev.jsonl is)",
+    )
+
+
 def test_what_is_left_out_is_told() -> None:
     fill("train.jsonl", "test.jsonl", "README.txt", "LICENSE", "more.jsonl.gz", ".hidden.jsonl", "inner/x.jsonl")
     fill("dataset_infos.json")
     rows, _ = read_source(DataSource(path="d"))
     assert rows.notes == (
-        "data.train: left out of d: test.jsonl (named for another split)",
+        "data.train: left out of d: test.jsonl (named for another split: test)",
         "data.train: left out of d: README.txt, dataset_infos.json (about the data, by its name)",
         "data.train: left out of d: more.jsonl.gz (no data file)",
         "data.train: left out of d: inner (a directory)",
@@ -68,6 +92,13 @@ def test_nothing_for_a_split_names_what_there_is() -> None:
         files()
     assert caught.value.help == "name the file itself: `d/test.jsonl`"
     assert locate_data(DataSource(path="d/test.jsonl")).files == (Path("d/test.jsonl"),)
+
+
+def test_a_directory_whose_files_are_all_held_out_says_so() -> None:
+    fill("a.txt", "test.txt", text="Some words.")
+    with pytest.raises(DataError, match=r"in `d` that could be trained on is held out: a.txt, test.txt") as caught:
+        files("train", "a.txt", "test.txt")
+    assert "`eval_fraction`" in (caught.value.help or "")
 
 
 @pytest.mark.parametrize(
