@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.data.chat import ChatTemplate, apply_template
 from ftune.data.formats import Conversation, Message
+from ftune.data.outline import outline_of, shape_of
 from ftune.data.readers import DECODER
 from ftune.data.turns import CALL_TEXT
 from ftune.errors import DataError
@@ -22,7 +23,9 @@ from ftune.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TOOL_ROLES", "Forms", "canonical", "other_value"]
+__all__ = ["ARGUMENTS_AS_TEXT", "TOOL_ROLES", "Forms", "canonical", "check_arguments", "other_value"]
+
+ARGUMENTS_AS_TEXT = "the arguments of a tool call are no JSON object: they are given to the chat template as they are"
 
 # what templates call the speaker of a tool's result, and of instructions; the first is what rows have here
 TOOL_ROLES = ("tool", "ipython", "observation", "function")
@@ -78,7 +81,10 @@ class Form:
 
 
 class Forms:
-    """The form that a template takes, found once for each kind of conversation.
+    """The form that a template takes, found once for each shape of conversation.
+
+    It is found on the shape's outline, so that it depends neither on other rows nor on their order. Only where what is
+    found does not do for a conversation, it is looked for on that conversation itself.
 
     Args:
         tokenizer: For its special tokens.
@@ -88,21 +94,36 @@ class Forms:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._known: dict[tuple[bool, ...], Form] = {}
+        self._known: dict[str, tuple[Form | None, bool]] = {}
 
     def fitted(self, conversation: Conversation) -> Conversation:
         """The conversation in the form that loses least; as it is where no form renders."""
         kind = _kind(conversation)
         if not any(kind):
             return conversation
-        form = self._known.get(kind)
-        if form is None or self._rendered(form.of(conversation)) is None:
-            form = self._best(conversation, kind)
-            self._known.setdefault(kind, form)
+        outline = outline_of(conversation)
+        shape = shape_of(outline)
+        if shape not in self._known:
+            found = self._best(outline, _kind(outline))
+            self._known[shape] = found, found is not None and self._suits(found.of(outline))
+        form, suits = self._known[shape]
+        written = form.of(conversation) if form is not None else conversation
+        if form is None or (not self._suits(written) and (suits or self._rendered(written) is None)):
+            form = self._best(conversation, kind) or form or Form()
         return form.of(conversation)
 
-    def _best(self, conversation: Conversation, kind: tuple[bool, ...]) -> Form:
-        best, least = Form(), None
+    def _suits(self, conversation: Conversation) -> bool:
+        """Whether a conversation renders, with the arguments of its calls written once."""
+        text = self._rendered(conversation)
+        return text is not None and all(
+            _encoded_once(call["function"].get("arguments"), text)
+            for message in conversation.messages
+            for call in message.get("tool_calls") or ()
+        )
+
+    def _best(self, conversation: Conversation, kind: tuple[bool, ...]) -> Form | None:
+        """The form that loses least, the usual one first; None where none renders."""
+        best, least = None, None
         for form in _forms(kind):
             cost = self._cost(form.of(conversation))
             if cost is not None and (least is None or cost < least):
@@ -123,7 +144,14 @@ class Forms:
         if text is None:
             return None
         cost = 0
+        looked_at: set[str] = set()
         for index, message in enumerate(conversation.messages):
+            # turns that are alike are shown alike: a long row has few kinds of them
+            functions = [call["function"] for call in message.get("tool_calls") or ()]
+            alike = json.dumps([message["role"], message.get("content"), functions], default=str)
+            if alike in looked_at:
+                continue
+            looked_at.add(alike)
             for place, call in enumerate(message.get("tool_calls") or ()):
                 function = call["function"]
                 cost += not _encoded_once(function.get("arguments"), text)
@@ -186,6 +214,38 @@ def _canonical(call: Any, place: str) -> dict[str, Any]:
     elif arguments is None:
         function["arguments"] = {}
     return {"type": "function", **outer, "function": function}
+
+
+def check_arguments(conversation: Conversation, trained: Sequence[int]) -> list[str]:
+    """What to tell of arguments that are no JSON object.
+
+    Args:
+        conversation: Its calls as ``canonical`` makes them.
+        trained: Indices of the messages that are trained on.
+
+    Raises:
+        DataError: A call that is trained on has arguments that begin as JSON and are none. Other text may be meant:
+            some tools take code or a query as it is.
+    """
+    notes: dict[str, None] = {}
+    for index, message in enumerate(conversation.messages):
+        for place, call in enumerate(message.get("tool_calls") or ()):
+            arguments = call["function"].get("arguments")
+            if isinstance(arguments, Mapping):
+                continue
+            notes[ARGUMENTS_AS_TEXT] = None
+            if index not in trained or not isinstance(arguments, str) or arguments.lstrip()[:1] not in ("{", "["):
+                continue
+            try:
+                DECODER.decode(arguments)
+            except (ValueError, RecursionError) as error:
+                why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                said = arguments if len(arguments) <= 40 else f"{arguments[:37]}..."
+                raise DataError(
+                    f"messages[{index}].tool_calls[{place}]: `arguments` is no valid JSON ({why}): {said!r}",
+                    help="write the arguments as an object, or as its JSON in a string; or set `weight: 0` on the turn",
+                ) from None
+    return list(notes)
 
 
 def _decoded(text: str) -> Any:

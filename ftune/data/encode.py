@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftune.data.borders import Borders
-from ftune.data.calls import Forms, canonical
+from ftune.data.calls import Forms, canonical, check_arguments
 from ftune.data.chat import ChatTemplate, Span, special_tokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
@@ -154,10 +154,7 @@ class Encoder:
         Raises:
             DataError: A tool call or a weight is none.
         """
-        messages = conversation.messages
-        if _calls(conversation):
-            messages = tuple(canonical(message, f"messages[{i}]") for i, message in enumerate(messages))
-        weightless, _, _ = weighed(replace(conversation, messages=messages), "assistant")
+        weightless, _, _ = weighed(_canonical(conversation), "assistant")
         return self._forms.fitted(weightless) if self._forms is not None else weightless
 
     def prompt_ids(self, prompts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
@@ -300,6 +297,9 @@ class Encoder:
         """One conversation as text; counts what is to be told of it."""
         _, turns, said = weighed(record, self._train_on)
         conversation = self.prepared(record)
+        if _calls(record):
+            trained_on = range(len(record.messages)) if self._train_on == "all" else turns
+            said += check_arguments(_canonical(record), trained_on)
         if self._train_on != "all":
             # a question without an answer would only make the last answer look like an earlier one
             end = 1 + max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
@@ -400,6 +400,18 @@ def _huge(*texts: str) -> bool:
 
 def _calls(conversation: Conversation) -> bool:
     return any(message.get("tool_calls") for message in conversation.messages)
+
+
+def _canonical(conversation: Conversation) -> Conversation:
+    """The conversation with its tool calls as ``canonical`` makes them.
+
+    Raises:
+        DataError: A tool call is none.
+    """
+    if not _calls(conversation):
+        return conversation
+    messages = tuple(canonical(message, f"messages[{i}]") for i, message in enumerate(conversation.messages))
+    return replace(conversation, messages=messages)
 
 
 def _ids(conversation: Conversation) -> set[str]:

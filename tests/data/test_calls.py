@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from data.kit import PROMPT, build_tokenizer
-from ftune.data.calls import Forms, canonical, other_value
+from ftune.data.calls import ARGUMENTS_AS_TEXT, Forms, canonical, check_arguments, other_value
 from ftune.data.chat import apply_template, load_template
 from ftune.data.formats import Conversation
 from ftune.errors import DataError
@@ -57,6 +58,23 @@ def calls(arguments: str) -> str:
 )
 def test_arguments_are_written_once(arguments: str, text: str) -> None:
     assert f"<call>f{text}</call>" in shown(calls(arguments))
+
+
+@pytest.mark.parametrize("order", [("[1, 2]", {"x": 1}), ({"x": 1}, "[1, 2]"), ({}, {"x": 1}), (["a"], {"x": 1})])
+def test_the_form_does_not_depend_on_the_order_of_rows(order: tuple[Any, Any]) -> None:
+    tokenizer = build_tokenizer(calls("{{ f.arguments }}"))
+    loaded = load_template(tokenizer)
+    assert loaded is not None
+    forms = Forms(tokenizer, loaded)
+    for value in order:
+        call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": value}}
+        turns = (
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        )
+        found = forms.fitted(Conversation(turns, 0))
+        expected = value if isinstance(value, str) else json.dumps(value)
+        assert f"<call>f{expected}</call>" in apply_template(found.messages, found, tokenizer, loaded)
 
 
 @pytest.mark.parametrize("condition", ["m.content is none", "m.content is not defined", "m.content == ''"])
@@ -116,3 +134,53 @@ def test_another_value_is_another(value: Any) -> None:
     if isinstance(value, str):
         assert other.lower() != value.lower()
         assert not value.isalnum() or len(other) == len(value)
+
+
+MIXED: list[Any] = [{}, '{"x": 1}', {"x": [1, {"y": None}]}, "[1, 2]", ["a"], "print(1)", 5, {"x": "it's"}]
+
+
+@pytest.mark.parametrize("first", range(len(MIXED)))
+@pytest.mark.parametrize("template", ["{{ f.arguments }}", "{{ f.arguments | tojson }}", "{{ f | tojson }}"])
+def test_what_comes_first_changes_nothing(template: str, first: int) -> None:
+    tokenizer = build_tokenizer(calls(template))
+    loaded = load_template(tokenizer)
+    assert loaded is not None
+
+    def texts(forms: Forms, order: list[int]) -> dict[int, str]:
+        found = {}
+        for i in order:
+            call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": MIXED[i]}}
+            message = canonical({"role": "assistant", "content": "", "tool_calls": [call]}, "m")
+            fitted = forms.fitted(Conversation(({"role": "user", "content": "call {'x': 1}"}, message), 0))
+            found[i] = apply_template(fitted.messages, fitted, tokenizer, loaded)
+        return found
+
+    alone = {i: texts(Forms(tokenizer, loaded), [i])[i] for i in range(len(MIXED))}
+    order = [first, *(i for i in range(len(MIXED)) if i != first)]
+    assert texts(Forms(tokenizer, loaded), order) == alone
+    assert '{"x": 1}' in alone[1]
+    assert '{"x": [1, {"y": null}]}' in alone[2]
+
+
+def given(arguments: Any) -> Conversation:
+    message = canonical(
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}, "m"
+    )
+    return Conversation(({"role": "user", "content": "q"}, message), 0)
+
+
+@pytest.mark.parametrize("broken", ['{"x": 1', "{'x': 1}", '{"x": 1}}', "[1, 2", '{"x": NaN}', " {x: 1}"])
+def test_broken_json_is_refused_where_it_is_trained(broken: str) -> None:
+    with pytest.raises(DataError, match=r"messages\[1\]\.tool_calls\[0\]: `arguments` is no valid JSON"):
+        check_arguments(given(broken), [1])
+    assert check_arguments(given(broken), []) == [ARGUMENTS_AS_TEXT]
+
+
+@pytest.mark.parametrize("arguments", ["print(1)", "[1]", ["a"], "5"])
+def test_text_as_arguments_is_told(arguments: Any) -> None:
+    assert check_arguments(given(arguments), [1]) == [ARGUMENTS_AS_TEXT]
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}', "", None, " {}"])
+def test_objects_in_either_form_are_not_told(arguments: Any) -> None:
+    assert check_arguments(given(arguments), [1]) == []
