@@ -281,7 +281,10 @@ def _train(
     except BaseException as error:
         step = (tally.last.step if tally.last else 0) if sinks else None
         explained = out_of_memory(plan, step) if is_out_of_memory(error) else error
-        record["error"] = str(explained)
+        if stop.signal_number and isinstance(explained, RuntimeError):
+            status = "interrupted"  # the signal ended another process first, and this one lost its connection
+        else:
+            record["error"] = str(explained)
         raise explained from error.__cause__ if explained is error else error
     finally:
         if not sinks:

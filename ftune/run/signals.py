@@ -58,7 +58,7 @@ class Interruptible:
 
 
 class StopRequest:
-    """While active, remembers the first signal; a second one interrupts at once.
+    """While active, remembers the first signal; a second one interrupts at once (SIGTERM only two seconds later).
 
     Outside the main thread, where Python allows no handlers, none is seen.
 
@@ -73,6 +73,7 @@ class StopRequest:
         self.signal_number = 0
         self.doing: str | None = None
         self.step = 0
+        self._asked: float | None = None
         self._raised: float | None = None
         self._before: dict[int, Any] = {}
 
@@ -89,13 +90,15 @@ class StopRequest:
         _restore(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.doing is None or self.signal_number:
-            now = time.monotonic()
-            if self._raised is not None and now - self._raised < _IMPATIENT_SECONDS:
+            # a launcher that ends sends its processes what the kernel sends them, too: nobody types SIGTERM
+            again = number != signal.SIGINT and self._asked is not None and now - self._asked < _IMPATIENT_SECONDS
+            if again or (self._raised is not None and now - self._raised < _IMPATIENT_SECONDS):
                 return
             self.signal_number, self._raised = self.signal_number or number, now
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number, self._asked = number, now
         _tell(f"{signal.Signals(number).name}: finishing {self.doing}; once more stops at once")
 
 

@@ -44,6 +44,28 @@ def recipe(where: Path, **changes: Any) -> Any:
     return tiny.recipe(where, checkpoint={"every_steps": 1}, data={"packing": False, "eval": None}, **changes)
 
 
+def test_sigterm_of_a_launcher_and_of_the_kernel_is_one_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_batch(monkeypatch, {2: [signal.SIGTERM, signal.SIGTERM]})
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train(recipe(tmp_path), progress=False)
+    assert (tmp_path / "run/checkpoints/step-2").is_dir()
+
+
+def test_a_connection_lost_by_a_signal_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes the one that ends first takes the others' connections with it."""
+
+    def lost(loop: Loop, *_: Any, **__: Any) -> None:
+        loop.stop.doing = "this step"
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Loop, "run", lost)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        train(recipe(tmp_path), progress=False)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["status"], "error" in record) == ("interrupted", False)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_finishes_the_step_and_saves(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
