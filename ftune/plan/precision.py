@@ -47,6 +47,8 @@ MARGIN = 1.1
 
 BUDGET_SECONDS = 0.25
 ROUNDS = 7
+SETTLED = 1.25
+"""How many times slower than a second measurement the first may be, for both to be believed."""
 
 _found: dict[str, dict[str, float]] = {}
 """What this process measured or read, by file name: with no cache on disk, one measurement a process."""
@@ -74,7 +76,7 @@ def faster(key: str, candidates: Mapping[str, Callable[[], object]], margin: flo
 
 
 def seconds_of(key: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds that each candidate takes on this machine: its best of several turns, measured once and kept.
+    """Seconds that each candidate takes on this machine: its best of several turns, kept once two processes agree.
 
     Each runs once to warm up and once to be timed, then they take turns until a quarter of a second is over, so that
     a machine that slows down slows them all. A candidate that torch cannot run here takes ``inf``. In a group of
@@ -102,28 +104,37 @@ def seconds_of(key: str, candidates: Mapping[str, Callable[[], object]]) -> dict
 
 
 def _kept(name: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Read what was measured before, or measure and keep it."""
+    """Read what was measured before, or measure and keep it.
+
+    Where other programs take the processor, threads that wait for each other make a product tens of times slower. So
+    what was measured once is measured again by the next process, until a measurement finds no candidate much faster.
+    """
     directory = cache_dir("machine")
     path = directory / name if directory else None
-    seconds = _read(path) if path else None
-    if path and seconds is not None and seconds.keys() == candidates.keys():
+    before, settled = (_read(path) if path else None) or ({}, False)
+    known = before.keys() == candidates.keys()
+    if path and known and settled:
         touch(path)
-        return seconds
+        return before
     seconds = _measure(candidates)
+    if known:
+        settled = all(value <= SETTLED * seconds[key] for key, value in before.items())
+        seconds = {key: min(value, seconds[key]) for key, value in before.items()}
     if path:
-        text = json.dumps(seconds)
+        text = json.dumps({"seconds": seconds, "settled": settled})
         publish(path, lambda temporary: cast(None, temporary.write_text(text, encoding="utf-8")))
     return seconds
 
 
-def _read(path: Path) -> dict[str, float] | None:
-    """The seconds in a file; None where there is none or it is damaged."""
+def _read(path: Path) -> tuple[dict[str, float], bool] | None:
+    """The seconds in a file, and whether a second measurement agreed; None where there is none or it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {str(name): float(value) for name, value in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        seconds = {str(name): float(value) for name, value in found["seconds"].items()}
+        settled = found["settled"] is True
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
-    return seconds if all(value > 0 for value in seconds.values()) else None
+    return (seconds, settled) if all(value > 0 for value in seconds.values()) else None
 
 
 def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:

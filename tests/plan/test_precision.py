@@ -56,19 +56,39 @@ def test_what_cannot_run_here_is_not_taken(clock: list[float]) -> None:
     assert faster("x", {"a": Timed(clock, 1.0), "b": unsupported}, 1.1) == "a"
 
 
-def test_it_is_measured_once_in_a_process_and_once_on_a_machine(
+def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_found", {})
+
+
+def test_it_is_measured_once_in_a_process_and_twice_on_a_machine(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.01)}
-    found = seconds_of("x", first)
+    timed = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.01)}
+    found = seconds_of("x", timed)
     assert found == pytest.approx({"a": 0.1, "b": 0.01})
-    calls = first["a"].calls
-    assert seconds_of("x", first) == found
-    monkeypatch.setattr(precision, "_found", {})
-    assert seconds_of("x", first) == found
-    assert first["a"].calls == calls
-    assert seconds_of("y", first) == pytest.approx(found)
-    assert first["a"].calls > calls, "another key is another measurement"
+    calls = timed["a"].calls
+    assert seconds_of("x", timed) == found
+    assert timed["a"].calls == calls
+    another_process(monkeypatch)
+    assert seconds_of("x", timed) == pytest.approx(found)
+    again = timed["a"].calls
+    assert again > calls, "nothing says yet that the first was right"
+    another_process(monkeypatch)
+    assert seconds_of("x", timed) == pytest.approx(found)
+    assert timed["a"].calls == again
+    assert seconds_of("y", timed) == pytest.approx(found)
+    assert timed["a"].calls > again, "another key is another measurement"
+
+
+def test_what_a_busy_machine_measured_does_not_stay(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.5)}
+    idle = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.05)}
+    assert faster("x", busy, 1.1) == "a"
+    for _ in range(2):
+        another_process(monkeypatch)
+        assert faster("x", idle, 1.1) == "b"
+    another_process(monkeypatch)
+    assert faster("x", busy, 1.1) == "b", "settled: it is not measured any more"
 
 
 def test_the_number_of_threads_is_part_of_the_machine(clock: list[float]) -> None:
@@ -95,7 +115,18 @@ def test_what_the_libraries_may_use_is_part_of_the_machine(
     assert timed["a"].calls > calls
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": "x"}', '{"a": -1.0}', '{"b": 1.0}', '{"a": NaN}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"a": 1.0}',
+        *(
+            f'{{"seconds": {seconds}, "settled": true}}'
+            for seconds in ("1", '{"a": "x"}', '{"a": -1.0}', '{"b": 1.0}', '{"a": NaN}')
+        ),
+    ],
+)
 def test_a_damaged_entry_is_measured_again(clock: list[float], content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {"a": Timed(clock, 0.1)}
     seconds_of("x", timed)
@@ -105,7 +136,7 @@ def test_a_damaged_entry_is_measured_again(clock: list[float], content: str, mon
     entry.write_text(content)
     monkeypatch.setattr(precision, "_found", {})
     assert seconds_of("x", timed) == pytest.approx({"a": 0.1})
-    assert json.loads(entry.read_text()) == pytest.approx({"a": 0.1})
+    assert json.loads(entry.read_text())["seconds"] == pytest.approx({"a": 0.1})
 
 
 def test_without_a_cache_it_is_measured_in_every_process(
