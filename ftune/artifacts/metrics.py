@@ -56,9 +56,8 @@ def contains(prediction: str, reference: str) -> float:
     """1 if the reference's units stand in the prediction, one behind the other; an empty one only in an empty one."""
     whole, part = units(prediction), units(reference)
     if not part:
-        return float(
-            folded(prediction) == folded(reference) or bool(folded(reference)) and folded(reference) in prediction
-        )
+        said, sought = folded(prediction), folded(reference)
+        return float(said == sought or (bool(sought) and sought in said))
     return float(any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1)))
 
 
@@ -113,11 +112,22 @@ _ONLY = regex_engine.compile(
     regex_engine.IGNORECASE,
 )
 _SAID = regex_engine.compile(
-    r"(?i:answers?|choice|option|choose|chose|select|pick|correct(?:\s+one)?|boxed\{|答案|选|選)"
-    r"(?i:\s+(?:is|are|would be|must be|should be|option|choice|letter|answer|是|为))*\s*[:=是为為]?\s*"
-    r"(?:\\boxed\{|\\text\{|[\(\[\{*_\"'`“‘$\s])*(?:([A-Z])(?![\w'’])|([a-z])(?=[\)\]\}\"'`*.,;]|\s*$))",
+    r"(?i:answers?|choices?|options?|letters?|both|choose|chose|select|pick|correct(?:\s+one)?|boxed\{|答案|选|選)"
+    r"(?i:\s+(?:is|are|would be|must be|should be|options?|choices?|letters?|answers?|是|为))*\s*[:=是为為]?\s*"
+    r"(?:\\boxed\{|\\text\{|[\(\[\{*_\"'`“‘$\s])*(?:([A-Z])(?![\p{Latin}\d_'’])|([a-z])(?=[\)\]\}\"'`*.,;]|\s*$|\s+(?:and|or|&)\s+[a-z](?!\w)))",
 )
-_FIRST = regex_engine.compile(r"[\s(\[*_\"'`]*([A-Za-z])[*_\"'`]*(?:[)\].:,–—]|\s+-)(?=[\s*_\"'`)]|$)")
+# How a second letter follows: "A and C", "A, C"; "or" decides on none. Behind a comma alone a sentence may begin.
+_OPEN, _CLOSE = r"[\(\[\{*_\"'`“‘$]*", r"[)\]}*_\"'`”’$]*"
+_LISTED = rf"(?={_CLOSE}\s*(?:[,.;:!?&/、和。]|$|(?i:and|or|und|oder|are)\b))"
+_MORE = regex_engine.compile(
+    rf"{_CLOSE}\s*,?\s*(?:"
+    rf"(?P<or>(?i:or|oder|ou)\b|或)\s*{_OPEN}[A-Za-z](?![\p{{Latin}}\d_'’])"
+    rf"|(?:(?i:and|und|et)\b|[&和])\s*{_OPEN}(?:(?P<letter>[A-HJ-Zb-hj-z])(?![\p{{Latin}}\d_'’+#])|(?P<letter>[A-Za-z]){_LISTED})"
+    rf"|(?:(?<=,\s*)|[/、])\s*{_OPEN}(?P<letter>[A-Za-z]){_LISTED})"
+)
+_FIRST = regex_engine.compile(
+    r"[\s(\[*_\"'`]*([A-Za-z])[*_\"'`]*(?:[)\].:,–—]|\s+-|(?=\s+(?:or|oder)\s+[A-Za-z](?!\w)))(?=[\s*_\"'`)]|$)"
+)
 _MARKED = regex_engine.compile(r"[(\[]([A-Z])[)\]]|\*\*([A-Z])\*\*")
 _ALONE = regex_engine.compile(r"(?<![\w'’.+/-])([A-HJ-Z]|I(?=\s*[.,;)]|\s*$))(?![\w'’+#/]|-\w)")
 
@@ -128,11 +138,10 @@ def _chosen(text: str) -> frozenset[str]:
     if _ONLY.fullmatch(text):
         named = regex_engine.findall(r"(?<!\w)[A-Za-z](?!\w)", text)
         return frozenset(letter.upper() for letter in named if letter != "y" or len(named) == 1)
-    said = [first or second for first, second in _SAID.findall(text)]
-    if said:
-        return frozenset(said[-1].upper())
+    if said := [*_SAID.finditer(text)]:
+        return _listed(text, said[-1])
     if first := _FIRST.match(text):
-        return frozenset(first[1].upper())
+        return _listed(text, first)
     for pattern in (_MARKED, _ALONE):
         found = {letter.upper() for match in pattern.finditer(text) for letter in match.groups() if letter}
         if pattern is _ALONE and "A" in found and regex_engine.search(r"(?:^|[.!?]\s+)A\s+\w", text):
@@ -140,6 +149,18 @@ def _chosen(text: str) -> frozenset[str]:
         if len(found) == 1:
             return frozenset(found)
     return frozenset()
+
+
+def _listed(text: str, first: regex_engine.Match[str]) -> frozenset[str]:
+    """The letter that is said and those listed behind it; none where the text says "or"."""
+    number = next(number for number, letter in enumerate(first.groups(), 1) if letter)
+    letters, place = {first[number].upper()}, first.end(number)
+    while more := _MORE.match(text, place):
+        if more["or"]:
+            return frozenset()
+        letters.add(more["letter"].upper())
+        place = more.end()
+    return frozenset(letters)
 
 
 def regex(prediction: str, reference: str, *, pattern: str) -> float:

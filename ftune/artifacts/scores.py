@@ -78,6 +78,12 @@ def check_references(specs: Sequence[MetricSpec], references: Sequence[Answer]) 
         DataError: It can compare none of them.
     """
     notes: list[str] = []
+    blank = sum(not (reference.text or reference.calls) and bool(reference.whole) for reference in references)
+    if blank and not all(spec.reasoning for spec in specs):
+        notes.append(
+            f"{blank} of {len(references)} references are empty: they are reasoning alone, no part of an answer "
+            "(a metric with `reasoning: true` compares it)"
+        )
     for spec in specs:
         bad = sum(
             not (reference.calls and spec.name in COMPARES_CALLS) and unusable(spec, _text(reference, spec))

@@ -61,6 +61,9 @@ from ftune.recipe.schema import MetricSpec
         (contains, "It was -5 degrees", "5", 0),
         (contains, "done 👍", "👍", 1),
         (contains, "really?!", "?!", 1),
+        (contains, "？！", "？", 1),
+        (contains, "wait！", "!", 1),
+        (contains, "wait", "！", 0),
         (strict, "Paris\n", "Paris", 1),
         (strict, "paris", "Paris", 0),
         (f1, "the cat sat", "cat", 2 / 3),
@@ -108,6 +111,16 @@ def test_metrics(metric: Any, prediction: str, reference: str, expected: float) 
         ("答案：（Ｂ）", "B"),
         ("I think B is right", "B"),
         ("B and C", "C, B"),
+        ("The answers are A and C", "A, C"),
+        ("The correct answers: A, C", "A, C"),
+        ("**Answer:** (A), (B) and (D).", "A, B, D"),
+        ("the answers are a and c because", "A, C"),
+        ("Both A and C are correct", "A, C"),
+        ("答案是A和C", "A, C"),
+        ("I choose B, A is wrong", "B"),
+        ("The answer is A, C++ is not", "A"),
+        ("The answer is A, and I am sure", "A"),
+        ("The answer is A or B. Final answer: B", "B"),
     ],
 )
 def test_the_letter_of_a_choice(text: str, letter: str) -> None:
@@ -115,7 +128,22 @@ def test_the_letter_of_a_choice(text: str, letter: str) -> None:
     assert choice(text, "E") == 0
 
 
-@pytest.mark.parametrize("text", ["", "Paris", "A cat sat", "The answer is a bird", "Between A and B"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "Paris",
+            "A cat sat",
+            "The answer is a bird",
+            "Between A and B",
+            "Answer: A or B",
+            "A or B",
+            "(A) or (B)",
+        ),
+        *("the answer is a or b", "The answer is A, or B.", "答案是A或B", "Answer: A, B or C"),
+    ],
+)
 def test_no_letter_is_chosen(text: str) -> None:
     assert choice(text, "A") == choice(text, "B") == 0
 
@@ -195,6 +223,12 @@ def test_reasoning_is_compared_where_it_is_asked_for() -> None:
     answer, reference = Answer("4", "two and two: 4"), Answer("4", "4")
     asked = [MetricSpec(name="exact_match"), MetricSpec(name="exact_match", reasoning=True)]
     assert score(asked, [answer], [reference]).metrics == {"exact_match": 1.0, "exact_match with reasoning": 0.0}
+
+
+def test_references_of_reasoning_alone_are_told() -> None:
+    references = [Answer("", "<think>2 + 2</think>"), Answer("4", "4"), Answer("", ""), Answer("", "<t>", (("f", {}),))]
+    assert "1 of 4 references are empty" in check_references(specs("exact_match"), references)[0]
+    assert check_references([MetricSpec(name="exact_match", reasoning=True)], references) == []
 
 
 def test_references_that_cannot_be_compared() -> None:
