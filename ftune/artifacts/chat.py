@@ -14,7 +14,8 @@ from ftune.artifacts.terminal import printable
 from ftune.artifacts.tuned import Target, load_target
 from ftune.data.prompts import prompt_ids, prompting_of
 from ftune.errors import FtuneError
-from ftune.plan.base_model import choose_device, load_base, load_tokenizer
+from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.positions import positions
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
 from ftune.run.objective import autocast
@@ -58,6 +59,8 @@ class Chat:
         self._messages = list(self._before)
         self._model = load_base(recipe.model, recipe.method, self._dtype, device).eval()
         self._recipe = recipe
+        found = positions(configured(recipe.model, recipe.method))
+        self._positions = None if found is None else found - recipe.method.virtual_positions
         self._stops = saved_stops(target.run, recipe, self._tokenizer)
         self._end_text = text_stop(recipe, self._tokenizer)
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
@@ -108,6 +111,15 @@ class Chat:
         found = prompt_ids(self._prompting, text, self._messages, self._recipe.data, self._tokenizer)
         if not found:
             raise FtuneError("an empty prompt: there is nothing to answer")
+        room = self._max_new_tokens
+        if self._positions is not None:
+            room = min(room, self._positions - len(found))
+            if room < 1:
+                raise FtuneError(
+                    f"the prompt has {len(found)} tokens, and the model positions for {self._positions}: no room is "
+                    "left for an answer",
+                    help="/new begins a new conversation; else write less",
+                )
         ids = torch.tensor([found], device=self._device)
         ends = end_token_ids(self._model, self._tokenizer, self._stops)
 
@@ -130,7 +142,7 @@ class Chat:
             output = cast(Any, self._model).generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self._max_new_tokens,
+                max_new_tokens=room,
                 streamer=Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **settings,
             )

@@ -18,6 +18,7 @@ from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
 from ftune.plan.base_model import configured
+from ftune.plan.positions import context_of_model
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json, write_text
 
@@ -164,9 +165,13 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
     text = text_stop(plan.recipe, plan.tokenizer)
     items = [replace(item, reference=until(item.reference, text)) for item in items]
-    context = getattr(configured(plan.recipe.model, plan.recipe.method), "max_position_embeddings", None) or sys.maxsize
+    context = context_of_model(configured(plan.recipe.model, plan.recipe.method)) or sys.maxsize
     room = context - plan.recipe.method.virtual_positions - spec.max_new_tokens
     fitting = [item for item in items if 0 < len(item.prompt_ids) <= room]
     if not fitting:
-        raise DataError(f"no held-out prompt leaves room for an answer in the model's context of {context} tokens")
+        raise DataError(
+            f"no held-out prompt leaves room for an answer of {spec.max_new_tokens} tokens in the model's context of "
+            f"{context} tokens",
+            help="lower `evaluation.max_new_tokens`, or hold out rows with shorter prompts",
+        )
     return fitting, len(items) - len(fitting)

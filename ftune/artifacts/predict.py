@@ -15,6 +15,7 @@ from ftune.data.prompts import read_prompts
 from ftune.data.read import read_source
 from ftune.errors import DataError, FtuneError
 from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
+from ftune.plan.positions import context_of_model
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
 from ftune.run.files import write_text
@@ -53,11 +54,15 @@ def predict(target: Target, file: str, output: Path | None, max_new_tokens: int 
     format = run.read()["plan"]["data"]["format"] if run is not None else read_source(recipe.data.train)[1]
     rows, items = read_prompts(file, recipe.data, format, tokenizer)
     config = configured(recipe.model, recipe.method)
-    context_length = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    context_length = context_of_model(config) or sys.maxsize
     room = context_length - recipe.method.virtual_positions - recipe.evaluation.max_new_tokens
     short = [item for item in items if 0 < len(item.prompt_ids) <= room]
     if not short:
-        raise DataError(f"no row leaves room for an answer in the model's context of {context_length} tokens")
+        raise DataError(
+            f"no row leaves room for an answer of {recipe.evaluation.max_new_tokens} tokens in the model's context of "
+            f"{context_length} tokens",
+            help="lower it with --max-new-tokens, or give shorter prompts",
+        )
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     model = load_base(recipe.model, recipe.method, dtype, device).eval()

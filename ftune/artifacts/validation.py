@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftune.data.check import mistakes_in, read_all
-from ftune.data.overlap import told
+from ftune.data.notes import notes_of_splits
 from ftune.data.show import show_examples, show_row
 from ftune.data.tokenize import Split, load_splits
 from ftune.errors import DataError, FtuneError, LocatedDataError
 from ftune.plan.base_model import load_tokenizer
+from ftune.plan.tokens import markers_without_token
 from ftune.recipe.schema import Recipe
 
 __all__ = ["Validated", "validated"]
@@ -61,8 +62,13 @@ def validated(recipe: Recipe, *, rows: Sequence[int] = (), examples: int = 0, co
     if examples:
         shown.append(show_examples(splits.train, tokenizer, examples, color=color))
     named = [("train", splits.train), *([("eval", splits.eval)] if splits.eval else [])]
-    notes = list(dict.fromkeys(note for _, split in named for note in split.rows.notes))
-    notes += told(splits.overlap)
+    notes = notes_of_splits(splits)
+    if splits.train.format in ("messages", "sharegpt"):
+        notes += markers_without_token(tokenizer, recipe.model.id)
+    if splits.eval is None:
+        notes.append(
+            "no rows are held out: `data.eval_fraction: 0.1` holds out a tenth, `data.eval: FILE` names others"
+        )
     return Validated(
         tuple(f"{text}\n" for text in shown),
         (*(_counted(key, split) for key, split in named), *notes),

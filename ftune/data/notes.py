@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from ftune.data.tokenize import Stats
+from ftune.data.overlap import told
+from ftune.data.tokenize import Splits, Stats
 from ftune.data.unrendered import NOT_SHOWN
 
-__all__ = ["notes_of"]
+__all__ = ["notes_of", "notes_of_splits"]
+
+
+def notes_of_splits(splits: Splits) -> list[str]:
+    """Sentences about all rows: those trained on, those held out, both together, and their files; each once."""
+    found = notes_of(splits.train.stats)
+    if splits.eval is not None:
+        found += [f"held-out data: {note}" for note in notes_of(splits.eval.stats)]
+    found += told(splits.overlap)
+    sources = [splits.train, *([splits.eval] if splits.eval is not None else [])]
+    return list(dict.fromkeys([*found, *(note for split in sources for note in split.rows.notes)]))
 
 
 def notes_of(stats: Stats) -> list[str]:

@@ -15,7 +15,14 @@ from ftune.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["refuse_other_kinds", "require_causal", "sees_later_tokens", "small_sees_later_tokens"]
+__all__ = [
+    "MAX_SMALL",
+    "refuse_other_kinds",
+    "require_causal",
+    "sees_later_tokens",
+    "small_config",
+    "small_sees_later_tokens",
+]
 
 MAX_SMALL = 30_000_000
 """Parameters of the small model, above which it is not made: that would cost more than a second."""
@@ -118,7 +125,7 @@ def small_sees_later_tokens(config: Any) -> bool | None:
     from ftune.plan.shapes import auto_class
 
     try:
-        small = _small(config)
+        small = small_config(config)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
@@ -137,7 +144,7 @@ def small_sees_later_tokens(config: Any) -> bool | None:
         return None
 
 
-def _small(config: Any) -> Any:
+def small_config(config: Any) -> Any:
     """A configuration with one layer of each kind and few heads, features, experts and tokens."""
     small = copy.deepcopy(config)
     small.quantization_config = None

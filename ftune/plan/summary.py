@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ftune.data.notes import notes_of
-from ftune.data.overlap import told
+from ftune.data.notes import notes_of_splits
 from ftune.plan.advice import what_to_change
 from ftune.plan.defaults import few_updates, usual_rate
 from ftune.plan.duration import duration_of
@@ -162,16 +161,11 @@ def device_name(device: torch.device) -> str:
 
 def _warnings(plan: Plan) -> list[str]:
     """What works, but perhaps not as meant."""
-    train, recipe = plan.splits.train, plan.recipe
+    recipe = plan.recipe
     found = list(plan.notes)
     if plan.sizes is not None:
         found.append(f"sizes only: the tokens are those of {recipe.model.id}'s tokenizer")
-    found += notes_of(train.stats)
-    if plan.splits.eval is not None:
-        found += [f"held-out data: {note}" for note in notes_of(plan.splits.eval.stats)]
-    found += told(plan.splits.overlap)
-    sources = [train, *([plan.splits.eval] if plan.splits.eval else [])]
-    found += dict.fromkeys(note for split in sources for note in split.rows.notes)
+    found += notes_of_splits(plan.splits)
     found += recipe.method.remarks(plan.context)
     if recipe.optimizer.weight_decay and not recipe.method.decaying:
         found.append(

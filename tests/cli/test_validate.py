@@ -129,3 +129,12 @@ def test_without_a_tokenizer_the_rows_are_checked_all_the_same(run: Run) -> None
     assert "--no-data checks the recipe alone" in err
     code, _, err = run("t.jsonl", t_jsonl="not json")
     assert "t.jsonl:1:1: not valid JSON" in err
+
+
+def test_what_the_plan_tells_of_rows_is_told(run: Run) -> None:
+    turns = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": [*turns, {"role": "user", "content": "and?"}]}]
+    code, out, _ = run("{train: t.jsonl}", t_jsonl="".join(json.dumps(row) + "\n" for row in rows))
+    assert code == 0
+    for said in ("does not show `name` of user messages", "messages behind the last answer", "no rows are held out"):
+        assert out.count(said) == 1, out
