@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ftune.data.borders import Borders
 from ftune.data.calls import Forms, canonical, check_arguments
 from ftune.data.chat import ChatTemplate, Span, special_tokens
+from ftune.data.control import ControlTokens
 from ftune.data.examples import Examples, Ids
 from ftune.data.formats import Conversation, Plain, Record
 from ftune.data.huge import HUGE, Bound, bound_of
@@ -86,6 +87,7 @@ class Part:
         no_target: Rows left out because no trained token was left in them.
         ended: Examples kept as they were whose last trained token is a special token.
         longest_before: Tokens of the longest, before the cut; at least, where it is a huge one.
+        control: Rows whose own text has a control token in it, and that token.
     """
 
     examples: Examples
@@ -100,6 +102,7 @@ class Part:
     no_target: int = 0
     ended: int = 0
     longest_before: int = 0
+    control: tuple[tuple[int, str], ...] = ()
 
 
 class Encoder:
@@ -132,6 +135,7 @@ class Encoder:
         self._is_special = np.zeros(max(len(tokenizer), *self._specials) + 1, dtype=np.bool_)
         self._is_special[list(self._specials)] = True
         self._blank: dict[int, bool] = {}
+        self._control = ControlTokens(tokenizer)
         self._borders = Borders(tokenizer, self._specials)
         self._forms = Forms(tokenizer, template) if template is not None else None
         self._unrendered = Unrendered(tokenizer, template) if template is not None else None
@@ -391,7 +395,20 @@ class Encoder:
             np.array([len(example.ids) for example, _ in kept], dtype=np.int64),
             np.array([row for _, row in kept], dtype=np.int64),
         )
-        return Part(examples, tuple(too_long), tuple(first_targets), notes, longest_before=longest, **counts)
+        control = tuple(
+            (record.row, token)
+            for record in records
+            if isinstance(record, Conversation) and (token := self._control.first_in(record)) is not None
+        )
+        return Part(
+            examples,
+            tuple(too_long),
+            tuple(first_targets),
+            notes,
+            longest_before=longest,
+            control=control,
+            **counts,
+        )
 
 
 def _huge(*texts: str) -> bool:

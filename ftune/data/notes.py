@@ -39,6 +39,12 @@ def notes_of(stats: Stats) -> list[str]:
             f"only {stats.ends_with_eos:.0%} of the examples end with the end-of-turn token: "
             "the model may not learn to stop"
         )
+    if stats.control and stats.control_first is not None:
+        row, token = stats.control_first
+        found.append(
+            f"{_of(stats.control, stats.rows)} rows have control tokens of the tokenizer in their text (first: "
+            f"row {row}, `{token}`): the model reads them as such; take them out, unless they are meant"
+        )
     found += [
         f"{_of(rows, stats.rows)} rows: {note}" for note, rows in stats.notes.items() if not note.startswith(NOT_SHOWN)
     ]

@@ -68,6 +68,8 @@ class Stats:
         longest: Tokens of the longest example.
         longest_before: Tokens of the longest row, before truncation.
         notes: What to tell of rows, and of how many.
+        control: Conversations whose own text has a control token in it.
+        control_first: The first of these, counted from 1, and its token; None where there is none.
     """
 
     rows: int
@@ -85,6 +87,8 @@ class Stats:
     lost_tokens: int = 0
     lost_target_tokens: int = 0
     notes: Mapping[str, int] = field(default_factory=dict)
+    control: int = 0
+    control_first: Sequence[int | str] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,7 @@ def _tokenized(
 
 def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]) -> Stats:
     truncated = sum(part.truncated for part in parts)
+    control = [found for part in parts for found in part.control]
     untruncated = len(np.unique(examples.rows)) - truncated
     # an example's first token is no target
     first = examples.trained[np.cumsum(examples.lengths) - examples.lengths]
@@ -232,6 +237,8 @@ def _stats(rows: Rows, spec: DataSpec, examples: Examples, parts: Sequence[Part]
         lost_tokens=sum(part.lost_tokens for part in parts),
         lost_target_tokens=sum(part.lost_target_tokens for part in parts),
         notes=_notes(parts),
+        control=len(control),
+        control_first=(control[0][0] + 1, control[0][1]) if control else None,
     )
 
 

@@ -1,0 +1,42 @@
+"""Control tokens that stand in a row's own text, where a template writes others around it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import regex
+
+from ftune.data.chat import special_tokens
+from ftune.data.formats import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ControlTokens"]
+
+# what an answer writes itself, in tokenizers that call it special
+_ANSWERS = re.compile(r"</?(think|thinking|thought|reasoning|tool_call|tool_response)>|\[/?THINK\]")
+
+
+class ControlTokens:
+    """Finds the tokens that a tokenizer treats as control tokens wherever they stand in a text.
+
+    Args:
+        tokenizer: Whose tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        whole = bool(getattr(tokenizer, "split_special_tokens", False))
+        tokens = [] if whole else [token for token in special_tokens(tokenizer) if not _ANSWERS.fullmatch(token)]
+        self._pattern = regex.compile(r"\L<tokens>", tokens=tokens) if tokens else None
+
+    def first_in(self, conversation: Conversation) -> str | None:
+        """The first control token in what the messages say; None where there is none."""
+        if self._pattern is None:
+            return None
+        for message in conversation.messages:
+            for key, value in message.items():
+                if key != "role" and isinstance(value, str) and (found := self._pattern.search(value)):
+                    return str(found[0])
+        return None
