@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import regex
-
 from ftune.data.chat import special_tokens
 from ftune.data.formats import Conversation
 
@@ -29,7 +27,10 @@ class ControlTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         whole = bool(getattr(tokenizer, "split_special_tokens", False))
         tokens = [] if whole else [token for token in special_tokens(tokenizer) if not _ANSWERS.fullmatch(token)]
-        self._pattern = regex.compile(r"\L<tokens>", tokens=tokens) if tokens else None
+        self._tokens = frozenset(tokens)
+        # one alternative for all that differ in a number: some tokenizers have thousands of reserved ones
+        forms = {re.sub(r"[0-9]+", "[0-9]+", re.escape(token)) for token in sorted(tokens, key=len, reverse=True)}
+        self._pattern = re.compile("|".join(sorted(forms, key=len, reverse=True))) if forms else None
 
     def first_in(self, conversation: Conversation) -> str | None:
         """The first control token in what the messages say; None where there is none."""
@@ -37,6 +38,9 @@ class ControlTokens:
             return None
         for message in conversation.messages:
             for key, value in message.items():
-                if key != "role" and isinstance(value, str) and (found := self._pattern.search(value)):
-                    return str(found[0])
+                if key == "role" or not isinstance(value, str):
+                    continue
+                for found in self._pattern.finditer(value):
+                    if found[0] in self._tokens:
+                        return found[0]
         return None

@@ -28,6 +28,14 @@ def test_they_are_found_in_any_turn(said: tuple[str, ...], found: str | None) ->
     assert ControlTokens(build_tokenizer()).first_in(Conversation(tuple(chat(*said)), 0)) == found
 
 
+def test_of_tokens_that_differ_in_a_number_those_are_found_that_there_are() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<r1>", "<r20>"]})
+    control = ControlTokens(tokenizer)
+    assert control.first_in(Conversation(tuple(chat("<r2> <r20>", "a")), 0)) == "<r20>"
+    assert control.first_in(Conversation(tuple(chat("<r2>", "a")), 0)) is None
+
+
 def test_conversations_are_counted_and_texts_with_a_template_of_their_own_are_not() -> None:
     tokenizer = build_tokenizer()
     encoder = Encoder(tokenizer, load_template(tokenizer), train_on="assistant", max_length=99, too_long="truncate")
