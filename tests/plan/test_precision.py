@@ -56,6 +56,14 @@ def test_what_cannot_run_here_is_not_taken(clock: list[float]) -> None:
     assert faster("x", {"a": Timed(clock, 1.0), "b": unsupported}, 1.1) == "a"
 
 
+@pytest.fixture(autouse=True)
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load of the machine, and an idle one at first."""
+    load = [0.0]
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0))
+    return load
+
+
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_found", {})
 
@@ -80,15 +88,26 @@ def test_it_is_measured_once_in_a_process_and_twice_on_a_machine(
     assert timed["a"].calls > again, "another key is another measurement"
 
 
-def test_what_a_busy_machine_measured_does_not_stay(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_busy_machine_measured_does_not_stay(
+    clock: list[float], load: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.5)}
     idle = {"a": Timed(clock, 0.1), "b": Timed(clock, 0.05)}
-    assert faster("x", busy, 1.1) == "a"
-    for _ in range(2):
+    load[0] = 100.0
+    for _ in range(3):
+        assert faster("x", busy, 1.1) == "a"
         another_process(monkeypatch)
-        assert faster("x", idle, 1.1) == "b"
+    load[0] = 0.0
+    assert faster("x", idle, 1.1) == "b"
     another_process(monkeypatch)
-    assert faster("x", busy, 1.1) == "b", "settled: it is not measured any more"
+    calls = idle["a"].calls
+    for _ in range(2):
+        assert faster("x", busy, 1.1) == "b"
+        another_process(monkeypatch)
+    assert idle["a"].calls == calls
+    calls = busy["a"].calls
+    assert faster("x", busy, 1.1) == "b"
+    assert busy["a"].calls == calls, "five times are enough"
 
 
 def test_the_number_of_threads_is_part_of_the_machine(clock: list[float]) -> None:
@@ -122,7 +141,7 @@ def test_what_the_libraries_may_use_is_part_of_the_machine(
         "[]",
         '{"a": 1.0}',
         *(
-            f'{{"seconds": {seconds}, "settled": true}}'
+            f'{{"seconds": {seconds}, "measurements_left": 0}}'
             for seconds in ("1", '{"a": "x"}', '{"a": -1.0}', '{"b": 1.0}', '{"a": NaN}')
         ),
     ],
@@ -175,7 +194,9 @@ torch.distributed.init_process_group("gloo")
 from ftune.plan import precision
 rank = torch.distributed.get_rank()
 precision._read = lambda path: None
-precision._measure = lambda candidates: {"float32": 1.0, "bfloat16": 0.5 if rank == 0 else 2.0}
+precision._measure = lambda candidates: {
+    name: 1.0 if name.startswith("float32") else 0.5 if rank == 0 else 2.0 for name in candidates
+}
 sys.stdout.write(f"{precision.choose_dtype('auto', torch.device('cpu'))}\\n")
 """
 
