@@ -268,29 +268,32 @@ def init(
     """
     from ftune.recipe.template import annotated_recipe, json_schema
     from ftune.run.files import write_text
+    from ftune.run.outputs import is_standard_output, is_stream, require_output, write_output
 
     text = annotated_recipe(
         method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE, eval_fraction=0.1
     )
-    if out == Path("-"):
+    if out is not None and is_standard_output(out):
         print(text, end="")
         return
     path = out or Path(f"{method}.yaml")
     if path.is_dir():
         raise FtuneError(f"{path} is a directory", help=f"--out names a file: {path / f'{method}.yaml'}")
-    # Also where a link stands that leads nowhere: what is written would appear there.
-    if os.path.lexists(path) and not force:
+    streamed = is_stream(path)
+    require_output(path, "--out", [(Path(data), "the training data"), (Path(model), "the model")])
+    if path.exists() and not force and not streamed:
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
     schema_path = path.parent / SCHEMA_FILE
     try:
-        write_text(path, text)
-        if not os.path.lexists(schema_path):
+        write_output(path, text)
+        if not streamed and not os.path.lexists(schema_path):
             write_text(schema_path, json.dumps(json_schema(), indent=2) + "\n")
     except OSError as error:
         raise FtuneError(
             f"cannot write the recipe: {error}", help="--out names a file in a directory that exists"
         ) from error
-    print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
+    if not streamed:
+        print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
 
 
 @app.command()
@@ -517,7 +520,8 @@ def predict(
     target: RunOrRecipe,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Rows like the run's data; they need no answers.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write, as .jsonl; default: standard output.")
+        Path | None,
+        typer.Option("--output", "-o", callback=_home, help="Where to write, as .jsonl; default: standard output."),
     ] = None,
     checkpoint: Checkpoint = None,
     max_new_tokens: Annotated[
@@ -531,12 +535,15 @@ def predict(
     with _libraries():
         from ftune.artifacts.predict import predict as answer
         from ftune.artifacts.tuned import reading
+        from ftune.run.outputs import is_standard_output, is_stream
 
+        if output is not None and is_standard_output(output):
+            output = None
         with reading(target, checkpoint, unfinished=True) as found:
-            result = answer(found, file, output, max_new_tokens)
+            result = answer(found, file, output, max_new_tokens, recipe_file=target if target.is_file() else None)
     for note in result["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    if result["out"] is not None:
+    if output is not None and not is_stream(output):
         print(f"{result['rows']} rows answered: {result['out']}")
 
 

@@ -21,7 +21,7 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.same_base import require_same_base
+from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.artifacts.tuned import load_plain
 from ftune.errors import FtuneError, RunFailed
@@ -56,6 +56,8 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     target = out or run.root / "lora"
     run.artifact(recipe)
     require_same_base(run, recipe)
+    if target.resolve() != (run.root / "lora").resolve():
+        require_elsewhere(target, run, recipe, "--out")
     require_writable(target, "convert.json", "converted adapter")
     plan = resolve(recipe)
     texts = sample_texts(plan)

@@ -22,7 +22,7 @@ from ftune.artifacts.divergence import (
     tuned_reference,
 )
 from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.same_base import require_same_base
+from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.available import available_bytes
 from ftune.errors import FtuneError, RunFailed
@@ -75,6 +75,8 @@ def merge(
     target = out or run.root / "merged"
     run.artifact(recipe)
     require_same_base(run, recipe)
+    if target.resolve() != (run.root / "merged").resolve():
+        require_elsewhere(target, run, recipe, "--out")
     require_writable(target, "merge.json", "merged model")
     if by_shard if by_shard is not None else not _fits(recipe):
         return merge_by_shard(run, recipe, target, dtype)

@@ -129,6 +129,14 @@ class RunDir:
         """Where the evaluation of the run, or of one of its checkpoints, is kept."""
         return self.root if checkpoint is None else self.root / "evaluations" / checkpoint.name
 
+    def owns(self, path: Path) -> bool:
+        """Whether a path is of the run's own files, or of a name that they may have."""
+        try:
+            parts = path.resolve().relative_to(self.root.resolve()).parts
+        except (ValueError, OSError, RuntimeError):
+            return False
+        return not parts or parts[0] in (*_OURS, LOCK) or parts[0].startswith(".tmp-")
+
     def exists(self) -> bool:
         """Whether a run was started here."""
         return os.path.lexists(self.record_path)

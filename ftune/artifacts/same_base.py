@@ -1,15 +1,17 @@
-"""Whether a run's base model is still the one that it was trained on."""
+"""Whether a run's base model is still the one that it was trained on, and stays so."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.errors import RunDirError
+from ftune.errors import FtuneError, RunDirError
 from ftune.plan.fingerprint import fingerprint
+from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import ModelSpec, Recipe
 
-__all__ = ["base_of", "is_moved", "require_same_base"]
+__all__ = ["base_of", "is_moved", "require_elsewhere", "require_same_base"]
 
 
 def base_of(record: dict[str, Any]) -> str | None:
@@ -45,3 +47,26 @@ def require_same_base(run: RunDir, recipe: Recipe) -> None:
             f"{run.root} was trained on other weights, or another config.json, than `{recipe.model.id}` holds now",
             help="put the base model back as it was, or train the recipe again with --overwrite",
         )
+
+
+def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: str) -> None:
+    """Hold that what a command is to write neither replaces the base model nor goes among the run's own files.
+
+    Args:
+        output: Where it is to go.
+        run: The run.
+        recipe: Its recipe.
+        option: Which option says so, for the message.
+
+    Raises:
+        FtuneError: It does one or the other.
+        ModelError: There is no model now.
+    """
+    if run is not None and run.owns(output):
+        raise FtuneError(f"{output} is for the run's own files", help=f"name another place with {option}")
+    located = locate_model(recipe.model)
+    if located.kind == "hub" or not output.exists():
+        return
+    base = Path(located.path_or_id, located.gguf_file or "").resolve()
+    if base.is_relative_to(output.resolve()) or (base.is_dir() and output.resolve().is_relative_to(base)):
+        raise FtuneError(f"{output} is, or holds, the base model", help=f"name another place with {option}")

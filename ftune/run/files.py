@@ -52,12 +52,13 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step: after a crash it is the old one or the new one, whole.
 
     A link at ``path`` is replaced, not followed, and so is none on the way: the new file has a name that nobody can
-    foresee until it is whole.
+    foresee until it is whole. Who may read a file that is replaced, may read the new one, and nobody else.
     """
     aside = path.with_name(f"{_ASIDE}{path.name}-{token()}")
     try:
         with new_file(aside) as file:
             _hold(file.fileno())
+            _take_rights(file.fileno(), path)
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
@@ -67,6 +68,16 @@ def write_text(path: Path, text: str) -> None:
             aside.unlink()
         raise
     sync(path.parent)
+
+
+def _take_rights(descriptor: int, path: Path) -> None:
+    """Give an open file the owner and the rights of the file that it is going to replace."""
+    if kind_of(path) is not None or not hasattr(os, "fchmod"):
+        return
+    with contextlib.suppress(OSError):  # there is none; or the owner is somebody else, and we are not root
+        found = path.lstat()
+        os.fchmod(descriptor, found.st_mode & 0o777)
+        os.fchown(descriptor, found.st_uid, found.st_gid)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ftune.artifacts.evaluate.write_json", full)
-    monkeypatch.setattr("ftune.artifacts.predict.write_text", full)
+    monkeypatch.setattr("ftune.artifacts.predict.write_output", full)
     done = CliRunner().invoke(app, ["eval", str(tmp_path / "run")])
     assert done.exit_code == 0
     assert "held-out loss" in done.stdout
@@ -178,6 +178,43 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path: Path, monkeypatch:
     )
     assert isinstance(done.exception, FtuneError)
     assert len(done.stdout.splitlines()) == 6
+
+
+def test_no_input_is_replaced_by_what_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = tiny.recipe(tmp_path)
+    train(loaded)
+    Path("recipe.yaml").write_text(loaded.text)
+    write(tmp_path / "new.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output in (
+        *("new.jsonl", "train.jsonl", "eval.jsonl", "recipe.yaml", "base/config.json", "run/run.json"),
+        *("run/adapter/x.jsonl", "run/.tmp-x", "run"),
+    ):
+        done = CliRunner().invoke(app, ["predict", "recipe.yaml", "new.jsonl", "-o", output])
+        assert isinstance(done.exception, FtuneError), output
+        assert output in str(done.exception)
+    for out in ("base", ".", "run/adapter/x", "run/checkpoints/step-9", "run/lora"):
+        done = CliRunner().invoke(app, ["merge", "run", "--out", out])
+        assert isinstance(done.exception, FtuneError), out
+    os.mkfifo("pipe")
+    done = CliRunner().invoke(app, ["predict", "run", "new.jsonl", "-o", "pipe"])
+    assert "nobody reads the pipe; the answers were printed instead" in str(done.exception)
+    assert json.loads(done.stdout)["row"] == 0
+    done = CliRunner().invoke(app, ["predict", "run", "new.jsonl", "-o", os.devnull])
+    assert (done.exit_code, done.stdout) == (0, "")
+    done = CliRunner().invoke(app, ["predict", "run", "new.jsonl", "-o", "-"])
+    assert json.loads(done.stdout)["row"] == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_s_rows_that_are_not_answered_are_told(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path))
+    (tmp_path / "new").mkdir()
+    for name in ("a", "test"):
+        write(tmp_path / "new" / f"{name}.jsonl", {"messages": [{"role": "user", "content": name}]})
+    done = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), str(tmp_path / "new")])
+    assert "a.jsonl (not named for a split, as test.jsonl is)" in done.stderr
 
 
 def test_the_rows_of_loss_and_metrics_are_said(tmp_path: Path) -> None:

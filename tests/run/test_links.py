@@ -166,10 +166,12 @@ def test_init_writes_through_no_link(tmp_path: Path, dear: Path) -> None:
     for name in ("lora.yaml", "recipe.schema.json"):
         (tmp_path / name).symlink_to(tmp_path / f"nowhere-{name}")
     command = [sys.executable, "-m", "ftune", "init", "lora"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "lora.yaml exists" in done.stderr
-    assert subprocess.run([*command, "--force"], cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    for flags in ([], ["--force"]):
+        done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "lora.yaml is a link to" in done.stderr
+    done = subprocess.run([*command, "--out", "new.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob("nowhere*"))
 
 
