@@ -158,7 +158,7 @@ def value_at(row: Row, name: str) -> Any:
     for key in name.split("."):
         if isinstance(value, Mapping) and key in value:
             value = value[key]
-        elif isinstance(value, list) and key.isascii() and key.isdigit() and int(key) < len(value):
+        elif isinstance(value, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(value):
             value = value[int(key)]
         else:
             return ABSENT

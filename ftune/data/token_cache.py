@@ -134,8 +134,9 @@ def _path(key: str | None) -> Path | None:
 
 
 def _code() -> str:
-    """Digest of the modules of this package: whatever is changed in them makes other entries."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
+    """Digest of the modules that decide tokens: whatever is changed in them makes other entries."""
+    package = Path(__file__).parent
+    modules = sorted([*package.glob("*.py"), *(package.parent / "recipe").glob("*.py")])
     return _digest(b"\0".join(module.read_bytes() for module in modules))
 
 

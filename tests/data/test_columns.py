@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.kit import build_tokenizer, chat
-from ftune.data.columns import written
+from ftune.data.columns import ABSENT, value_at, written
 from ftune.data.formats import convert
 from ftune.data.leftover import unused_columns
 from ftune.data.read import read_source
@@ -325,3 +325,8 @@ def test_a_conversation_in_a_cell_is_read(write: Write) -> None:
     rows, format = read_source(source(write(f'messages\n"{cell}"\n', "t.csv")))
     (record,) = convert(rows, format, chat_template=True)
     assert [m["content"] for m in record.messages] == ["a", "b"]  # type: ignore[union-attr]
+
+
+def test_a_list_index_of_any_length_is_no_traceback() -> None:
+    assert value_at({"a": ["x"]}, "a.0") == "x"
+    assert value_at({"a": ["x"]}, "a." + "9" * 5_000) is ABSENT
