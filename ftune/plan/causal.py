@@ -7,7 +7,9 @@ be made, the loaded model is asked, before it trains.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
@@ -16,11 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "MAX_SMALL",
     "refuse_other_kinds",
     "require_causal",
     "sees_later_tokens",
     "small_config",
+    "small_model",
     "small_sees_later_tokens",
 ]
 
@@ -118,30 +120,43 @@ def small_sees_later_tokens(config: Any) -> bool | None:
     Args:
         config: A configuration of an architecture of transformers' own; it is not changed.
     """
+    try:
+        with small_model(small_config(config)) as model:
+            return None if model is None else sees_later_tokens(model)
+    except Exception:
+        # Sizes that do not go together, in one of many ways: the loaded model is asked instead.
+        return None
+
+
+@contextlib.contextmanager
+def small_model(small: Any) -> Iterator[nn.Module | None]:
+    """A random float32 model whose attention shows in its logits; None where it would be no small one.
+
+    While it is in use, no random number is taken from the caller's and no warning is shown.
+
+    Args:
+        small: As ``small_config`` gives it. Where its sizes do not go together, anything may be raised.
+    """
     import warnings
 
     import torch
 
     from ftune.plan.shapes import auto_class
 
-    try:
-        small = small_config(config)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.device("meta"):
-                hollow = auto_class(small).from_config(small, trust_remote_code=False)
-            if sum(parameter.numel() for parameter in hollow.parameters()) > MAX_SMALL:
-                return None
-            torch.manual_seed(0)
-            model = auto_class(small).from_config(small, trust_remote_code=False, dtype=torch.float32)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim >= 2:  # large enough that attention shows in the logits
-                        parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            return sees_later_tokens(model)
-    except Exception:
-        # Sizes that do not go together, in one of many ways: the loaded model is asked instead.
-        return None
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            hollow = auto_class(small).from_config(small, trust_remote_code=False)
+        if sum(parameter.numel() for parameter in hollow.parameters()) > MAX_SMALL:
+            yield None
+            return
+        torch.manual_seed(0)
+        model = auto_class(small).from_config(small, trust_remote_code=False, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        yield model
 
 
 def small_config(config: Any) -> Any:

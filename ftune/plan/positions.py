@@ -7,12 +7,10 @@ these a model has is tried on a small random one of its configuration whose stat
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 from ftune.errors import ModelError
-from ftune.plan.causal import MAX_SMALL, small_config
-from ftune.plan.shapes import auto_class
+from ftune.plan.causal import small_config, small_model
 
 __all__ = ["check_positions", "context_of_model", "positions"]
 
@@ -73,14 +71,10 @@ def _ends(config: Any, name: str) -> bool:
     try:
         small = small_config(config)
         setattr(small.get_text_config(), name, SHORT)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            with torch.device("meta"):
-                hollow = auto_class(small).from_config(small, trust_remote_code=False)
-            if sum(parameter.numel() for parameter in hollow.parameters()) > MAX_SMALL:
+        with small_model(small) as model, torch.no_grad():
+            if model is None:
                 return False
-            model: Any = auto_class(small).from_config(small, trust_remote_code=False, dtype=torch.float32).eval()
-            model(input_ids=torch.ones(1, SHORT, dtype=torch.long), use_cache=False)
+            model.eval()(input_ids=torch.ones(1, SHORT, dtype=torch.long), use_cache=False)
     except Exception:  # sizes that do not go together, in one of many ways
         return False
     try:
