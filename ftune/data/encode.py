@@ -158,7 +158,11 @@ class Encoder:
         Raises:
             DataError: A tool call or a weight is none.
         """
-        weightless, _, _ = weighed(_canonical(conversation), "assistant")
+        return self._fitted(_canonical(conversation))
+
+    def _fitted(self, conversation: Conversation) -> Conversation:
+        """The same of a conversation whose tool calls are canonical."""
+        weightless, _, _ = weighed(conversation, "assistant")
         return self._forms.fitted(weightless) if self._forms is not None else weightless
 
     def prompt_ids(self, prompts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
@@ -300,10 +304,11 @@ class Encoder:
     def _rendered(self, record: Conversation, template: ChatTemplate, notes: Counter[str]) -> Rendered:
         """One conversation as text; counts what is to be told of it."""
         _, turns, said = weighed(record, self._train_on)
-        conversation = self.prepared(record)
+        given = _canonical(record)
+        conversation = self._fitted(given)
         if _calls(record):
             trained_on = range(len(record.messages)) if self._train_on == "all" else turns
-            said += check_arguments(_canonical(record), trained_on)
+            said += check_arguments(given, trained_on)
         if self._train_on != "all":
             # a question without an answer would only make the last answer look like an earlier one
             end = 1 + max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
