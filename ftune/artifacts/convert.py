@@ -53,11 +53,11 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
         raise FtuneError(f"a run of `{method.name}` cannot be converted to LoRA", help=method.not_lora_because)
     if method.as_lora == "already":
         raise FtuneError(f"a run of `{method.name}` is plain LoRA already", help=f"{run.root}/adapter loads as it is")
-    target = out or run.root / "lora"
+    usual = run.root / "lora"
+    target = out or usual
     run.artifact(recipe)
     require_same_base(run, recipe)
-    if target.resolve() != (run.root / "lora").resolve():
-        require_elsewhere(target, run, recipe, "--out")
+    require_elsewhere(target, run, recipe, "--out", usual)
     require_writable(target, "convert.json", "converted adapter")
     plan = resolve(recipe)
     texts = sample_texts(plan)

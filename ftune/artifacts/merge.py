@@ -72,11 +72,11 @@ def merge(
             f"a run of `{method.name}` cannot be merged",
             help=method.not_mergeable_because,
         )
-    target = out or run.root / "merged"
+    usual = run.root / "merged"
+    target = out or usual
     run.artifact(recipe)
     require_same_base(run, recipe)
-    if target.resolve() != (run.root / "merged").resolve():
-        require_elsewhere(target, run, recipe, "--out")
+    require_elsewhere(target, run, recipe, "--out", usual)
     require_writable(target, "merge.json", "merged model")
     if by_shard if by_shard is not None else not _fits(recipe):
         return merge_by_shard(run, recipe, target, dtype)

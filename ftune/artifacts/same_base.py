@@ -49,7 +49,7 @@ def require_same_base(run: RunDir, recipe: Recipe) -> None:
         )
 
 
-def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: str) -> None:
+def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: str, usual: Path | None = None) -> None:
     """Hold that what a command is to write neither replaces the base model nor goes among the run's own files.
 
     Args:
@@ -57,11 +57,14 @@ def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: 
         run: The run.
         recipe: Its recipe.
         option: Which option says so, for the message.
+        usual: Where it goes when nobody says where, which is always right.
 
     Raises:
         FtuneError: It does one or the other.
         ModelError: There is no model now.
     """
+    if usual is not None and output.resolve() == usual.resolve():
+        return
     if run is not None and run.owns(output):
         raise FtuneError(f"{output} is for the run's own files", help=f"name another place with {option}")
     located = locate_model(recipe.model)
