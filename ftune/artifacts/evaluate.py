@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftune.artifacts.measure import Measured, measure
+from ftune.artifacts.measure import Measured, answerable, measure
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.scores import check_references
@@ -17,8 +16,6 @@ from ftune.artifacts.stops import stops_of_run, text_stop, until
 from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
-from ftune.plan.base_model import configured
-from ftune.plan.positions import context_of_model
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json, write_text
 
@@ -165,9 +162,7 @@ def _generation_items(plan: Plan) -> tuple[list[GenerationItem], int]:
     items = generation_items(held_out.rows, plan.tokenizer, plan.recipe.data, held_out.format, spec.max_examples)
     text = text_stop(plan.recipe, plan.tokenizer)
     items = [replace(item, reference=until(item.reference, text)) for item in items]
-    context = context_of_model(configured(plan.recipe.model, plan.recipe.method)) or sys.maxsize
-    room = context - plan.recipe.method.virtual_positions - spec.max_new_tokens
-    fitting = [item for item in items if 0 < len(item.prompt_ids) <= room]
+    fitting, context = answerable(items, plan.recipe)
     if not fitting:
         raise DataError(
             f"no held-out prompt leaves room for an answer of {spec.max_new_tokens} tokens in the model's context of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ftune.artifacts.stops import end_token_ids, text_stop, until
 from ftune.data.answers import Answer
 from ftune.data.tokenize import GenerationItem
 from ftune.plan.base_model import configured
+from ftune.plan.positions import context_of_model
 from ftune.plan.resolve import Plan
 from ftune.plan.shapes import read_shape
 from ftune.recipe.schema import Recipe
@@ -27,7 +29,7 @@ from ftune.run.objective import Objective
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Measured", "answers_of", "measure"]
+__all__ = ["Measured", "answerable", "answers_of", "measure"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,13 @@ def _loss_and_answers(
         more, count = held_out_loss(objective, plan, accelerator, rest if together else None)
         loss_sum, targets = loss_sum + more * count, targets + count
     return loss_sum / max(1, targets), targets, answers
+
+
+def answerable(items: Sequence[GenerationItem], recipe: Recipe) -> tuple[list[GenerationItem], int]:
+    """The items whose prompt has tokens and leaves room for an answer, and the model's context in tokens."""
+    context = context_of_model(configured(recipe.model, recipe.method)) or sys.maxsize
+    room = context - recipe.method.virtual_positions - recipe.evaluation.max_new_tokens
+    return [item for item in items if 0 < len(item.prompt_ids) <= room], context
 
 
 def answers_of(

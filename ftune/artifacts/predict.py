@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftune.artifacts.measure import answers_of
+from ftune.artifacts.measure import answerable, answers_of
 from ftune.artifacts.same_base import require_elsewhere
 from ftune.artifacts.stops import saved_stops
 from ftune.artifacts.tuned import Target, load_target
 from ftune.data.prompts import read_prompts
 from ftune.data.read import read_source
 from ftune.errors import DataError, FtuneError
-from ftune.plan.base_model import choose_device, configured, load_base, load_tokenizer
-from ftune.plan.positions import context_of_model
+from ftune.plan.base_model import choose_device, load_base, load_tokenizer
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of
 from ftune.recipe.data_files import locate_data
@@ -66,14 +65,11 @@ def predict(
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     format = run.read()["plan"]["data"]["format"] if run is not None else read_source(recipe.data.train)[1]
     rows, items = read_prompts(file, recipe.data, format, tokenizer)
-    config = configured(recipe.model, recipe.method)
-    context_length = context_of_model(config) or sys.maxsize
-    room = context_length - recipe.method.virtual_positions - recipe.evaluation.max_new_tokens
-    short = [item for item in items if 0 < len(item.prompt_ids) <= room]
+    short, context = answerable(items, recipe)
     if not short:
         raise DataError(
             f"no row leaves room for an answer of {recipe.evaluation.max_new_tokens} tokens in the model's context of "
-            f"{context_length} tokens",
+            f"{context} tokens",
             help="lower it with --max-new-tokens, or give shorter prompts",
         )
     device = choose_device()
