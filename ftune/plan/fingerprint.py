@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftune.plan.base_model import gguf_path
 from ftune.plan.weights import safetensors_files
@@ -32,7 +31,8 @@ _WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # written anew by 
 def fingerprint(spec: ModelSpec) -> str | None:
     """A digest of a base model's configuration, code, headers, sizes and a sample of its weights.
 
-    Every tensor is sampled: weights of another training differ in all of them. One changed number may go unseen.
+    Every tensor is sampled, and large ones in more places: weights of another training differ in all of them. One
+    changed number may go unseen. Of more than ``MAX_SAMPLES`` tensors so many are drawn, by their names.
 
     Args:
         spec: The recipe's model block.
@@ -63,37 +63,57 @@ def fingerprint(spec: ModelSpec) -> str | None:
         digest.update(code.name.encode() + hashlib.sha256(code.read_bytes()).digest())
     files = safetensors_files(str(directory), None)
     headers = [_header(file) for file in files]
-    total = sum(len(places) + sum(size // STRIDE for _, size in places) for _, places in headers)
+    stride, drawn = _how_much([place for _, places in headers for place in places])
     for file, (header, places) in zip(files, headers, strict=True):
         digest.update(header)
-        step = -(-total // MAX_SAMPLES)  # where there are very many, every so many tensors
-        _sample(digest, file, places[::step] if step > 1 else places, stride=STRIDE * max(1, step))
+        _sample(digest, file, [(place.offset, place.size) for place in places if place.name in drawn], stride=stride)
     return digest.hexdigest()
 
 
-def _header(file: Path) -> tuple[bytes, list[tuple[int, int]]]:
-    """What a safetensors file says of its tensors, in a fixed order, and where each lies: its offset and size."""
+class _Place(NamedTuple):
+    """Where a tensor lies in its file: in bytes from the beginning."""
+
+    offset: int
+    size: int
+    name: str
+
+
+def _how_much(places: list[_Place]) -> tuple[int, set[str]]:
+    """The bytes of a tensor between two samples, and the tensors that are sampled, for ``MAX_SAMPLES`` in all."""
+    names = sorted({place.name for place in places})
+    if len(names) > MAX_SAMPLES:
+        # Not every so many: layers repeat, and a period that falls in step with them would see one kind of tensor.
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        return max((place.size for place in places), default=0) + 1, set(names[:MAX_SAMPLES])
+    stride = STRIDE
+    while len(places) + sum(place.size // stride for place in places) > MAX_SAMPLES and any(
+        place.size > stride for place in places
+    ):
+        stride *= 2
+    return stride, set(names)
+
+
+def _header(file: Path) -> tuple[bytes, list[_Place]]:
+    """What a safetensors file says of its tensors, in a fixed order, and where each lies."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         content = opened.read(min(length, MAX_HEADER))
     tensors: dict[str, Any] = json.loads(content)
     tensors.pop("__metadata__", None)
     places = []
-    for about in tensors.values():
+    for name, about in tensors.items():
         begin, end = about["data_offsets"]
-        places.append((8 + length + int(begin), int(end) - int(begin)))
+        places.append(_Place(8 + length + int(begin), int(end) - int(begin), name))
     return json.dumps(tensors, sort_keys=True).encode(), sorted(places)
 
 
 def _sample(digest: Any, file: Path, places: list[tuple[int, int]], *, stride: int) -> None:
     """Add bytes of a file from the middle of every ``stride`` bytes of each place."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
+    with file.open("rb", buffering=0) as opened:
         for offset, size in places:
             parts = 1 + (size - 1) // stride if size else 0
             for part in range(parts):
                 middle = offset + (2 * part + 1) * size // (2 * parts) - SAMPLE // 2
                 begin = max(offset, middle)
-                digest.update(os.pread(descriptor, min(SAMPLE, offset + size - begin), begin))
-    finally:
-        os.close(descriptor)
+                opened.seek(begin)
+                digest.update(opened.read(min(SAMPLE, offset + size - begin)))
