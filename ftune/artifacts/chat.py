@@ -49,7 +49,8 @@ class Chat:
         device = choose_device()
         self._dtype = choose_dtype(recipe.model.dtype, device)
         self._tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
-        self._prompting = prompting_of(recipe.data, self._tokenizer)
+        trained = target.run.read()["plan"]["data"]["format"] if target.run is not None else None
+        self._prompting = prompting_of(recipe.data, self._tokenizer, trained)
         if system is not None and self._prompting.kind == "raw":
             raise FtuneError(
                 "--system: this run's prompts have no system message: it was trained on prompts as they are",
@@ -62,7 +63,7 @@ class Chat:
         found = positions(configured(recipe.model, recipe.method))
         self._positions = None if found is None else found - recipe.method.virtual_positions
         self._stops = saved_stops(target.run, recipe, self._tokenizer)
-        self._end_text = text_stop(recipe, self._tokenizer)
+        self._end_text = text_stop(recipe, self._tokenizer, trained)
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self.tuned = target.run is not None and not (base and recipe.method.artifact == "model")
         if self.tuned:

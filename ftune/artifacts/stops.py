@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.data.answers import Answer
+from ftune.data.formats import Format
 from ftune.data.prompts import prompting_of
 from ftune.data.stops import end_text, learned_ends, template_end
 from ftune.errors import RunDirError
@@ -59,11 +60,17 @@ def stops_of_plan(plan: Plan) -> tuple[int, ...]:
     return learned_ends(plan.splits.train, plan.tokenizer, plan.recipe.data)
 
 
-def text_stop(recipe: Recipe, tokenizer: Any) -> str | None:
-    """The text that ends an answer where no token does, of a run that prompts in a chat template."""
+def text_stop(recipe: Recipe, tokenizer: Any, trained: Format | None = None) -> str | None:
+    """The text that ends an answer where no token does, of a run that prompts in a chat template.
+
+    Args:
+        recipe: The run's.
+        tokenizer: The run's.
+        trained: The format that the run recorded, for where its data cannot be read any more.
+    """
     text = end_text(tokenizer, recipe.data.chat_template)
     # The data are looked at only where it matters.
-    return text if text is not None and prompting_of(recipe.data, tokenizer).kind == "chat" else None
+    return text if text is not None and prompting_of(recipe.data, tokenizer, trained).kind == "chat" else None
 
 
 def until(answer: Answer, text: str | None) -> Answer:

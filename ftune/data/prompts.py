@@ -14,7 +14,7 @@ from ftune.data.read import read_source
 from ftune.data.sources import Changed, Row, Rows, load_rows
 from ftune.data.tokenize import GenerationItem, encoder_for, generation_items, template_for
 from ftune.data.turns import CHAT_COLUMNS
-from ftune.errors import DataError
+from ftune.errors import DataError, LocatedDataError
 from ftune.recipe.columns import Field, is_template, parse_template
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
 
@@ -46,21 +46,49 @@ class Prompting:
         return f"{before}{text}{behind}"
 
 
-def prompting_of(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prompting:
-    """How the rows of a recipe are put, by its first training row; where that cannot be read, by the tokenizer."""
+def prompting_of(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, trained: Format | None = None) -> Prompting:
+    """How the rows of a recipe are put, by its first training row.
+
+    Args:
+        spec: The data block.
+        tokenizer: Its chat template, where it has one, is what ``alpaca`` rows are put in.
+        trained: The format that a run recorded, which tells where its data cannot be read any more; without it the
+            tokenizer does.
+    """
     given = spec.train.columns.given() if spec.train.columns is not None else {}
     template = _around(given.get("prompt") or given.get("instruction"))
     try:
-        rows, format = read_source(spec.train.model_copy(update={"max_examples": 1}))
+        rows, format = _first_row(spec.train)
         if format == "text":
             return Prompting("raw")
         templated = template_for(tokenizer, spec, format, rows) is not None
         first = convert(rows, format, chat_template=templated)[0]
     except DataError:
-        return Prompting("chat" if tokenizer.chat_template else "raw", template)
+        kind = _kind_without_data(spec, tokenizer, trained)
+        return Prompting(kind, None if trained == "text" else template)
     if isinstance(first, Plain):
         return Prompting("alpaca" if format == "alpaca" else "raw", template)
     return Prompting("chat", template)
+
+
+def _first_row(source: DataSource) -> tuple[Rows, Format]:
+    """The first row of a source, and the format of all of them."""
+    try:
+        return read_source(source.model_copy(update={"max_examples": 1}))
+    except LocatedDataError:  # a place inside a column, which later rows have and this one has not
+        rows, format = read_source(source)
+        return rows.select(rows.numbers[:1]), format
+
+
+def _kind_without_data(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, trained: Format | None
+) -> Literal["chat", "raw", "alpaca"]:
+    templated = bool(tokenizer.chat_template or spec.chat_template)
+    if trained in ("text", "prompt_completion"):  # a prompt may be turns, too, but is a text nearly always
+        return "raw"
+    if trained == "alpaca" and not templated:
+        return "alpaca"
+    return "chat" if templated else "raw"
 
 
 def prompt_ids(
