@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "key_of", "load", "store"]
 
 KIND = "tokens"
-PACKAGES = ("transformers", "tokenizers", "jinja2")
+PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
 # template functions whose answer changes with the day
 DATED = "strftime_now"
 
