@@ -300,8 +300,11 @@ class RunDir:
 
     def sweep(self) -> None:
         """Delete what a killed process left half written; only by who holds the lock."""
-        for directory in (self.root, self.checkpoints):
-            remove_leftovers(directory)
+        evaluations = self.root / "evaluations"
+        of_checkpoints = sorted(evaluations.iterdir()) if kind_of(evaluations) == "a directory" else []
+        for directory in (self.root, self.checkpoints, *of_checkpoints):
+            if directory == self.root or kind_of(directory) == "a directory":
+                remove_leftovers(directory)
 
     def contents(self) -> list[Path]:
         """What ftune made here, in the order in which it may be deleted: ``run.json`` goes last.

@@ -32,6 +32,8 @@ __all__ = [
 _ASIDE = ".tmp-"
 _REPLACED = ".tmp-replaced-"
 _ABANDONED_SECONDS = 24 * 3600.0
+_YOUNG_SECONDS = 3.0
+"""A file has no lock yet right after it is made; a command that is begun again takes longer until it sweeps."""
 
 
 def sync(path: Path) -> None:
@@ -204,7 +206,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 def remove_leftovers(directory: Path, *, of: str | None = None) -> None:
     """Delete what a killed process left half written in ``directory``; put back what it was about to replace.
 
-    What a living process is writing stays: it holds a lock on it.
+    What a living process is writing stays: it holds a lock on it, or has only just made it.
 
     Args:
         directory: Where to look; nothing happens where there is none.
@@ -224,7 +226,7 @@ def remove_leftovers(directory: Path, *, of: str | None = None) -> None:
             continue
         if named and named[1] == _REPLACED and not os.path.lexists(path.with_name(named[2])):
             os.replace(path, path.with_name(named[2]))
-        elif not _is_held(path):
+        elif kind_of(path) not in (None, "a directory") or not (_is_newer(path, _YOUNG_SECONDS) or _is_held(path)):
             _delete(path)
 
 
@@ -263,25 +265,24 @@ def _hold(descriptor: int) -> None:
 
 def _is_held(path: Path) -> bool:
     """Whether a living process is writing it; where that cannot be asked, whether it was written within a day."""
-    if kind_of(path) not in (None, "a directory"):
-        return False
     try:
         import fcntl
 
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (ImportError, OSError):
-        return _is_fresh(path)
+        return _is_newer(path, _ABANDONED_SECONDS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES) or _is_fresh(path)
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES) or _is_newer(path, _ABANDONED_SECONDS)
     finally:
         os.close(descriptor)
     return False
 
 
-def _is_fresh(path: Path) -> bool:
+def _is_newer(path: Path, seconds: float) -> bool:
+    """Whether something was written in the last so many seconds; a file server's clock may be ahead."""
     try:
-        return time.time() - path.lstat().st_mtime < _ABANDONED_SECONDS
+        return abs(time.time() - path.lstat().st_mtime) < seconds
     except OSError:
         return False

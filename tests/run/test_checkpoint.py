@@ -86,6 +86,7 @@ def test_a_reader_deletes_nothing(found: Checkpoints) -> None:
     half.mkdir()
     assert Checkpoints(found.directory, 2).newest() == (found.path(3), [])
     assert half.is_dir()
+    os.utime(half, (0, 0))
     RunDir(found.directory.parent).sweep()  # by who holds the lock
     assert not half.exists()
 
@@ -215,6 +216,8 @@ def killed_between_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> Non
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt), files.new_directory(target) as out:
             (out / "a").write_text("new")
+    for left in target.parent.glob(".tmp-*"):
+        os.utime(left, (0, 0))
 
 
 def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +232,7 @@ def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: p
     with files.new_directory(target) as out:
         (out / "a").write_text("newest")
     (tmp_path / ".tmp-replaced-step-4-77").mkdir()  # of one that was killed right after
+    os.utime(tmp_path / ".tmp-replaced-step-4-77", (0, 0))
     files.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert (target / "a").read_text() == "newest"

@@ -226,6 +226,12 @@ with new_directory(Path(sys.argv[1])) as out:
 """
 
 
+def aged(*paths: Path) -> None:
+    """As if a command of a minute ago had left them."""
+    for path in paths:
+        os.utime(path, (time.time() - 60,) * 2)
+
+
 def test_a_leftover_goes_with_the_next_command_and_what_is_being_written_stays(run: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITE, str(run / "merged")], stdout=subprocess.PIPE, text=True)
     try:
@@ -237,14 +243,49 @@ def test_a_leftover_goes_with_the_next_command_and_what_is_being_written_stays(r
         writer.kill()
         writer.wait()
         writer.stdout.close()
+    aged(*run.glob(".tmp-*"))
     with reading(run):
         assert not list(run.glob(".tmp-*"))
     assert not (run / "merged").exists()
 
 
+def test_what_was_made_just_now_has_no_lock_yet_and_stays(run: Path, dear: Path) -> None:
+    new = [run / ".tmp-eval.json-00ff", run / ".tmp-merged-00ff", run / "checkpoints/.tmp-step-1-00ff"]
+    new[0].touch()
+    for path in new[1:]:
+        path.mkdir(parents=True)
+    (run / ".tmp-run.json-00ff").symlink_to(dear)
+    RunDir(run).sweep()
+    assert [path.exists() for path in new] == [True] * 3
+    assert not (run / ".tmp-run.json-00ff").is_symlink()
+    aged(*new)
+    RunDir(run).sweep()
+    assert [path.exists() for path in new] == [False] * 3
+    assert dear.is_file()
+
+
+def test_evaluations_of_checkpoints_are_swept_too(run: Path, tmp_path: Path) -> None:
+    below = run / "evaluations/step-2"
+    below.mkdir(parents=True)
+    for name in (".tmp-predictions.jsonl-00ff", ".tmp-eval.json-00ff", "eval.json"):
+        (below / name).touch()
+    aged(*below.iterdir())
+    theirs = tmp_path / "theirs/.tmp-theirs-00ff"
+    theirs.parent.mkdir()
+    theirs.touch()
+    aged(theirs)
+    with reading(run):
+        assert [path.name for path in below.iterdir()] == ["eval.json"]
+    (run / "evaluations/step-3").symlink_to(theirs.parent)
+    (run / "evaluations/notes").touch()
+    RunDir(run).sweep()
+    assert theirs.exists()
+
+
 def test_beside_a_target_elsewhere_only_its_own_leftovers_go(tmp_path: Path) -> None:
     for name in (".tmp-model-00ff", ".tmp-other-00ff", ".tmp-notes"):
         (tmp_path / name).mkdir()
+        aged(tmp_path / name)
     files.require_writable(tmp_path / "model", "merge.json", "merged model")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-notes", ".tmp-other-00ff"]
 

@@ -257,6 +257,7 @@ class TestRunDirectory:
 
     def test_what_a_killed_rehearsal_left_is_swept_away(self, tmp_path: Path) -> None:
         (tmp_path / "run/.tmp-rehearsal-x").mkdir(parents=True)
+        os.utime(tmp_path / "run/.tmp-rehearsal-x", (0, 0))
         train(tiny.recipe(tmp_path))
         assert not (tmp_path / "run/.tmp-rehearsal-x").exists()
 
