@@ -37,6 +37,7 @@ from ftune.recipe.diagnose import (
     fail,
     translate,
 )
+from ftune.recipe.no_recipe import other_kind
 from ftune.recipe.other_method import of_another_method
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 from ftune.recipe.spelling import closest
@@ -92,6 +93,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, color: bool = Fals
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise fail([_unreadable(path, error)], Source(name, ""), color=color) from error
+    if other := other_kind(path, data):
+        raise fail([other], Source(name, ""), color=color)
     if len(data) > MAX_BYTES:
         mistake = Mistake(f"the recipe is larger than {MAX_BYTES} bytes", help="is this a data file?")
         raise fail([mistake], Source(name, ""), color=color)
@@ -175,9 +178,23 @@ def _unreadable(path: Path, error: OSError) -> Mistake:
             help=f"did you mean `{path.parent / near}`?" if near else "see `ftune init`",
         )
     if isinstance(error, IrregularError):
-        help = "name a .yaml file in it" if error.kind == "a directory" else "write the recipe to a file"
+        help = _recipes_in(path) if error.kind == "a directory" else "write the recipe to a file"
         return Mistake(f"the recipe is {error.kind}", help=help)
     return Mistake(f"the recipe cannot be read: {error.strerror}")
+
+
+def _recipes_in(directory: Path) -> str:
+    """What to name instead of a directory."""
+    if (directory / "run.json").is_file():
+        return "it is a run: `ftune eval`, `predict`, `merge` and `chat` take one; train takes the recipe's file"
+    try:
+        found = sorted(entry for entry in directory.iterdir() if entry.suffix.lower() in (".yaml", ".yml"))
+    except OSError:
+        found = []
+    if not found:
+        return "there is no .yaml file in it; `ftune init` writes a recipe"
+    more = f", or another of its {len(found)} .yaml files" if len(found) > 1 else ""
+    return f"name the file: `{found[0]}`{more}"
 
 
 def _not_utf8(name: str, data: bytes, error: UnicodeDecodeError) -> Mistake:

@@ -226,6 +226,7 @@ def near_path(path: Path) -> Path | None:
 def missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside: str | None = None) -> FtuneError:
     """The error for what is not there, with what has a similar name."""
     where = f" in `{inside}`" if inside else ""
+    correct = "correct the name" if inside else "correct the path, which begins where ftune was started"
     near = near_path(path)
     if near is not None:
         shown = near.name if inside else str(near)
@@ -234,5 +235,5 @@ def missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside
     if not parent.exists():
         while not parent.parent.exists():
             parent = parent.parent
-        return error(f"there is no {what} `{text}`{where}", help=f"the directory `{parent}` does not exist")
-    return error(f"there is no {what} `{text}`{where}")
+        return error(f"there is no {what} `{text}`{where}", help=f"the directory `{parent}` does not exist; {correct}")
+    return error(f"there is no {what} `{text}`{where}", help=correct)
