@@ -53,6 +53,13 @@ def _imports_are_no_garbage() -> None:
         _modules_frozen = len(sys.modules)
 
 
+@pytest.fixture(autouse=True)
+def _same_random_weights() -> None:
+    """Start each test at one seed: a model made at random is the same one in every run, whichever tests ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
     """Compare a text with a committed file, or write that file under --record-golden."""

@@ -133,10 +133,11 @@ def test_a_model_that_became_worse_is_told_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.recipe(tmp_path)
-    # As it is made, a model gives all tokens much the same probability, so that there is much to lose.
+    # As it is made, a model gives all tokens much the same probability, so that there is much to lose; and a head that
+    # is trained too takes from the tokens of the held-out row, which no row for training has.
     AutoModelForCausalLM.from_config(tiny.config()).save_pretrained(tmp_path / "base")
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "q", "completion": "\u00e4\u00f6\u00fc" * 9}) + "\n")
-    loaded = tiny.recipe(tmp_path, optimizer={"learning_rate": 0.1}, training={"max_steps": 12})
+    loaded = tiny.recipe(tmp_path, "full", optimizer={"learning_rate": 0.1}, training={"max_steps": 12})
     (tmp_path / "recipe.json").write_text(loaded.text)
     monkeypatch.setattr("sys.argv", ["ftune", "train", str(tmp_path / "recipe.json")])
     with pytest.raises(SystemExit) as ended:
