@@ -12,7 +12,7 @@ from ftune.scrub import scrub_data
 __all__ = ["write_card"]
 
 
-def write_card(directory: Path, record: dict[str, Any]) -> None:
+def write_card(directory: Path, record: dict[str, Any], auto: str = "AutoModelForCausalLM") -> None:
     """Write the card of a run.
 
     Names the base model and the data as the recipe does, but of a local path its last component only.
@@ -20,6 +20,7 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     Args:
         directory: The adapter's or model's directory.
         record: What ``run.json`` keeps.
+        auto: The class of transformers that loads the base model.
     """
     record = scrub_data(record)
     plan, measured, resolved = record["plan"], record["measured"], record["resolved"]
@@ -45,9 +46,10 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     title = f"{base.rsplit('/', 1)[-1]}, tuned by {method['name']}"
+    how = _how_to_load(method["saved_as"], base, resolved.get("model", {}), auto)
     (directory / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
-        f"Made with ftune. {_how_to_load(method['saved_as'], base)}\n\n| | |\n|---|---|\n{table}\n",
+        f"Made with ftune. {how}\n\n| | |\n|---|---|\n{table}\n",
         encoding="utf-8",
     )
 
@@ -66,9 +68,19 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _how_to_load(saved_as: str, base: str) -> str:
+def _how_to_load(saved_as: str, base: str, model: dict[str, Any], auto: str) -> str:
     if saved_as == "ftune":
         return f"Use it with `ftune eval RUN` and `ftune chat RUN`, over `{base}`."
+    trusted = ", trust_remote_code=True" if model.get("trust_remote_code") else ""
     if saved_as == "transformers":
-        return "Load it with `AutoModelForCausalLM.from_pretrained(DIRECTORY)`."
-    return f"Load it with `PeftModel.from_pretrained(model, DIRECTORY)` over `{base}`."
+        lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("DIRECTORY"{trusted})']
+    else:
+        asked = "".join(f', {key}="{model[key]}"' for key in ("revision", "gguf_file") if model.get(key))
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("{base}"{asked}{trusted})',
+            'model = PeftModel.from_pretrained(model, "DIRECTORY")',
+        ]
+    return "\n".join(["Load it with", "", "```python", *lines, "```"])

@@ -31,9 +31,11 @@ from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import plain, using, why_not_fused
+from ftune.plan.base_model import configured
 from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
+from ftune.plan.shapes import auto_class
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
@@ -264,7 +266,7 @@ def _train(
                         "loop_seconds": forecaster.spent,
                         "predicted_loop_seconds": forecaster.predicted,
                     }
-                    write_card(out, record)
+                    write_card(out, record, auto_class(configured(recipe.model, recipe.method)).__name__)
                     record["artifact_sha256"] = digests_of(out)
                 emit(Saved(plan.total_steps, recipe.method.artifact))
             status = "finished"
