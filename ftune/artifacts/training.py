@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
 from ftune.plan.resolve import Plan, build, resolve
 from ftune.plan.shapes import auto_class
+from ftune.plan.slow import slower_here
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
@@ -135,6 +136,8 @@ def _train(
         plan = resolve_again(recipe, before, world, choice)
     else:
         plan = resolve(recipe, world_size=world, engine=choice)
+    if began is not None:
+        plan = replace(plan, slower=slower_here(began, plan.context.device, of_run=True))
     # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
     resolved = plan.recipe
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:

@@ -17,6 +17,7 @@ from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
 from ftune.plan.resolve import Plan, written_out
+from ftune.plan.slow import slower_here
 from ftune.recipe import load_checked
 from ftune.recipe.schema import Recipe
 
@@ -140,7 +141,9 @@ def reading(path: Path, checkpoint: str | None = None, *, unfinished: bool = Fal
     else:
         held = contextlib.nullcontext() if root is None else RunDir(root).reading()
     with held:
-        yield find_target(path, checkpoint, unfinished=unfinished)
+        found = find_target(path, checkpoint, unfinished=unfinished)
+        slower = slower_here(found.recipe, choose_device(), of_run=found.run is not None)
+        yield replace(found, notes=(*found.notes, *slower))
 
 
 def load_plain(plan: Plan) -> nn.Module:

@@ -19,7 +19,9 @@ MUCH = 2.0
 """How many times slower is worth a warning."""
 
 
-def slower_here(recipe: Recipe, device: torch.device, target: Device | None = None) -> tuple[str, ...]:
+def slower_here(
+    recipe: Recipe, device: torch.device, target: Device | None = None, *, of_run: bool = False
+) -> tuple[str, ...]:
     """A warning for every dtype that the recipe names and the device multiplies much slower in than in the other.
 
     Nothing is measured where the recipe names none. In a group of processes all must call it (``seconds_of``).
@@ -28,11 +30,12 @@ def slower_here(recipe: Recipe, device: torch.device, target: Device | None = No
         recipe: As it was written: what was left to ``auto`` must still say so.
         device: Where the model computes.
         target: The CUDA device to plan for, when it is not the one here: nothing can be measured on it.
+        of_run: The recipe is that of a run which has begun: its dtype is settled, and cannot be written otherwise.
     """
-    return tuple(_slower(recipe, device, target))
+    return tuple(_slower(recipe, device, target, of_run))
 
 
-def _slower(recipe: Recipe, device: torch.device, target: Device | None) -> Iterator[str]:
+def _slower(recipe: Recipe, device: torch.device, target: Device | None, of_run: bool) -> Iterator[str]:
     for field, dtype in _named(recipe):
         if target is not None:
             if dtype == "bfloat16" and not target.bfloat16:
@@ -44,7 +47,8 @@ def _slower(recipe: Recipe, device: torch.device, target: Device | None) -> Iter
         if factor >= MUCH:
             yield (
                 f"{dtype} is {factor:.{0 if factor >= 10 else 1}f} times slower than {other} on this "
-                f"{'CPU' if device.type == 'cpu' else 'device'} (measured): write `{field}: auto`"
+                f"{'CPU' if device.type == 'cpu' else 'device'} (measured): "
+                + ("the run began in it and keeps it" if of_run else f"write `{field}: auto`")
             )
 
 

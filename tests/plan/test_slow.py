@@ -12,6 +12,10 @@ import pytest
 import tiny
 import torch
 
+from ftune.artifacts import training
+from ftune.artifacts.predict import predict
+from ftune.artifacts.training import train
+from ftune.artifacts.tuned import reading
 from ftune.plan import precision, slow
 from ftune.plan.devices import find_device
 from ftune.plan.resolve import resolve
@@ -75,6 +79,29 @@ def test_the_plan_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
     plan = resolve(tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe)
     assert any("20 times slower" in text for text in plan.summary()["warnings"])
+
+
+def test_of_a_run_it_is_said_without_advice_that_cannot_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
+    loaded = tiny.recipe(tmp_path, model={"dtype": "bfloat16"}, training={"max_steps": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "write_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(loaded, progress=False)
+    shown: list[list[str]] = []
+    train(loaded, progress=False, resume=True, show_plan=lambda summary: shown.append(summary["warnings"]))
+    with reading(tmp_path / "run") as of_run:
+        pass
+    (tmp_path / "recipe.yaml").write_text(loaded.text)
+    with reading(tmp_path / "recipe.yaml") as of_recipe:
+        pass
+    for notes in (shown[0], of_run.notes, of_recipe.notes):
+        (said,) = (note for note in notes if "20 times slower" in note)
+        assert said.endswith("(measured): the run began in it and keeps it")
+    answered = predict(of_run, str(tmp_path / "eval.jsonl"), tmp_path / "answers.jsonl")
+    assert "20 times slower" in " ".join(answered["notes"])
 
 
 @pytest.mark.slow
