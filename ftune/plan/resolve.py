@@ -219,6 +219,7 @@ def resolve(
     built = build_on_meta(config, trust_remote_code=recipe.model.trust_remote_code)
     shape = shape_of(built)
     recipe, chosen = _settled_by_architecture(recipe, packing, config, built)
+    notes += _left_out(recipe, shape)
     tokenizer = load_tokenizer(recipe.model, recipe.data.chat_template)
     if sizes is None:
         require_rows(tokenizer, built, recipe.model.id)
@@ -397,6 +398,19 @@ def _refuse(recipe: Recipe, config: Any, shape: ModelShape, context: Context) ->
             f"{config.model_type} keeps its experts in one tensor, beside which adapters are not proven yet",
             help="use `method: full`, or a dense model",
         )
+
+
+def _left_out(recipe: Recipe, shape: ModelShape) -> tuple[str, ...]:
+    """What ``all-linear`` leaves out, because nothing beside it would have an effect."""
+    if recipe.method.artifact != "adapter" or getattr(recipe.method, "target_modules", None) != "all-linear":
+        return ()
+    past = [linear.name for linear in shape.linears if not linear.adaptable]
+    if not past:
+        return ()
+    return (
+        f"`all-linear` leaves out {len(past)} layers whose weights the model reads itself ({past[0]}, ...): an adapter "
+        "beside them would have no effect. `method: full` trains them",
+    )
 
 
 def written_out(recipe: Recipe, dtype: torch.dtype) -> Recipe:

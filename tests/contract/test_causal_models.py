@@ -50,6 +50,13 @@ def test_or_is_refused_by_the_plan(
     assert refused.value.help
 
 
+@pytest.mark.parametrize(("architecture", "method", "told"), [("falcon_h1", "lora", 1), ("falcon_h1", "full", 0)])
+def test_the_plan_tells_what_all_linear_leaves_out(architecture: str, method: str, told: int, tmp_path: Path) -> None:
+    base = causal_models.make(architecture, tmp_path / "model")
+    warnings = resolve(causal_models.recipe(base, method, tmp_path).recipe).summary()["warnings"]
+    assert sum("mamba.out_proj" in text for text in warnings) == told
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_language_model_alone_is_adapted_and_the_rest_is_kept(method: str, tmp_path: Path) -> None:
     base = causal_models.make("gemma3, with vision", tmp_path / "model")
