@@ -78,12 +78,14 @@ class Unrendered:
             text.last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
             text.prompt = generation_prompt(conversation, text.last, self._tokenizer, self._template)
         notes: dict[str, None] = {}
+        lost: list[str] = []
         asked = max((i for i, message in enumerate(conversation.messages) if message["role"] == "user"), default=-1)
         calls = any(message.get("tool_calls") or message["role"] in TOOL_ROLES for message in conversation.messages)
         if conversation.tools and not self._is_shown(("tools", calls), conversation, text, _other_tools):
             if calls:
-                raise DataError("the chat template does not show `tools`, which the messages use", help=HELP)
-            notes[f"{NOT_SHOWN}`tools`"] = None
+                lost.append("`tools`, which the messages use")
+            else:
+                notes[f"{NOT_SHOWN}`tools`"] = None
         for index, message in enumerate(conversation.messages):
             place = _place(conversation, index, index > asked)
             for key, call in _values(message):
@@ -97,13 +99,14 @@ class Unrendered:
                     and (call is not None) != (key == "content")
                 ):
                     what = "`content`" if call is None else "the tool call"
-                    raise DataError(
-                        f"the chat template does not show {what} of messages[{index}], which is trained", help=HELP
-                    )
+                    lost.append(f"{what} of messages[{index}], which is trained")
+                    break
                 earlier = (
                     "earlier " if message["role"] == "assistant" and index + 1 < len(conversation.messages) else ""
                 )
                 notes[f"{NOT_SHOWN}`{name}` of {earlier}{message['role']} messages"] = None
+        if lost:
+            raise DataError(f"{NOT_SHOWN}{_listed(lost)}", help=HELP)
         for index in trained:
             self._require_whole(conversation, index, text)
         return list(notes)
@@ -145,10 +148,15 @@ class Unrendered:
                         said = " ".join(part.split())
                         said = said if len(said) <= 40 else f"{said[:37]}..."
                         raise DataError(
-                            f"the chat template does not show {said!r} of messages[{index}].content, which is trained",
+                            f"{NOT_SHOWN}{said!r} of messages[{index}].content, which is trained",
                             help=HELP,
                         )
             start = end
+
+
+def _listed(lost: Sequence[str]) -> str:
+    """What is left out, the first three of it."""
+    return ", and ".join([*lost[:3], *([f"{len(lost) - 3} more"] if len(lost) > 3 else [])])
 
 
 def _place(conversation: Conversation, index: int, answers: bool) -> tuple[Any, ...]:

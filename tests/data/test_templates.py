@@ -203,6 +203,10 @@ REFUSED = {
     ("gemma", "call with text"): "does not show `tools`, which the messages use",
     ("deepseek_r1", "call"): "does not show `tools`, which the messages use",
     ("deepseek_r1", "think"): r"does not show 'Hm hm.' of messages\[1\].content, which is trained",
+    (
+        "plain",
+        "call",
+    ): r"does not show `tools`, which the messages use, and the tool call of messages\[1\], which is trained",
     ("plain", "call, no tools"): r"does not show the tool call of messages\[1\], which is trained",
 }
 
