@@ -32,6 +32,12 @@ _FREE_TO_CHANGE = (
     "training.stop_at_grad_norm",
     "training.cuda_graphs",
 )
+# Digests of the base, and what each is of.
+_OF_MODEL = {
+    "fingerprint": "the content of the model files",
+    "tokenizer": "the tokenizer",
+    "chat_template": "the chat template",
+}
 
 
 def resolve_again(recipe: Recipe, before: dict[str, Any], world_size: int, engine: EngineChoice) -> Plan:
@@ -55,9 +61,9 @@ def changes_of_data(before: dict[str, Any], summary: dict[str, Any]) -> dict[str
 
 
 def changes_of_model(before: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint of the base's files, then and now, where it differs; a run of an older version has none."""
-    then, now = base_of(before), summary["model"]["fingerprint"]
-    return {} if then in (None, now) else {"fingerprint": [then, now]}
+    """Digests of the base's files that differ: ``{name: [then, now]}``; a run of an older version has none."""
+    pairs = {name: (base_of(before, name), summary["model"][name]) for name in _OF_MODEL}
+    return {name: [then, now] for name, (then, now) in pairs.items() if then not in (None, now)}
 
 
 def require_same(
@@ -90,13 +96,15 @@ def require_same(
         if then.get(key) != now[key]
     ]
     ways = "restore the recipe, or train anew with --overwrite"
-    for what, flag, found in (
-        ("data", accept_changed_data, changes_of_data(before, summary)),
-        ("model", accept_changed_model, changes_of_model(before, summary)),
-    ):
-        if found and not flag:
-            changed.append(f"the content of the {what} files")
-            ways = f"restore the {what}, go on with the new by --accept-changed-{what}, or train anew with --overwrite"
+    of_model = changes_of_model(before, summary)
+    # By another tokenizer or template the same rows are other tokens: that is said instead.
+    same_text = not of_model.keys() & {"tokenizer", "chat_template"}
+    if changes_of_data(before, summary) and same_text and not accept_changed_data:
+        changed.append("the content of the data files")
+        ways = "restore the data, go on with the new by --accept-changed-data, or train anew with --overwrite"
+    if of_model and not accept_changed_model:
+        changed += [_OF_MODEL[name] for name in of_model]
+        ways = "restore that, go on with the new by --accept-changed-model, or train anew with --overwrite"
     if changed:
         raise RunDirError(f"{run.root} was started with another recipe:\n  " + "\n  ".join(changed), help=ways)
 

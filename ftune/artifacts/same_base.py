@@ -7,17 +7,22 @@ from typing import Any
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, RunDirError
-from ftune.plan.fingerprint import fingerprint
+from ftune.plan.fingerprint import fingerprint, text_fingerprint
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import ModelSpec, Recipe
 
 __all__ = ["base_of", "is_moved", "require_elsewhere", "require_same_base"]
 
 
-def base_of(record: dict[str, Any]) -> str | None:
-    """The fingerprint of its base in ``run.json``; None of a model of the hub, and in runs of older versions."""
+def base_of(record: dict[str, Any], what: str = "fingerprint") -> str | None:
+    """A digest of its base in ``run.json``; None of a model of the hub, and in runs of older versions.
+
+    Args:
+        record: The content of ``run.json``.
+        what: ``fingerprint``, of weights and configuration; ``tokenizer``; or ``chat_template``.
+    """
     found: Any = record
-    for key in ("plan", "model", "fingerprint"):
+    for key in ("plan", "model", what):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, str) else None
 
@@ -31,7 +36,7 @@ def is_moved(now: ModelSpec, then: ModelSpec, record: dict[str, Any]) -> bool:
 
 
 def require_same_base(run: RunDir, recipe: Recipe) -> None:
-    """Hold that a run's base on this disk has the weights that it was trained on.
+    """Hold that a run's base on this disk has the weights, the tokenizer and the chat template that it was trained on.
 
     Args:
         run: A run.
@@ -41,12 +46,25 @@ def require_same_base(run: RunDir, recipe: Recipe) -> None:
         RunDirError: There are others now.
         ModelError: There is no model now.
     """
-    known = base_of(run.read())
+    record = run.read()
+    known = base_of(record)
     if known is not None and fingerprint(recipe.model) != known:
         raise RunDirError(
             f"{run.root} was trained on other weights, or another config.json, than `{recipe.model.id}` holds now",
             help="put the base model back as it was, or train the recipe again with --overwrite",
         )
+    now = text_fingerprint(recipe.model, recipe.data.chat_template)
+    for what, digest, where in (
+        ("tokenizer", now.tokenizer, recipe.model.id),
+        ("chat template", now.chat_template, recipe.data.chat_template or recipe.model.id),
+    ):
+        known = base_of(record, what.replace(" ", "_"))
+        if known is not None and digest != known:
+            raise RunDirError(
+                f"{run.root} was trained with another {what} than `{where}` holds now",
+                help=f"put it back as it was (`{run.root / recipe.method.artifact}` holds the one that was trained "
+                "with), or train the recipe again with --overwrite",
+            )
 
 
 def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: str, usual: Path | None = None) -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "load_base",
     "load_config",
     "load_tokenizer",
+    "read_template",
 ]
 
 
@@ -214,11 +215,16 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
         # Padding is never in the loss and never attended to: any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(chat_template).expanduser())
+        tokenizer.chat_template = read_template(Path(chat_template).expanduser())
     return tokenizer
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The chat template that a recipe names.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
         return read_regular(path, MAX_TEMPLATE_BYTES, follow=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

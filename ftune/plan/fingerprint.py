@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftune.plan.base_model import gguf_path
+from ftune.plan.base_model import gguf_path, read_template
 from ftune.plan.weights import safetensors_files
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import ModelSpec
 
-__all__ = ["fingerprint"]
+__all__ = ["Text", "fingerprint", "text_fingerprint"]
 
 SAMPLE = 256
 """Bytes read in one place. Whole files would take minutes."""
@@ -26,6 +26,25 @@ MAX_SAMPLES = 4096
 """Of all files: a fifth of a second on a disk that is not cached."""
 MAX_HEADER = 100_000_000  # safetensors' own limit
 _WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # written anew by whoever saves a model
+_TOKENIZERS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+_OF_ITS_USE = (
+    "padding",
+    "truncation",
+    "name_or_path",
+    "special_tokens_map_file",
+    "is_local",
+    "local_files_only",
+    *_WITHOUT_MEANING,
+)
+_TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 
 def fingerprint(spec: ModelSpec) -> str | None:
@@ -68,6 +87,60 @@ def fingerprint(spec: ModelSpec) -> str | None:
         digest.update(header)
         _sample(digest, file, [(place.offset, place.size) for place in places if place.name in drawn], stride=stride)
     return digest.hexdigest()
+
+
+class Text(NamedTuple):
+    """Digests of how a model's text becomes tokens: hexadecimal digits, or None where nothing on this disk says it."""
+
+    tokenizer: str | None
+    chat_template: str | None
+
+
+def text_fingerprint(spec: ModelSpec, chat_template: str | None) -> Text:
+    """Digests of a base's tokenizer and of the chat template, as their files have them.
+
+    Not of the loaded tokenizer, which another version of its library may write otherwise.
+
+    Args:
+        spec: The recipe's model block. What a hub has is known by its commit, what a GGUF file has by its own digest.
+        chat_template: The recipe's ``data.chat_template``, used in place of the base's own.
+
+    Raises:
+        DataError: That file cannot be read.
+        ModelError: The model is not there.
+        OSError: A file cannot be read.
+    """
+    own = _digest(read_template(Path(chat_template).expanduser())) if chat_template is not None else None
+    located = locate_model(spec)
+    if located.kind != "directory":
+        return Text(None, own)
+    directory = Path(located.path_or_id)
+    read = {file.relative_to(directory).as_posix(): _plain(file) for file in _named(directory, *_TOKENIZERS)}
+    config = read.get("tokenizer_config.json")
+    inside = config.pop("chat_template", None) if isinstance(config, dict) else None
+    templates = [file.read_text(encoding="utf-8", errors="replace") for file in _named(directory, *_TEMPLATES)]
+    return Text(_digest(read), own or _digest([inside, *templates]))
+
+
+def _named(directory: Path, *patterns: str) -> list[Path]:
+    """A directory's files of such names, in a fixed order."""
+    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
+
+
+def _plain(file: Path) -> Any:
+    """A JSON file's content without what saving it anew changes; of another file its digest."""
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return hashlib.sha256(content).hexdigest()
+    if isinstance(found, dict):
+        return {key: value for key, value in found.items() if key not in _OF_ITS_USE}
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class _Place(NamedTuple):

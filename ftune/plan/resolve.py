@@ -36,7 +36,7 @@ from ftune.plan.defaults import Choice, choose_length, choose_rate
 from ftune.plan.devices import Device
 from ftune.plan.documents import may_keep_apart, settle_packing
 from ftune.plan.engine import DDP, EngineChoice, require_engine
-from ftune.plan.fingerprint import fingerprint
+from ftune.plan.fingerprint import Text, fingerprint, text_fingerprint
 from ftune.plan.generation import check_generation
 from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
@@ -92,6 +92,7 @@ class Plan:
         slower: What the recipe asks for by name and the device is much slower in, a warning each.
         notes: What to tell of the base model's files.
         fingerprint: Of the base model's files, where they are on this disk.
+        text: Digests of its tokenizer and of the chat template.
     """
 
     recipe: Recipe
@@ -116,6 +117,7 @@ class Plan:
     slower: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
+    text: Text = Text(None, None)
 
     @property
     def global_batch(self) -> int:
@@ -349,6 +351,7 @@ def resolve(
         slower=slower,
         notes=notes,
         fingerprint=None if sizes is not None else fingerprint(recipe.model),
+        text=Text(None, None) if sizes is not None else text_fingerprint(recipe.model, recipe.data.chat_template),
     )
 
 

@@ -36,6 +36,7 @@ def summary_of(plan: Plan) -> dict[str, Any]:
             "dtype": str(context.dtype).removeprefix("torch."),
             "vocab": plan.shape.vocab,
             "fingerprint": plan.fingerprint,
+            **plan.text._asdict(),
         },
         "method": {
             "name": recipe.method.name,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from ftune.artifacts.convert import to_lora
 from ftune.artifacts.evaluate import evaluate
@@ -60,6 +62,53 @@ def test_resuming_over_other_weights_is_refused_unless_accepted(tmp_path: Path) 
     with pytest.raises(RunDirError, match="the content of the model files") as error:
         train(loaded, resume=True, progress=False)
     assert "--accept-changed-model" in (error.value.help or "")
+
+
+def swapped(base: Path) -> None:
+    """Give two letters each other's token."""
+    path = base / "tokenizer.json"
+    told = json.loads(path.read_text())
+    vocabulary = told["model"]["vocab"]
+    vocabulary["a"], vocabulary["s"] = vocabulary["s"], vocabulary["a"]
+    path.write_text(json.dumps(told))
+
+
+def renamed(base: Path) -> None:
+    path = base / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "robot"))
+
+
+@pytest.mark.parametrize(("change", "what"), [(swapped, "tokenizer"), (renamed, "chat template")])
+def test_another_tokenizer_or_template_of_the_base_is_refused(
+    tmp_path: Path, change: Callable[[Path], None], what: str
+) -> None:
+    loaded, run = trained(tmp_path, training={"max_steps": 2})
+    change(tmp_path / "base")
+    for read in (lambda: find_target(run.root), lambda: find_target(tmp_path / "recipe.yaml"), lambda: merge(run)):
+        with pytest.raises(RunDirError, match=f"was trained with another {what} than") as error:
+            read()
+        assert str(run.root / "adapter") in (error.value.help or "")
+    run.write(run.read() | {"status": "interrupted"})
+    with pytest.raises(RunDirError, match=f"the {what}") as error:
+        train(loaded, resume=True, progress=False)
+    assert "data" not in str(error.value)
+    train(loaded, resume=True, accept_changed_model=True, progress=False)
+    find_target(run.root)  # it is a run of the new one now
+
+
+def test_a_recipe_s_own_template_is_held_too_and_saving_a_tokenizer_anew_changes_nothing(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    tiny.recipe(tmp_path)
+    template.write_text((tmp_path / "base/chat_template.jinja").read_text())
+    _, run = trained(tmp_path, data={"chat_template": str(template)}, training={"max_steps": 2})
+    renamed(tmp_path / "base")
+    again = AutoTokenizer.from_pretrained(tmp_path / "base")
+    again(["a", "bb"], padding=True, truncation=True, max_length=1)
+    again.save_pretrained(tmp_path / "base")
+    find_target(run.root)
+    template.write_text(template.read_text() + "{# another #}")
+    with pytest.raises(RunDirError, match=f"another chat template than `{template}`"):
+        find_target(run.root)
 
 
 def test_an_accepted_change_is_kept_in_the_record(tmp_path: Path) -> None:
