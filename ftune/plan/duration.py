@@ -22,6 +22,8 @@ EFFICIENCY = {"cpu": 0.6, "cuda": 0.6}
 """What steps reach of the speed of matmuls alone. CPU: 0.57 to 0.76 of it, with LoRA on a 135M model on one core with
 AVX-512, in bfloat16 and float32, by the time of the process. CUDA: about 0.7, with LoRA on an 8B model on an H100
 (docs/benchmarks.md); a small model reaches less, for the GPU waits for Python."""
+ON_PAPER = 0.65
+"""What matmuls reach of the operations a second that a GPU's data sheet names."""
 QUANTIZED = 0.9
 """Of that again, where a base in 4 bits is dequantized for every product."""
 
@@ -54,15 +56,21 @@ def update_flops(
 
 
 def duration_of(plan: Plan) -> dict[str, Any] | None:
-    """Seconds of updates and of evaluations; None for a device that is not here, or that processes share.
+    """Seconds of updates and of evaluations; None where the device's speed is not known.
+
+    GPUs of several processes share the work, and what they tell each other is not counted; processes on CPUs are taken
+    to share one machine.
 
     Returns:
         ``seconds`` in all, ``training``, ``evaluation``, ``evaluations``: how often the held-out loss is measured,
-        ``flops`` and ``flops_per_second``: of matmuls alone.
+        ``flops`` and ``flops_per_second``: of matmuls alone, and ``measured``: whether on this device, or on paper.
     """
     device = plan.context.device
-    if plan.world_size > 1 or plan.target is not None or plan.sizes is not None or device.type not in EFFICIENCY:
+    dtype = str(plan.context.dtype).removeprefix("torch.")
+    kind = "cuda" if plan.target else device.type
+    if kind not in EFFICIENCY or (plan.target and dtype not in plan.target.flops):
         return None
+    matmuls = plan.target.flops[dtype] * ON_PAPER if plan.target else matmul_speed(dtype, device)
     train, held_out, recipe = plan.splits.train, plan.splits.eval, plan.recipe
     epochs = plan.total_steps / plan.steps_per_epoch
     tokens, targets = train.stats.tokens, train.stats.target_tokens
@@ -80,8 +88,8 @@ def duration_of(plan: Plan) -> dict[str, Any] | None:
         times = 2 + (0 if every is None else (plan.total_steps - 1) // every)
         each = count / max(1, len(held_out.examples))
         evaluation = times * forward_flops(plan.shape, count, held_out.stats.target_tokens, each)
-    matmuls = matmul_speed(str(plan.context.dtype).removeprefix("torch."), device)
-    speed = matmuls * EFFICIENCY[device.type] * (QUANTIZED if recipe.method.base_quantization else 1.0)
+    speed = matmuls * EFFICIENCY[kind] * (QUANTIZED if recipe.method.base_quantization else 1.0)
+    speed *= plan.world_size if kind == "cuda" else 1
     return {
         "seconds": (training + evaluation) / speed,
         "training": training / speed,
@@ -89,4 +97,5 @@ def duration_of(plan: Plan) -> dict[str, Any] | None:
         "evaluations": times,
         "flops": training + evaluation,
         "flops_per_second": matmuls,
+        "measured": plan.target is None,
     }

@@ -225,9 +225,14 @@ def _time(time: dict[str, Any], device: dict[str, Any]) -> Iterator[str]:
     if count := time["evaluations"]:
         parts.append(f"{count} evaluations {time_text(time['evaluation'])}")
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(device.get("type") or "", "device")
+    source = (
+        f"this {kind}'s measured speed in matmuls"
+        if time.get("measured", True)
+        else f"the data sheet of {device.get('name')}"
+    )
     yield (
-        f"about {time_text(time['seconds'])} ({', '.join(parts)}), from this {kind}'s measured speed in matmuls: "
-        "right to a factor of two where nothing else runs"
+        f"about {time_text(time['seconds'])} ({', '.join(parts)}), from {source}: right to a factor of two where "
+        "nothing else runs"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ftune.plan import duration, precision
 from ftune.plan.devices import find_device
-from ftune.plan.duration import EFFICIENCY, forward_flops, update_flops
+from ftune.plan.duration import EFFICIENCY, ON_PAPER, forward_flops, update_flops
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
 from ftune.plan.table import render_plan
@@ -56,12 +56,24 @@ def test_the_plan_says_how_long_and_what_evaluations_take(tmp_path: Path, monkey
         assert "measured speed in matmuls: right to a factor of two" in text
 
 
-def test_of_a_device_that_is_not_here_no_time_is_said(tmp_path: Path) -> None:
+def test_a_device_by_name_has_the_time_of_its_data_sheet_and_an_amount_of_memory_none(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path).recipe
-    assert resolve(recipe, target=find_device("24GiB")).summary()["time"] is None
-    assert resolve(recipe, world_size=2).summary()["time"] is None
-    assert "\ntime" not in render_plan(resolve(recipe, world_size=2).summary(), 80)
-    assert "\ntime" in render_plan(resolve(recipe).summary(), 80)
+    plan = resolve(recipe, target=find_device("h100-80g"))
+    found = plan.summary()["time"]
+    speed = {torch.bfloat16: 989e12, torch.float32: 67e12}[plan.context.dtype]
+    assert found["seconds"] == pytest.approx(found["flops"] / (speed * ON_PAPER * EFFICIENCY["cuda"]))
+    two = resolve(recipe, target=find_device("h100-80g"), world_size=2).summary()["time"]
+    assert two["seconds"] / two["flops"] == pytest.approx(found["seconds"] / found["flops"] / 2)
+    assert "from the data sheet of h100-80g" in " ".join(render_plan(plan.summary(), 80).split())
+    plan = resolve(recipe, target=find_device("24GiB"))
+    assert plan.summary()["time"] is None
+    assert "\ntime" not in render_plan(plan.summary(), 80)
+
+
+def test_processes_on_one_machine_s_cpus_take_the_time_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duration, "matmul_speed", lambda dtype, device: 1e6)
+    found = resolve(tiny.recipe(tmp_path).recipe, world_size=2).summary()["time"]
+    assert found["seconds"] == pytest.approx(found["flops"] / 1e6 / EFFICIENCY["cpu"])
 
 
 def test_speed_is_measured_once_a_machine() -> None:

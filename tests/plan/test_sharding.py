@@ -188,7 +188,7 @@ def test_a_share_is_rounded_up() -> None:
 
 
 def test_devices_by_name_and_by_amount() -> None:
-    assert find_device("H100-80G").memory == DEVICES["h100-80g"] * 2**20
+    assert find_device("H100-80G").memory == DEVICES["h100-80g"].mebibytes * 2**20
     assert find_device("24GiB").memory == 24 * GIB
     assert find_device("1.5 gb").memory == 1_500_000_000
     for wrong in ("h1000", "24", "0GiB", ""):
