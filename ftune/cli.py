@@ -397,6 +397,10 @@ def train(
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Where memory runs out, halve the micro-batches: the same result.")
     ] = False,
+    until: Annotated[
+        int | None,
+        typer.Option("--until", metavar="N", min=1, help="Pause after step N, evaluated and saved; --resume goes on."),
+    ] = None,
     num_processes: Annotated[
         int | None, typer.Option("--num-processes", min=1, help="Share every update among N processes, here.")
     ] = None,
@@ -427,10 +431,10 @@ def train(
     if (engine == "ray") != (num_workers is not None):
         raise FtuneError("--engine ray and --num-workers go together", help="--engine ray --num-workers 2")
     if num_workers is not None:
-        if num_processes is not None or accept_changed_data or accept_changed_model or auto_batch:
+        if num_processes is not None or accept_changed_data or accept_changed_model or auto_batch or until:
             raise FtuneError(
-                "--num-processes, --accept-changed-data, --accept-changed-model and --auto-batch do not go with "
-                "--engine ray"
+                "--num-processes, --accept-changed-data, --accept-changed-model, --auto-batch and --until do not go "
+                "with --engine ray"
             )
         from ftune.artifacts.ray_engine import require_ray
 
@@ -457,6 +461,7 @@ def train(
             if on
         ]
         flags += ["--engine", engine] if engine is not None else []
+        flags += ["--until", str(until)] if until is not None else []
         settings = [part for override in overrides or () for part in ("--set", override)]
         raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
     loaded = _load(recipe, overrides)
@@ -479,6 +484,7 @@ def train(
                 accept_changed_model=accept_changed_model,
                 engine=engine,
                 auto_batch=auto_batch,
+                until=until,
                 show_plan=lambda summary: _print_plan(summary, sys.stderr if as_json else sys.stdout),
             )
         if os.environ.get("RANK", "0") != "0":

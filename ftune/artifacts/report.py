@@ -30,6 +30,9 @@ def training_summary(record: dict[str, Any], output_dir: str, width: int) -> str
     saved = f"saved: {output_dir}/{method['artifact']}"
     if not measured:
         return f"{saved} (every step had been made before)"
+    if record.get("status") == "paused":
+        steps = record["plan"]["training"]["steps"]
+        return f"paused after step {measured['steps']} of {steps}{_held_out(measured)}: --resume goes on"
     effect = record.get("effect") or {"verdict": "unknown"}
     lines = [
         f"done: {measured['steps']} steps in {time_text(measured['wall_seconds'])}, "

@@ -205,12 +205,18 @@ def _saved(metrics: Path) -> str | None:
     return next((name for name in reversed(names) if name.startswith("step-")), None)
 
 
-def evaluation_missed(plan: Plan, step: int, metrics: Path) -> bool:
+def evaluation_missed(plan: Plan, step: int, metrics: Path, until: int | None = None) -> bool:
     """Whether the evaluation that is due after ``step`` updates, one of them before the first, was not made yet.
 
     A run may have been stopped between a checkpoint and its evaluation.
+
+    Args:
+        plan: The run's.
+        step: Updates made.
+        metrics: The run's ``metrics.jsonl``.
+        until: The update after which the run is to pause.
     """
     every = plan.recipe.evaluation.every_steps
-    due = step in (0, plan.total_steps) or (every is not None and step % every == 0)
+    due = step in (0, plan.total_steps, until) or (every is not None and step % every == 0)
     done = any(event.get("event") == "eval" and event.get("step") == step for event in read_events(metrics))
     return bool(plan.eval_rows and due and not done)

@@ -76,6 +76,7 @@ class _Asked:
     show_plan: Callable[[dict[str, Any]], None]
     progress: bool
     auto_batch: bool
+    until: int | None
 
 
 def train(
@@ -89,6 +90,7 @@ def train(
     progress: bool = True,
     engine: str | None = None,
     auto_batch: bool = False,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Train a recipe; returns the record that ``run.json`` keeps.
 
@@ -102,6 +104,7 @@ def train(
         progress: Whether progress may be written to standard error.
         auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
         engine: How processes share an update (``ftune.plan.engine``); None: as the launch configuration says.
+        until: Pause after this update: evaluated, saved, and gone on with by ``resume``. None: train to the end.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
@@ -119,7 +122,9 @@ def train(
             # Again: another process may have trained here between the look and the lock.
             run.prepare(overwrite=overwrite, resume=resume)
             run.sweep()
-        asked = _Asked(resume, overwrite, accept_changed_data, accept_changed_model, show_plan, progress, auto_batch)
+        asked = _Asked(
+            resume, overwrite, accept_changed_data, accept_changed_model, show_plan, progress, auto_batch, until
+        )
         return _train(loaded, run, accelerator, choice, asked)
 
 
@@ -241,38 +246,50 @@ def _train(
             if replay is None and recipe.training.cuda_graphs is True and main:
                 print(f"note: blocks are not replayed from CUDA graphs: {why_not}", file=sys.stderr)
             loop = Loop(
-                plan, accelerator, shared, objective, optimizer, checkpoints, emit, stop, kept, asked.auto_batch, replay
+                plan,
+                accelerator,
+                shared,
+                objective,
+                optimizer,
+                checkpoints,
+                emit,
+                stop,
+                kept,
+                asked.auto_batch,
+                replay,
+                asked.until,
             )
             try:
                 with using(kernels):
-                    missed = agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics))
-                    loop.run(start, evaluate_first=missed)
+                    missed = agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics, asked.until))
+                    complete = loop.run(start, evaluate_first=missed)
             finally:
                 if replay is not None:
                     if replay.why_not is not None:
                         since = f"after {replay.replayed} micro-batches " if replay.replayed else ""
                         print(f"note: {since}CUDA graphs were given up: {replay.why_not}", file=sys.stderr)
                     record["lean"]["graphs"] = replay.close()
-            with shared.whole_adapters(model, recipe.method):
-                record["vitals"] = recipe.method.vitals(model, optimizer)
-            record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
-            emit(Vitals(plan.total_steps, record["vitals"]))
-            _require_at_work(recipe, record["vitals"])
-            shared.make_whole(model)
-            if main:
-                with new_directory(run.root / recipe.method.artifact) as out, as_os_error():
-                    _save_artifact(plan, model, out)
-                    record["measured"] = tally.measured(plan.memory.total)
-                    record["effect"] = tally.effect(summary["training"])
-                    record["measured"] |= {
-                        "wall_seconds": time.perf_counter() - clock,
-                        "loop_seconds": forecaster.spent,
-                        "predicted_loop_seconds": forecaster.predicted,
-                    }
-                    write_card(out, record, auto_class(configured(recipe.model, recipe.method)).__name__)
-                    record["artifact_sha256"] = digests_of(out)
-                emit(Saved(plan.total_steps, recipe.method.artifact))
-            status = "finished"
+            if complete:
+                with shared.whole_adapters(model, recipe.method):
+                    record["vitals"] = recipe.method.vitals(model, optimizer)
+                record["vitals_line"] = recipe.method.vitals_line(record["vitals"])
+                emit(Vitals(plan.total_steps, record["vitals"]))
+                _require_at_work(recipe, record["vitals"])
+                shared.make_whole(model)
+                if main:
+                    with new_directory(run.root / recipe.method.artifact) as out, as_os_error():
+                        _save_artifact(plan, model, out)
+                        record["measured"] = tally.measured(plan.memory.total)
+                        record["effect"] = tally.effect(summary["training"])
+                        record["measured"] |= {
+                            "wall_seconds": time.perf_counter() - clock,
+                            "loop_seconds": forecaster.spent,
+                            "predicted_loop_seconds": forecaster.predicted,
+                        }
+                        write_card(out, record, auto_class(configured(recipe.model, recipe.method)).__name__)
+                        record["artifact_sha256"] = digests_of(out)
+                    emit(Saved(plan.total_steps, recipe.method.artifact))
+            status = "finished" if complete else "paused"
     except Interrupted as interrupted:
         status = "interrupted"
         interrupted.help = f"continue with `{command} --resume`"

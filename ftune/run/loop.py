@@ -64,6 +64,7 @@ class Loop:
             micro-batches were halved (``halvings``), the held-out loss before the first update (``base_loss``).
         auto_batch: Whether to halve micro-batches where memory runs out.
         replay: Computes micro-batches by CUDA graphs where that pays; None: all as usual.
+        until: Pause after this update, evaluated and saved; None: make all of them.
     """
 
     plan: Plan
@@ -77,6 +78,7 @@ class Loop:
     progress: dict[str, Any]
     auto_batch: bool = False
     replay: Replay | None = None
+    until: int | None = None
     _first: int = field(default=0, init=False)
 
     @property
@@ -84,12 +86,15 @@ class Loop:
         """How the rows of an update are split among processes and micro-batches."""
         return Portions(self.plan, self.objective.flat, self.engine.lockstep)
 
-    def run(self, start: int = 0, *, evaluate_first: bool = False) -> None:
-        """Make updates ``start`` to the last, evaluating and saving when due.
+    def run(self, start: int = 0, *, evaluate_first: bool = False) -> bool:
+        """Make updates ``start`` to the last, or to ``until``, evaluating and saving when due.
 
         Args:
             start: Updates made so far.
             evaluate_first: Measure the held-out loss before any further update.
+
+        Returns:
+            Whether all updates of the run are made.
 
         Raises:
             RunFailed: A loss or gradient is not finite, or a trained parameter does not move.
@@ -122,7 +127,8 @@ class Loop:
         # checkpoints: a resumed run must see the rows in the order in which it began.
         by_length = self.progress.setdefault("by_length", not (recipe.packing or self.objective.flat))
         wrapped.train()
-        for step in range(start, plan.total_steps):
+        end = plan.total_steps if self.until is None else min(self.until, plan.total_steps)
+        for step in range(start, end):
             self.stop.step, self.stop.doing = step + 1, "this step, then saving"
             began = time.perf_counter()
             epoch, index = divmod(step, plan.steps_per_epoch)
@@ -183,6 +189,7 @@ class Loop:
                 )
             )
             self._after(step + 1)
+        return end == plan.total_steps
 
     def _require_sane(self, step: int, start: int, norm: float, loss: float, rows: list[int]) -> None:
         """Hold that an update may be made, before it is; else save the state as it is, which is still good.
@@ -212,15 +219,16 @@ class Loop:
 
     def _after(self, step: int) -> None:
         """Evaluate and save when due, and stop when asked."""
-        recipe, final = self.plan.recipe, step == self.plan.total_steps
+        recipe, final, pausing = self.plan.recipe, step == self.plan.total_steps, step == self.until
         stopping = self._stop_signal()
         if final:
             self.stop.doing = "what is left: the last evaluation, and saving the result"
         # Saved first: what goes wrong in an evaluation must not cost the run.
-        saved = bool(final or stopping or _due(step, recipe.checkpoint.every_steps))
+        saved = bool(final or pausing or stopping or _due(step, recipe.checkpoint.every_steps))
         if saved:
             self.save(step)
-        if self.plan.eval_rows and (final or (not stopping and _due(step, recipe.evaluation.every_steps))):
+        due = pausing or _due(step, recipe.evaluation.every_steps)
+        if self.plan.eval_rows and (final or (not stopping and due)):
             if not final:
                 self.stop.doing = "this evaluation, then saving"
             self.evaluate(step)

@@ -109,6 +109,27 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: py
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["lora", "adalora", "galore"])
+def test_a_paused_run_is_evaluated_and_goes_on_to_the_same_end(name: str, tmp_path: Path) -> None:
+    length = {"training": {"max_steps": 6, "gradient_accumulation_steps": 3}}
+    train(tiny.recipe(tmp_path, name, output_dir=str(tmp_path / "whole"), **length))
+    run = tmp_path / "parts"
+    parts = tiny.recipe(tmp_path, name, output_dir=str(run), **length)
+    assert train(parts, until=2)["status"] == "paused"
+    assert not (run / METHODS[name].artifact).exists()
+    # As if killed between the checkpoint and its evaluation.
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if not (json.loads(line)["event"] == "eval" and json.loads(line)["step"] == 2)]
+    assert len(kept) == len(lines) - 1
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    for until in (2, 3):
+        assert train(parts, resume=True, until=until)["measured"]["steps"] == until
+        assert [event["step"] for event in tiny.events(run, "eval")][-1] == until
+    assert train(parts, resume=True)["status"] == "finished"
+    assert_equal(*(weights(path, 6) for path in (tmp_path / "whole", run)))
+    assert losses(tmp_path / "whole") == losses(run)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @EVERY
 def test_micro_batches_and_accumulation_give_one_result(name: str, packing: bool, tmp_path: Path) -> None:
