@@ -285,7 +285,7 @@ def init(
         raise FtuneError(f"{path} exists", help="--force replaces it, --out writes elsewhere")
     schema_path = path.parent / SCHEMA_FILE
     try:
-        write_output(path, text)
+        write_output(path, text, "--out")
         if not streamed and not os.path.lexists(schema_path):
             write_text(schema_path, json.dumps(json_schema(), indent=2) + "\n")
     except OSError as error:

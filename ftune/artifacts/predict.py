@@ -90,7 +90,7 @@ def predict(
         sys.stdout.write(text)
     else:
         try:
-            write_output(output, text)
+            write_output(output, text, "--output")
         except (OSError, FtuneError) as error:
             sys.stdout.write(text)  # the work is done: it is not lost for a full disk
             reason = "nobody reads the pipe" if getattr(error, "errno", None) == errno.ENXIO else error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ftune.data.chat import special_tokens
 from ftune.data.formats import Conversation
@@ -38,9 +39,23 @@ class ControlTokens:
             return None
         for message in conversation.messages:
             for key, value in message.items():
-                if key == "role" or not isinstance(value, str):
+                if key == "role":
                     continue
-                for found in self._pattern.finditer(value):
-                    if found[0] in self._tokens:
-                        return found[0]
+                for text in _strings(value):
+                    for found in self._pattern.finditer(text):
+                        if found[0] in self._tokens:
+                            return found[0]
         return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """A text, or those inside of a value: of tool calls, say."""
+    waiting = [value]  # not by recursion: a row may be nested as deep as its file has brackets
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, Mapping):
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner

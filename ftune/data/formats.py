@@ -32,6 +32,7 @@ from ftune.data.turns import (
     Misfit,
     kind_of,
     messages_in,
+    missing_column,
     names,
     read_list,
     require_assistant,
@@ -351,10 +352,11 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
 def _string(row: Row, column: str, *, blank: bool = False) -> str:
     """A column's string; ``blank`` allows nothing but white space."""
     if column not in row:
-        raise Misfit(f"the column `{column}` is missing")
+        raise Misfit(missing_column(row, column))
     value = row[column]
     if not isinstance(value, str):
         raise Misfit(f"`{column}`: found {kind_of(value)}; expected a string")
     if not blank and not value.strip():
-        raise Misfit(f"`{column}`: found an empty string")
+        found = "a string of white space" if value else "an empty string"
+        raise Misfit(f"`{column}`: found {found}; fill it in, or leave out the row")
     return value

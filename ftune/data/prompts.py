@@ -13,7 +13,7 @@ from ftune.data.formats import Conversation, Format, Message, Plain, convert, re
 from ftune.data.read import read_source
 from ftune.data.sources import Changed, Row, Rows, load_rows
 from ftune.data.tokenize import GenerationItem, encoder_for, generation_items, template_for
-from ftune.data.turns import CHAT_COLUMNS
+from ftune.data.turns import CHAT_COLUMNS, ROLES
 from ftune.errors import DataError, LocatedDataError
 from ftune.recipe.columns import Field, is_template, parse_template
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
@@ -208,7 +208,7 @@ def _with_answer(row: Row, prompt: str, answer: str) -> Row:
 
 
 def _with_turn(row: Row) -> Row:
-    """A conversation that ends with a turn to answer, with a turn behind it."""
+    """A conversation that ends with a turn to answer, or with an empty one of the assistant, with an answer there."""
     column = next((name for name in CHAT_COLUMNS if name in row), None)
     turns = row.get(column) if column is not None else None
     if isinstance(turns, str):
@@ -219,7 +219,10 @@ def _with_turn(row: Row) -> Row:
     if column is None or not isinstance(turns, list) or not turns or not isinstance(turns[-1], Mapping):
         return row
     last = turns[-1]
-    if last.get("role", last.get("from")) in ("assistant", "gpt", "model", "bot", "chatbot", "function_call"):
-        return row
     behind = {"from": "gpt", "value": ANSWER} if "from" in last else {"role": "assistant", "content": ANSWER}
-    return {**row, column: [*turns, behind]}
+    if ROLES.get(str(last.get("role", last.get("from"))).lower()) != "assistant":
+        return {**row, column: [*turns, behind]}
+    said = [last.get(key) for key in ("content", "value", "tool_calls", "function_call", "refusal")]
+    if any(value.strip() if isinstance(value, str) else value for value in said):
+        return row
+    return {**row, column: [*turns[:-1], behind]}

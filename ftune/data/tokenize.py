@@ -285,7 +285,10 @@ def generation_items(
             continue
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
         if last == 0:
-            raise DataError(f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer")
+            raise DataError(
+                f"{rows.where(record.row)}: the assistant speaks first, so there is nothing to answer",
+                help="put the turn that it answers before it (role `user`), or leave out the row",
+            )
         assert template is not None, "conversations exist only where there is a chat template"
         try:
             conversation = encoder.prepared(record)

@@ -21,6 +21,7 @@ __all__ = [
     "Misfit",
     "kind_of",
     "messages_in",
+    "missing_column",
     "names",
     "read_list",
     "require_assistant",
@@ -57,6 +58,13 @@ ROLES = {
 """What tools call a speaker, and what chat templates call the same."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
+_INSTEAD = {
+    **dict.fromkeys(("thinking", "reasoning"), "write its text as the message's `reasoning_content`"),
+    "refusal": "write its text as a part of type text",
+    "tool_use": "write it into the message's `tool_calls`, as {name, arguments}",
+    "tool_result": "write it as a message of its own, {role: tool, content: its text}",
+}
+"""What to write for a part of a message that is no text, where something else takes it."""
 WANTED = "{role, content} or {from, value}"
 SHOWN_NAMES = 30
 
@@ -72,13 +80,18 @@ def messages_in(row: Row, column: str) -> list[Message]:
         Misfit: The column is missing, or a turn is none.
     """
     if column not in row:
-        raise Misfit(f"the column `{column}` is missing")
+        raise Misfit(missing_column(row, column))
     turns = read_list(row[column], column, f"a list of {WANTED}")
     if not isinstance(turns, list):
         raise Misfit(f"`{column}`: found {kind_of(turns)}; expected a list of {WANTED}")
     if not turns:
         raise Misfit(f"`{column}`: found an empty list; expected at least one {WANTED}")
     return [_message(turn, f"`{column}`[{index}]") for index, turn in enumerate(turns)]
+
+
+def missing_column(row: Row, column: str) -> str:
+    """That a row lacks a column, and what it has instead."""
+    return f"the column `{column}` is missing; this row has {names(list(row), '`')}: give all rows the same columns"
 
 
 def require_assistant(messages: Sequence[Message], column: str) -> None:
@@ -118,9 +131,12 @@ def _message(turn: Any, place: str) -> Message:
         calls += _calls_in_text(content, f"{place}.{content_key}")
         as_text = {CALL_TEXT: content} if isinstance(content, str) else {}
         content = None
+    if not content and not calls and isinstance(kept.get("refusal"), str):
+        found = kind_of(content)
+        raise Misfit(f"{place}.{content_key}: found {found} beside `refusal`; write the refusal's text as `content`")
     text = _text(content, f"{place}.{content_key}", absent=bool(calls))
     if role == "assistant" and not calls and not text.strip():
-        raise Misfit(f"{place}.{content_key}: an assistant turn without text")
+        raise Misfit(f"{place}.{content_key}: an assistant turn without text: write its answer, or leave out the row")
     consumed = {"role", "from", "content", "value"}
     if role == "assistant":
         consumed |= {"tool_calls", CALL}
@@ -173,9 +189,16 @@ def _text(value: Any, place: str, *, absent: bool) -> str:
     if not isinstance(value, list):
         raise Misfit(f"{place}: found {kind_of(value)}; expected a string or a list of text parts")
     for index, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            found = f"a part of type {short(part.get('type'))}" if isinstance(part, Mapping) else kind_of(part)
-            raise Misfit(f"{place}[{index}]: found {found}; expected {{type: text, text: a string}}")
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            expected = "expected {type: text, text: a string}"
+            if not isinstance(kind, str):
+                found = f"the keys {names(list(part))}" if isinstance(part, Mapping) else kind_of(part)
+            else:
+                found = f"a part of type {short(kind)}"
+                if kind not in TEXT_PARTS:
+                    expected = _INSTEAD.get(kind, "ftune trains on text only: remove the part, or leave out the row")
+            raise Misfit(f"{place}[{index}]: found {found}; {expected}")
     return "".join(part["text"] for part in value)
 
 

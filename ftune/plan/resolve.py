@@ -410,9 +410,11 @@ def _left_out(recipe: Recipe, shape: ModelShape) -> tuple[str, ...]:
     past = [linear.name for linear in shape.linears if not linear.adaptable]
     if not past:
         return ()
+    one = len(past) == 1
+    layers, them, shown = ("1 layer", "it", past[0]) if one else (f"{len(past)} layers", "them", f"{past[0]}, ...")
     return (
-        f"`all-linear` leaves out {len(past)} layers whose weights the model reads itself ({past[0]}, ...): an adapter "
-        "beside them would have no effect. `method: full` trains them",
+        f"`all-linear` leaves out {layers} whose weights the model reads itself ({shown}): an adapter beside {them} "
+        f"would have no effect. `method: full` trains {them}",
     )
 
 

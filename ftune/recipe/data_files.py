@@ -15,16 +15,27 @@ from ftune.errors import DataError
 from ftune.recipe.locate import HUB_NAME, as_path, looks_local, missing
 from ftune.recipe.schema import DataSource
 
-__all__ = ["DATA_SUFFIXES", "LocatedData", "locate_data"]
+__all__ = ["ADVICE", "DATA_SUFFIXES", "LocatedData", "locate_data"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """Files that rows are read from."""
 ENDINGS = f"files end in {', '.join(DATA_SUFFIXES)}"
 
-_ADVICE = {
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "unpack it: compressed files are not read"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as .csv"),
-    ".arrow": "write the data set out with `to_parquet` or `to_json`",
+ADVICE = {
+    **dict.fromkeys(
+        (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "unpack it: compressed files are not read"
+    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as .csv, in UTF-8"),
+    ".arrow": "in Python, read it with `datasets.Dataset.from_file` (a directory: `datasets.load_from_disk`) and write "
+    'it with `.to_json("rows.jsonl")`',
+    **{
+        suffix: f'in Python{trust}, `pandas.read_{kind}(...).to_json("rows.jsonl", orient="records", lines=True)`'
+        for suffix, kind, trust in (
+            (".pkl", "pickle", ", if you trust the file"),
+            (".pickle", "pickle", ", if you trust the file"),
+            (".feather", "feather", ""),
+        )
+    },
     ".ndjson": "name it .jsonl",
     **dict.fromkeys((".md", ".html", ".pdf", ".docx"), f"write its text to a .txt file; {ENDINGS}"),
 }
@@ -81,9 +92,9 @@ def locate_data(
         if not path.is_file():  # a pipe or a device: reading one may never end, and it cannot be read twice
             raise DataError(f"`{source.path}` is no data file, but a pipe or a device", help="write the rows to a file")
         if path.suffix.lower() not in DATA_SUFFIXES:
-            raise DataError(f"`{source.path}` is no data file", help=_ADVICE.get(path.suffix.lower(), ENDINGS))
+            raise DataError(f"`{source.path}` is no data file", help=ADVICE.get(path.suffix.lower(), ENDINGS))
         return LocatedData("file", str(path), (path,))
-    if path.suffix.lower() in (*DATA_SUFFIXES, *_ADVICE) or looks_local(source.path, path):
+    if path.suffix.lower() in (*DATA_SUFFIXES, *ADVICE) or looks_local(source.path, path):
         raise missing(DataError, source.path, path, what="data file")
     if not HUB_NAME.match(source.path):
         raise DataError(
@@ -173,7 +184,7 @@ def _nothing_in(
             f"every data file in `{name}` is named for another split: {_shown(data)}",
             help=f"name the file itself: `{data[0]}`",
         )
-    advice = next((_ADVICE[entry.suffix.lower()] for entry in other if entry.suffix.lower() in _ADVICE), None)
+    advice = next((ADVICE[entry.suffix.lower()] for entry in other if entry.suffix.lower() in ADVICE), None)
     if advice is None and inner:
         advice = f"name one of the directories in it: {_shown(inner)}"
     return DataError(f"no data files in `{name}`", help=advice or ENDINGS)

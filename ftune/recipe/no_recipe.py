@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ftune.recipe.data_files import DATA_SUFFIXES
+from ftune.recipe.data_files import ADVICE, DATA_SUFFIXES
 from ftune.recipe.diagnose import Mistake
 from ftune.recipe.schema import Recipe
 
 __all__ = ["other_kind"]
 
-_TABLES = {*DATA_SUFFIXES, ".ndjson", ".arrow", ".xlsx", ".xls", ".gz", ".zst"} - {".json", ".txt"}
+_TABLES = {*DATA_SUFFIXES, *ADVICE} - {".json", ".txt", ".md", ".html", ".pdf", ".docx"}
 _JSON_FIELD = re.compile(rb'"(' + "|".join(Recipe.model_fields).encode() + rb')"\s*:')
 
 
@@ -25,9 +25,10 @@ def other_kind(path: Path, data: bytes) -> Mistake | None:
     suffix = path.suffix.lower()
     rows = suffix == ".json" and (data.lstrip().startswith(b"[") or (b'"' in data and not _JSON_FIELD.search(data)))
     if suffix in _TABLES or rows:
+        advice, named = (f"{ADVICE[suffix]}; then ", "FILE") if suffix in ADVICE else ("", path)
         return Mistake(
             "this is a data file, and not a recipe",
-            help=f"`ftune init lora --data {path}` writes a recipe for it",
+            help=f"{advice}`ftune init lora --data {named}` writes a recipe for it",
         )
     if suffix == ".toml":
         return Mistake(

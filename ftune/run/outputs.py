@@ -61,8 +61,13 @@ def require_output(path: Path, option: str, inputs: Sequence[tuple[Path, str]] =
         raise FtuneError(f"cannot write to {path}: it may only be read", help=f"name another file with {option}")
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, text: str, option: str) -> None:
     """Replace a text file in one step, or write into a stream.
+
+    Args:
+        path: The file, or a stream.
+        text: What is written.
+        option: Which option names it, for the message.
 
     Raises:
         FtuneError: It has become what ``require_output`` refuses.
@@ -71,7 +76,7 @@ def write_output(path: Path, text: str) -> None:
     if is_stream(path):
         _write_stream(path, text.encode("utf-8"))
         return
-    require_output(path, "the option")
+    require_output(path, option)
     write_text(path, text)
 
 

@@ -28,6 +28,12 @@ def test_they_are_found_in_any_turn(said: tuple[str, ...], found: str | None) ->
     assert ControlTokens(build_tokenizer()).first_in(Conversation(tuple(chat(*said)), 0)) == found
 
 
+def test_they_are_found_in_the_arguments_of_a_call() -> None:
+    calls = [{"function": {"name": "f", "arguments": {"x": ["b", {"y": "a<|im_end|>"}]}}}]
+    messages = (*chat("q"), {"role": "assistant", "content": "", "tool_calls": calls})
+    assert ControlTokens(build_tokenizer()).first_in(Conversation(messages, 0)) == "<|im_end|>"
+
+
 def test_of_tokens_that_differ_in_a_number_those_are_found_that_there_are() -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<r1>", "<r20>"]})

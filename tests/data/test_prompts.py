@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from data.kit import build_tokenizer
+from data.kit import build_tokenizer, chat
 from ftune.data.formats import Format
-from ftune.data.prompts import Prompting, prompting_of
+from ftune.data.prompts import Prompting, prompting_of, read_prompts
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
 
 Write = Callable[..., Path]
@@ -43,3 +43,24 @@ def test_where_the_data_are_gone_the_run_tells(trained: Format | None, kind: str
 def test_alpaca_without_a_template_where_the_data_are_gone(tmp_path: Path) -> None:
     assert of(tmp_path / "gone.jsonl", trained="alpaca", template=None).kind == "alpaca"
     assert of(tmp_path / "gone.jsonl", trained=None, template=None).kind == "raw"
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None},
+        {"role": "Assistant", "content": "an answer"},
+        {"from": "ai", "value": " \n"},
+        {"from": "chatgpt", "value": "an answer"},
+    ],
+)
+def test_a_last_turn_of_the_assistant_is_what_is_to_be_answered(last: dict[str, Any], write: Write) -> None:
+    tokenizer = build_tokenizer()
+    spec = DataSpec(train=DataSource(path="gone.jsonl"))
+
+    def prompts(*turns: Any) -> list[str]:
+        _, items = read_prompts(str(write([{"messages": list(turns)}])), spec, "messages", tokenizer)
+        return [tokenizer.decode(item.prompt_ids) for item in items]
+
+    assert prompts(*chat("q"), last) == prompts(*chat("q"))

@@ -178,8 +178,9 @@ def test_generation_prompts_end_where_the_answer_begins(write: Callable[..., Pat
     assert items({"prompt": "hell", "completion": "o"}) == [("<|bos|>hell", "o", 0)]
     with pytest.raises(DataError, match="format `text` has no prompts"):
         items({"text": "a"})
-    with pytest.raises(DataError, match=r"data\.jsonl:2: the assistant speaks first"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: the assistant speaks first") as caught:
         items({"messages": chat("a", "b")}, {"messages": chat("a", "b")[1:]})
+    assert "put the turn that it answers before it" in (caught.value.help or "")
 
 
 def test_prompt_and_answer_together_are_the_example(write: Callable[..., Path], tokenizer: Tokenizer) -> None:

@@ -95,6 +95,19 @@ def test_every_other_key_of_a_turn_is_kept_and_nulls_are_not() -> None:
         ({"role": "user", "content": "x", "value": "y"}, "both `content` and `value`"),
         ({"role": "assistant", "content": "x", "tool_calls": "f"}, "expected a list of calls"),
         ({"user": "x"}, "expected {role, content} or {from, value}"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "ftune trains on text only: remove the",
+        ),
+        ({"role": "user", "content": [{"type": "image", "text": None}]}, "[0]: found a part of type 'image'; ftune"),
+        ({"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}, "message's `reasoning_content`"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}, "into the message's `tool_calls`"),
+        ({"role": "user", "content": [{"type": "tool_result", "content": "3"}]}, "{role: tool, content: its text}"),
+        ({"role": "user", "content": [{"text": "x"}]}, "found the keys text; expected {type: text, text: a string}"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "'text'; expected {type: text, text: a string}"),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "the refusal's text as `content`"),
+        ({"role": "assistant", "content": "", "refusal": "No."}, "the refusal's text as `content`"),
+        ({"role": "assistant", "content": " "}, "write its answer, or leave out the row"),
     ],
 )
 def test_a_turn_that_is_none_says_where(turn: dict[str, Any], expected: str) -> None:

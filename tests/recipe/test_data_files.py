@@ -105,9 +105,18 @@ def test_a_directory_whose_files_are_all_held_out_says_so() -> None:
     ("name", "help"),
     [
         ("x.jsonl.gz", "unpack it: compressed files are not read"),
-        ("t.xlsx", "save it as .csv"),
+        ("t.xlsx", "save it as .csv, in UTF-8"),
+        (
+            "r.pkl",
+            "in Python, if you trust the file, "
+            '`pandas.read_pickle(...).to_json("rows.jsonl", orient="records", lines=True)`',
+        ),
         ("rows.ndjson", "name it .jsonl"),
-        ("data-00000-of-00001.arrow", "write the data set out with `to_parquet` or `to_json`"),
+        (
+            "data-00000-of-00001.arrow",
+            "in Python, read it with `datasets.Dataset.from_file` (a directory: `datasets.load_from_disk`) and write "
+            'it with `.to_json("rows.jsonl")`',
+        ),
     ],
 )
 def test_a_file_that_is_not_read_says_what_to_do(name: str, help: str) -> None:

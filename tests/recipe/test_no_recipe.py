@@ -27,7 +27,6 @@ def said(path: Path) -> str:
         ("rows.CSV", "prompt,completion\na,b\n"),
         ("rows.tsv", "a\tb\n"),
         ("rows.parquet", "PAR1\x00\x01"),
-        ("rows.jsonl.gz", "\x1f"),
         ("rows.json", f"[{ROW}]"),
         ("rows.json", ROW * 2),
     ],
@@ -38,6 +37,17 @@ def test_rows(name: str, content: str, tmp_path: Path) -> None:
     text = said(path)
     assert "this is a data file, and not a recipe" in text
     assert f"`ftune init lora --data {path}`" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "help"),
+    [("x.jsonl.gz", "unpack it"), ("x.xlsx", "save it as .csv"), ("x.pkl", "pandas.read_pickle")],
+)
+def test_rows_that_are_not_read_either_say_what_to_do_first(name: str, help: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("\x1f")
+    text = said(tmp_path / name)
+    assert help in text
+    assert "; then `ftune init lora --data FILE` writes a recipe" in text
 
 
 def test_toml_and_json(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ftune.run.outputs import is_standard_output, is_stream, require_output, wri
 def test_a_file_is_replaced_and_keeps_its_rights(tmp_path: Path) -> None:
     path = tmp_path / "x"
     require_output(path, "--out")
-    write_output(path, "one")
+    write_output(path, "one", "--out")
     usual = stat.S_IMODE(path.stat().st_mode)
     for mode in (0o600, 0o640, 0o444, usual):
         path.chmod(mode)
@@ -42,9 +42,10 @@ def test_what_is_no_file_is_refused_by_name(kind: str, tmp_path: Path, monkeypat
     else:
         path.symlink_to({"a link": "real", "a link to itself": "x"}.get(kind, "nowhere"))
     before = os.lstat(path)
-    for attempt in (lambda: require_output(path, "--out"), lambda: write_output(path, "text")):
-        with pytest.raises(FtuneError, match=rf"\bx\b.* is {kind.split(' to ')[0]}"):
+    for attempt in (lambda: require_output(path, "--out"), lambda: write_output(path, "text", "--out")):
+        with pytest.raises(FtuneError, match=rf"\bx\b.* is {kind.split(' to ')[0]}") as caught:
             attempt()
+        assert "--out" in (caught.value.help or "")
     assert os.lstat(path) == before
     assert real.read_text() == "mine"
     assert not Path("nowhere").exists()
@@ -65,17 +66,17 @@ def test_streams_are_written_to(tmp_path: Path) -> None:
     null.symlink_to(os.devnull)
     for path in (Path(os.devnull), null):
         require_output(path, "--out")
-        write_output(path, "text")
+        write_output(path, "text", "--out")
     assert null.is_symlink()
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     require_output(pipe, "--out")
     with pytest.raises(OSError, match="No such device"):  # nobody reads it: no waiting
-        write_output(pipe, "text")
+        write_output(pipe, "text", "--out")
     text, read = "x" * 1_000_000, ""  # more than a pipe holds
     with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)) as opened:
         os.set_blocking(opened.fileno(), True)
-        writer = threading.Thread(target=lambda: write_output(pipe, text))
+        writer = threading.Thread(target=lambda: write_output(pipe, text, "--out"))
         writer.start()
         while len(read) < len(text):
             read += opened.read(100_000)
