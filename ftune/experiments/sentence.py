@@ -1,0 +1,84 @@
+"""A verdict in one sentence of plain English."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ftune.experiments.against import related
+from ftune.experiments.paired import Difference
+
+if TYPE_CHECKING:
+    from ftune.experiments.verdict import Verdict
+
+__all__ = ["sentence"]
+
+_LEAST = {"memory": "takes the least memory", "time": "takes the least time", "size": "is the smallest on disk"}
+
+
+def sentence(verdict: Verdict) -> str:
+    """The form of the verdict, what to take and why, and what the reader must know besides."""
+    said = {"better": _better, "tied": _tied, "not enough data": _open}[verdict.kind](verdict)
+    if verdict.kind != "not enough data" and verdict.take != verdict.base:
+        if not verdict.beats_base:
+            said += "; no method is shown to beat the base"
+        elif verdict.take not in verdict.beats_base:
+            said += f"; it is not shown to beat the base, unlike {_and(verdict.beats_base)}"
+    if verdict.not_tuned:
+        said += f" (not ranked, since not tuned: {', '.join(verdict.not_tuned)})"
+    if verdict.scope == "these runs":
+        said = f"in these runs, of one seed: {said}"
+    # a sentence that begins with a method's name keeps it as it is
+    return f"{said[0].upper() if said.startswith(('in ', 'not ')) else said[0]}{said[1:]}."
+
+
+def _better(verdict: Verdict) -> str:
+    take = str(verdict.take)
+    if take == verdict.reference:
+        others = related(verdict.comparisons, "worse")
+        d = verdict.comparisons[others[0]].difference
+        turned = Difference(-d.d, -d.hi, -d.lo, d.p, d.seeds, d.spread)
+        if len(others) == 1:
+            return f"{take} is better than {others[0]} by {_points(turned)}"
+        return f"{take} is better than every other; the nearest, {others[0]}, is worse by {_points(turned)}"
+    said = f"{take} is better than {verdict.reference} by {_points(verdict.comparisons[take].difference)}"
+    if len(verdict.group) == 1:
+        return said
+    return f"{said}; of {_and(verdict.group)}, not told apart, it {_why(verdict)}"
+
+
+def _tied(verdict: Verdict) -> str:
+    margin = f"{100 * verdict.margin:.1f} points"
+    return f"{_and(verdict.group)} are tied within {margin}: take {verdict.take}, which {_why(verdict)}"
+
+
+def _open(verdict: Verdict) -> str:
+    unsettled = related(verdict.comparisons, "open")
+    if not unsettled:
+        return f"not enough data: {verdict.reference}, which the others are compared with, is not tuned"
+    more = [
+        f"{count:,} more {what}{'s' * (count > 1)}"
+        for count, what in ((verdict.more_items, "item"), (verdict.more_seeds, "seed"))
+        if count
+    ]
+    said = f"not enough data to tell {_and(unsettled)} from {verdict.reference}"
+    if not more:
+        return f"{said}: neither more items nor 100 seeds would settle it, so choose a larger margin"
+    said += f": it takes about {' and '.join(more)}"
+    return f"{said}, since seeds differ too much for items to help" if verdict.more_seeds else said
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.take == verdict.base:
+        return "needs no training"
+    return _LEAST[verdict.prefer] if verdict.prefer else "is the best of them so far"
+
+
+def _points(d: Difference) -> str:
+    # 0.0 is added since a minus before a rounded zero says nothing
+    middle, lo, hi = (round(100 * share, 1) + 0.0 for share in (d.d, d.lo, d.hi))
+    return f"{middle:.1f} points [{lo:.1f}, {hi:.1f}]"
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
