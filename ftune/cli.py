@@ -501,6 +501,9 @@ def train(
 def evaluate(
     target: RunOrRecipe,
     base: Annotated[bool, typer.Option("--base", help="Measure the base model too, side by side.")] = False,
+    forgetting: Annotated[
+        bool, typer.Option("--forgetting", help="Compare with the base on neutral text and questions, too.")
+    ] = False,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -517,7 +520,9 @@ def evaluate(
         from ftune.artifacts.tuned import reading
 
         with reading(target, checkpoint, unfinished=True) as found:
-            result = measure(found, base=base)
+            if forgetting and found.run is None:
+                raise FtuneError("--forgetting compares a run with its base, and there is no run yet")
+            result = measure(found, base=base, forgetting=forgetting)
     _print_json(result) if as_json else print(evaluation_table(result, _width()))
 
 

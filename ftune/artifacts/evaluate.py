@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftune.artifacts.forgetting import Probe, forgotten, probe
 from ftune.artifacts.measure import Measured, answerable, measure
 from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
@@ -29,7 +30,7 @@ __all__ = ["evaluate"]
 SAMPLES = 5  # generated answers kept for people to read
 
 
-def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
+def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path | None = None) -> dict[str, Any]:
     """Measure a run on its held-out split; the base model too when asked, or alone when there is no run.
 
     The base is the tuned model with its adapter switched off. Where a method cannot be switched off (full
@@ -38,6 +39,8 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
     Args:
         target: A run, or a recipe without one.
         base: Measure the base model beside the tuned one.
+        forgetting: Measure too what of its base's knowledge a run has lost (``ftune.artifacts.forgetting``).
+        out: Where to keep the result; None: in the run, if there is one.
 
     Returns:
         ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``, and every answer
@@ -87,26 +90,40 @@ def evaluate(target: Target, *, base: bool) -> dict[str, Any]:
         found[who] = measure(objective, plan, items, stops, accelerator)
         result[who] = found[who].numbers
 
+    def remember(who: str, model: nn.Module) -> None:
+        if forgetting:
+            probes[who] = probe(model, plan.tokenizer, plan.context.dtype)
+
+    probes: dict[str, Probe] = {}
     model = load_plain(plan)
     if run is None:
         measured("base", objective_of(model))
     else:
         switchable = recipe.method.artifact == "adapter"
+        if not switchable:
+            remember("base", model)
         if base and not switchable:
             measured("base", objective_of(model))
         objective = objective_of(load_target(model, replace(target, recipe=plan.recipe), plan.context))
         measured("tuned", objective)
-        if base and switchable:
+        remember("tuned", objective.model)
+        if (base or forgetting) and switchable:
             switched_off = recipe.method.switched_off(objective.model)
             assert switched_off is not None
             with switched_off:
-                measured("base", objective)
+                remember("base", objective.model)
+                if base:
+                    measured("base", objective)
     result["samples"] = [
         {"row": item.row, "reference": item.reference.text, **{who: m.answers[i].text for who, m in found.items()}}
         for i, item in enumerate(items[:SAMPLES])
     ]
-    if run is not None:
-        result["predictions"] = _keep(run.evaluation(target.checkpoint), result, plan, items, found)
+    if probes:
+        result["forgetting"] = forgotten(probes["base"], probes["tuned"])
+    if out is None and run is not None:
+        out = run.evaluation(target.checkpoint)
+    if out is not None:
+        result["predictions"] = _keep(out, result, plan, items, found)
     return result
 
 

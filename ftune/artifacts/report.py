@@ -95,6 +95,8 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
     lines += [f"warning: {note}" for note in result["notes"]]
     wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     text += "\n\n" + "\n".join(map(wrap.fill, lines))
+    if "forgetting" in result:
+        text += f"\n\n{_forgetting(result['forgetting'])}"
     for name in who:
         if "classes" in result[name]:
             text += f"\n\n{_confusion(name, result[name]['classes'], width)}"
@@ -103,6 +105,25 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
         for name in who:
             text += f"\n  {name:9}  {clip(sample[name], width - 13)}"
     return text
+
+
+def _forgetting(found: dict[str, Any]) -> str:
+    """What of the base's knowledge is lost: both models, and the change with its 95 % interval."""
+    base, tuned = found["base"], found["tuned"]
+    loss, choices = found["loss"], [100 * share for share in found["choices"]]
+    rows = [
+        ["loss", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*loss)],
+        [
+            "questions right",
+            *(f"{100 * one['choices']:.1f} %" for one in (base, tuned)),
+            "{:+.1f} pt [{:+.1f}, {:+.1f}]".format(*choices),
+        ],
+        ["KL from the base", "", f"{found['kl']:.3f}", "nats a token"],
+    ]
+    return (
+        table(["forgetting", "base", "tuned", "change [95 %]"], rows, right=(1, 2))
+        + f"\n\nneutral text of ftune's own: {found['tokens']:,} tokens, {found['questions']} questions"
+    )
 
 
 def _counts(result: dict[str, Any]) -> str:
