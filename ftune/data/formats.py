@@ -355,7 +355,9 @@ def _string(row: Row, column: str, *, blank: bool = False) -> str:
         raise Misfit(missing_column(row, column))
     value = row[column]
     if not isinstance(value, str):
-        raise Misfit(f"`{column}`: found {kind_of(value)}; expected a string")
+        single = value is not None and not isinstance(value, list | Mapping)
+        advice = "" if not single else f": `columns: {{{column}: {column}}}` takes it as text"
+        raise Misfit(f"`{column}`: found {kind_of(value)}; expected a string{advice}")
     if not blank and not value.strip():
         found = "a string of white space" if value else "an empty string"
         raise Misfit(f"`{column}`: found {found}; fill it in, or leave out the row")

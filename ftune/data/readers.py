@@ -28,8 +28,14 @@ Placed = tuple[Row, int]
 """One parsed row and the line on which it starts; 0 in files without lines."""
 
 
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
 def _decode(file: Path, content: bytes) -> str:
     """The text of a file; a UTF-8 byte order mark at its start is dropped."""
+    for start, kind in _PACKED.items():
+        if content.startswith(start):
+            raise DataError(f"{file}: the file is packed ({kind})", help="unpack it: compressed files are not read")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file}: the file is UTF-16, not UTF-8", help="save it as UTF-8")
     try:
@@ -249,7 +255,10 @@ def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
                 yield dict(zip(header, values, strict=False)), line
             line = reader.line_num + 1 + skipped
     except csv.Error as error:
-        raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
+        raise DataError(
+            f"{file}:{line}: not valid CSV: {error}",
+            help="a value that begins with a double quote ends with one; inside it, write '\"\"' for '\"'",
+        ) from error
 
 
 HEADER = 100_000
@@ -311,18 +320,24 @@ def _read_txt(file: Path, content: bytes, split_on: str | None) -> Iterator[Plac
 
 def _read_parquet(file: Path, content: bytes) -> Iterator[Placed]:
     """Rows of a parquet file, which have no lines."""
+    import pyarrow.parquet
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
+        if not pyarrow.parquet.read_metadata(file).num_rows:  # datasets fails on none
+            return
         # a cache of its own: two processes that read the same file do not meet
         with tempfile.TemporaryDirectory() as cache:
             rows = Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # datasets wraps pyarrow's errors in classes of its own
         cause = error.__cause__ or error
-        raise DataError(f"{file}: not a readable parquet file: {str(cause).splitlines()[0]}") from error
+        raise DataError(
+            f"{file}: not a readable parquet file: {str(cause).splitlines()[0]}",
+            help="write the file again, or its rows as .jsonl",
+        ) from error
     finally:
         if shown:
             enable_progress_bar()

@@ -197,6 +197,8 @@ def missing(error: type[FtuneError], text: str, path: Path, *, what: str, inside
     """The error for what is not there, with what has a similar name."""
     where = f" in `{inside}`" if inside else ""
     correct = "correct the name" if inside else "correct the path, which begins where ftune was started"
+    if "://" in text:
+        return error(f"`{text}` is an address, not a {what}", help="name a path, or an id of the hub: `org/name`")
     near = near_path(path)
     if near is not None:
         shown = near.name if inside else str(near)

@@ -90,6 +90,14 @@ def test_a_whole_number_that_a_table_made_a_float_is_refused_where_it_is(write: 
     assert plain(path, {"prompt": "q", "completion": "<{label:d}>"}) == [("a", "<1>"), ("b", "<>")]
 
 
+@pytest.mark.parametrize(("value", "text"), [(3, "3"), (0.5, "0.5"), (True, "true")])
+def test_what_is_no_text_says_how_to_take_it_as_text(write: Write, value: Any, text: str) -> None:
+    path = write([{"prompt": "a", "completion": value}])
+    with pytest.raises(DataError, match=r"expected .*: `columns: {completion: completion}` takes it as text"):
+        plain(path, {})
+    assert plain(path, {"completion": "completion"}) == [("a", text)]
+
+
 def test_dates_and_decimals_of_a_table_are_written_out(write: Write) -> None:
     from datasets import Dataset
 

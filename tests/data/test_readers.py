@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_windows_bytes_say_how_to_save_them(write: Write) -> None:
     with pytest.raises(DataError, match=r"t.csv:2: not valid UTF-8 \(byte 0xe9\)") as caught:
         read(write("text,label\ncafé,x\n".encode("cp1252"), "t.csv"))
     assert "iconv -f cp1252 -t utf-8 t.csv" in (caught.value.help or "")
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.txt"])
+def test_a_packed_file_under_another_name_is_told(write: Write, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name}: the file is packed \(gzip\)") as caught:
+        read(write(gzip.compress(b'{"text": "a"}'), name))
+    assert "unpack it" in (caught.value.help or "")
 
 
 # --- JSON ---

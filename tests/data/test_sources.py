@@ -205,6 +205,15 @@ def test_a_broken_parquet_file_is_named(write: Write) -> None:
         read(write("PAR1 not at all", "x.parquet"))
 
 
+def test_a_parquet_file_without_rows_has_none(write: Write) -> None:
+    from datasets import Dataset
+
+    path = write("", "x.parquet")
+    Dataset.from_dict({"text": ["a"]}).select([]).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"x\.parquet: no rows in this file"):
+        read(path)
+
+
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.none() | st.integers()), min_size=1, max_size=5))
 def test_json_and_jsonl_agree_on_any_strings(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> None:
     place = tmp_path_factory.mktemp("rows")

@@ -71,6 +71,7 @@ def test_a_home_directory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("package://os.path/x", "not of the form"),
         ("package:///x", "not of the form"),
         ("a/b/c", "there is no model"),
+        ("https://huggingface.co/org/name", "is an address, not a model"),
         ("org/na me", "nor a hub id"),
         ("\0", "nor a hub id|cannot be a path"),
         ("x" * 5000, "cannot be a path"),
