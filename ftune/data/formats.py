@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ftune.data.columns import Unfit
-from ftune.data.leftover import block_to_copy, proposal
+from ftune.data.leftover import block_to_copy, of_pairs, proposal
 from ftune.data.readers import DECODER, Row
 from ftune.data.sources import Rows
 from ftune.data.turns import (
@@ -51,6 +51,7 @@ __all__ = [
     "convert",
     "detect_format",
     "fits",
+    "incomplete",
     "resolve_format",
 ]
 
@@ -62,6 +63,13 @@ EXPECTED = {
     "alpaca": "`instruction` and `output`, and perhaps `input`, `system` and `history`",
     "text": "`text`: a string",
 }
+_ONE_TURN = 'each row is one turn: write a whole conversation as a row, {"messages": [{role, content}, ...]}'
+_NO_EXAMPLES = {
+    ("input_ids",): "ftune makes the tokens itself: give the texts or conversations that these were made from",
+    ("role", "content"): _ONE_TURN,
+    ("from", "value"): _ONE_TURN,
+}
+"""Columns of rows that no mapping makes examples of, and what to do."""
 SHOWN = 5
 
 # the prompt of Stanford Alpaca, which base models without a chat template are commonly tuned with
@@ -159,11 +167,14 @@ def resolve_format(rows: Rows, asked: SourceFormat, path: str = "", key: str = "
             _, first = next(iter(rows))
             return detect_format(rows.columns, first)
     except DataError as error:
+        for known, help in _NO_EXAMPLES.items():
+            if set(known) <= set(rows.columns):
+                raise DataError(f"{source}: {error.message}", help=help) from None
         copy = block_to_copy(proposal(rows), key, path or source)
         header = "the first line of the file names its columns; " if _is_table(source) else ""
         raise DataError(
             f"{source}: {error.message}",
-            help=f"{header}say in the recipe what they are, for example\n{copy}",
+            help=f"{header}{of_pairs(rows)}say in the recipe what they are, for example\n{copy}",
         ) from None
     missing = [name for name in _needed(asked, rows.columns) if name not in rows.columns]
     if missing:
@@ -177,6 +188,12 @@ def resolve_format(rows: Rows, asked: SourceFormat, path: str = "", key: str = "
 def fits(format: SourceFormat, columns: Sequence[str]) -> bool:
     """Whether some columns are enough for a format."""
     return format != "auto" and set(_needed(format, columns)) <= set(columns)
+
+
+def incomplete(format: Format, rows: Rows) -> bool:
+    """Whether a row lacks a column that the format cannot do without; converting the rows says which."""
+    needed = set(_needed(format, rows.columns))
+    return any(not needed <= row.keys() for _, row in rows)
 
 
 def columns_of(format: Format, rows: Rows) -> tuple[str, ...]:
@@ -344,8 +361,11 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
             raise Misfit("`tools`: found a string of JSON nested too deeply; expected a list of schemas") from None
     if tools is None or tools == "" or tools == []:
         return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not isinstance(tools, list):
         raise Misfit(f"`tools`: found {kind_of(tools)}; expected a list of JSON schemas")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise Misfit(f"`tools`[{index}]: found {kind_of(tool)}; expected a JSON schema")
     return tuple(tools)
 
 
@@ -354,11 +374,13 @@ def _string(row: Row, column: str, *, blank: bool = False) -> str:
     if column not in row:
         raise Misfit(missing_column(row, column))
     value = row[column]
-    if not isinstance(value, str):
-        single = value is not None and not isinstance(value, list | Mapping)
-        advice = "" if not single else f": `columns: {{{column}: {column}}}` takes it as text"
-        raise Misfit(f"`{column}`: found {kind_of(value)}; expected a string{advice}")
-    if not blank and not value.strip():
-        found = "a string of white space" if value else "an empty string"
-        raise Misfit(f"`{column}`: found {found}; fill it in, or leave out the row")
-    return value
+    if isinstance(value, str) and (blank or value.strip()):
+        return value
+    found = ("a string of white space" if value else "an empty string") if isinstance(value, str) else kind_of(value)
+    if value is None or isinstance(value, str):
+        mend = "fill it in, or leave out the row"
+    elif isinstance(value, list | Mapping):
+        mend = "expected a string: in `columns`, a name with dots (`a.b.0`) takes what is inside"
+    else:
+        mend = f"expected a string: `columns: {{{column}: {column}}}` takes it as text"
+    raise Misfit(f"`{column}`: found {found}; {mend}")

@@ -15,10 +15,10 @@ from itertools import islice
 from typing import Any
 
 from ftune.data.sources import Rows
-from ftune.data.turns import CHAT_COLUMNS, names
+from ftune.data.turns import CHAT_COLUMNS, ROLES, names
 from ftune.errors import DataError
 
-__all__ = ["block_to_copy", "proposal", "unused_columns"]
+__all__ = ["block_to_copy", "of_pairs", "proposal", "unused_columns"]
 
 _ABOUT_THE_ROW = frozenset(
     "id idx index row uid uuid guid hash sha256 md5 url uri link source origin dataset dataset_name subset split file "
@@ -26,6 +26,8 @@ _ABOUT_THE_ROW = frozenset(
 )
 """Names of columns that say where a row is from, and nothing that could be learned."""
 _ABOUT_THE_ROW_ENDS = ("_id", "_ids", "_idx", "_index", "_url", "_hash", "_at")
+
+_TRUTHS = ("true", "false")
 
 HUB_ROWS = 20_000
 """Rows of a hub data set that are looked through: each is decoded for it, those of files are in memory."""
@@ -44,6 +46,7 @@ _ANSWERS = (
     "summary",
     "translation",
     "chosen",
+    "preferred_output",
     "category",
     "class",
     "sentiment",
@@ -54,6 +57,9 @@ _ANSWERS = (
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _TOOLS = ("tools", "functions")
 _HISTORIES = ("history",)
+# the other answer of a pair for preference training, which is no part of an example
+_NOT_PREFERRED = ("rejected", "rejected_response", "non_preferred_output")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass
@@ -140,14 +146,22 @@ def refusal(
     several = len(unused) > 1
     taken = names([name for name in used if name in rows.columns], "`")
     columns = proposal(rows)
+    _, row = next(iter(rows))
+    judged = [n for n in unused if format != "text" and n.lower() == "label" and str(row.get(n)).lower() in _TRUTHS]
+    media = [name for name in unused if name.lower() in _MEDIA]
     without = f"write `format: {format}` there"
-    if any(name in value for name in unused for value in columns.values()):
+    alone = without.replace("there", f"in `data.{key}`")
+    if judged:
+        help = f"`{judged[0]}` says which answers are good: leave out the rows where it is false, then {alone}"
+    elif media:
+        help = f"ftune trains on text only: leave out the rows with {names(media, '`')}, or {alone}"
+    elif any(name in value for name in unused for value in columns.values()):
         help = (
-            f"say in the recipe what the columns are for, for example\n{block_to_copy(columns, key, path)}\n"
-            f"  or {without} instead of `columns`"
+            f"{of_pairs(rows)}say in the recipe what the columns are for, for example\n"
+            f"{block_to_copy(columns, key, path)}\n  or {without} instead of `columns`"
         )
     else:
-        help = f"{without.replace('there', f'in `data.{key}`')}"
+        help = f"{of_pairs(rows)}{alone}"
     sparse = next((one for one in unused.values() if one.count < len(rows)), None)
     first = f" (first at {rows.where(sparse.first)})" if sparse else ""
     which = f"the column{'s' if several else ''} {names(list(unused), '`')}"
@@ -167,21 +181,30 @@ def proposal(rows: Rows) -> dict[str, str]:
         if name is not None:
             found[field] = name
     content = [name for name in columns if name not in found.values()]
-    turns = next((name for name in content if _holds_turns(first.get(name), name.lower() in CHAT_COLUMNS)), None)
-    if turns is not None:
+    content = [name for name in content if name.lower() not in _NOT_PREFERRED] or content
+    turns = dict(at for name in content for at in _turns_at(name, first.get(name)))
+    if turns:
         found.pop("history", None)
-        return {"messages": turns, **found}
+        questions, answers = [at for at in turns if not turns[at]], [at for at in turns if turns[at]]
+        if questions and answers:
+            return {"prompt": questions[0], "completion": answers[0], **found}
+        return {"messages": next((at for at in turns if at.lower() in CHAT_COLUMNS), [*turns][0]), **found}
     if len(content) == 1:
         return {"text": content[0]}
     by_name = {name.lower(): name for name in content}
     answer = next((by_name[name] for name in _ANSWERS if name in by_name), content[-1] if content else "")
-    # of a pair for preference training, the one that was not preferred is no part of an example
-    rest = [name for name in content if name != answer and not (answer.lower() == "chosen" and name == "rejected")]
+    rest = [name for name in content if name != answer]
     if not rest:
         return {"text": answer}
     asked = rest[0] if len(rest) == 1 else "\n".join(f"{name}: {{{name}}}" for name in rest[:6])
     # a system message stands in a conversation, and tools belong to one
     return {"instruction": asked, "output": answer, **found} if found else {"prompt": asked, "completion": answer}
+
+
+def of_pairs(rows: Rows) -> str:
+    """What to say first of data for preference training, which has two answers a row; nothing of other data."""
+    paired = any(name.lower() in _NOT_PREFERRED for name in rows.columns)
+    return "ftune trains on one answer a row, not on preferences: take the preferred one; " if paired else ""
 
 
 def block_to_copy(columns: Mapping[str, str], key: str, path: str) -> str:
@@ -192,14 +215,30 @@ def block_to_copy(columns: Mapping[str, str], key: str, path: str) -> str:
 
 
 def _yaml(text: str) -> str:
+    text = text if len(text) <= 1_000 else f"{text[:997]}..."  # a first line that is no header
     plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text) and text.lower() not in ("null", "true", "false")
     return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _turns_at(name: str, value: Any) -> Iterator[tuple[str, bool]]:
+    """The place of the turns in a column, perhaps inside an object, and whether the assistant begins them."""
+    if isinstance(value, Mapping) and not _is_turn(value):
+        inner = next((key for key in CHAT_COLUMNS if key in value), None)
+        name, value = f"{name}.{inner}", value.get(inner)
+    if _is_turn(value) or _holds_turns(value, name.rpartition(".")[2].lower() in CHAT_COLUMNS):
+        turn = value[0] if isinstance(value, list) and value else value
+        said = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+        yield name, ROLES.get(str(said).lower()) == "assistant"
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and not {"role", "from"}.isdisjoint(value)
 
 
 def _holds_turns(value: Any, named: bool) -> bool:
     """Whether a value is a conversation, or one written as JSON in a column that is named for it."""
     if isinstance(value, list):
-        return named or (bool(value) and isinstance(value[0], Mapping))
+        return named or (bool(value) and _is_turn(value[0]))
     return named and isinstance(value, str) and value.lstrip().startswith("[")
 
 

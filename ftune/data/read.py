@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ftune.data.columns import renamed
-from ftune.data.formats import Format, columns_of, fits, resolve_format
+from ftune.data.formats import Format, columns_of, fits, incomplete, resolve_format
 from ftune.data.leftover import empty_note, is_about_the_row, note, refusal, unused_columns
 from ftune.data.sources import Rows, load_rows
 from ftune.errors import LocatedDataError
@@ -56,7 +56,7 @@ def read_source(
     unused = unused_columns(read, used)
     if not rows.named and asked == "auto":
         content = {name: one for name, one in unused.items() if not is_about_the_row(name)}
-        if content:
+        if content and not incomplete(format, rows):
             raise refusal(content, read, format, used, key, source.path)
     in_text = [name for name in used if any(f"{{{name}" in text for text in rows.named.values())]
     return replace(rows, notes=(*rows.notes, *note(unused, read, key), *empty_note(read, in_text, key))), format

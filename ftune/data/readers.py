@@ -48,6 +48,8 @@ def _decode(file: Path, content: bytes) -> str:
         ) from error
 
 
+_OBJECTS = 'every row is an object: {"messages": [...]} for a conversation, {"text": "..."} for a text'
+
 # half of a surrogate pair can only come from an escape: decoding refuses it in the bytes of a file
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -55,7 +57,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 def _is_row(file: Path, line: int, value: Any, text: str) -> Row:
     """The value if it is an object whose strings are all text; ``text`` is what it was parsed from."""
     if not isinstance(value, dict):
-        raise DataError(f"{file}:{line}: expected a JSON object, found {_json_type(value)}")
+        raise DataError(f"{file}:{line}: expected a JSON object, found {_json_type(value)}", help=_OBJECTS)
     if _SURROGATE_ESCAPE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -185,7 +187,8 @@ def _read_values(file: Path, text: str, start: int) -> Iterator[Placed]:
         if end < len(text):
             raise json.JSONDecodeError("text behind the end of the list", text, end)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {_reason(error)}") from error
+        help = _OBJECTS if "behind the end" in error.msg else None
+        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {_reason(error)}", help=help) from error
     except _Unlike as error:
         raise DataError(f"{file}:{line}: {error}", help=_MENDS) from error
     except ValueError as error:

@@ -46,6 +46,7 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "ai": "assistant",
     CALL: "assistant",
     "tool_call": "assistant",
@@ -82,6 +83,8 @@ def messages_in(row: Row, column: str) -> list[Message]:
     if column not in row:
         raise Misfit(missing_column(row, column))
     turns = read_list(row[column], column, f"a list of {WANTED}")
+    if isinstance(turns, Mapping) and ("role" in turns or "from" in turns):  # one turn, as answers may be
+        turns = [turns]
     if not isinstance(turns, list):
         raise Misfit(f"`{column}`: found {kind_of(turns)}; expected a list of {WANTED}")
     if not turns:
@@ -102,7 +105,9 @@ def require_assistant(messages: Sequence[Message], column: str) -> None:
     """
     if not any(message["role"] == "assistant" for message in messages):
         roles = names([message["role"] for message in messages])
-        raise Misfit(f"`{column}`: no assistant turn to train on; found the roles {roles}")
+        raise Misfit(
+            f"`{column}`: no assistant turn to train on; found the roles {roles}: add the answer, or leave out the row"
+        )
 
 
 def _message(turn: Any, place: str) -> Message:
@@ -187,10 +192,12 @@ def _text(value: Any, place: str, *, absent: bool) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise Misfit(f"{place}: found {kind_of(value)}; expected a string or a list of text parts")
+        mend = " (its JSON, say)" if isinstance(value, Mapping) else ""
+        raise Misfit(f"{place}: found {kind_of(value)}; expected a string{mend} or a list of text parts")
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        only_text = isinstance(part, Mapping) and [*part] == ["text"]
+        if not (kind in TEXT_PARTS or only_text) or not isinstance(part.get("text"), str):
             expected = "expected {type: text, text: a string}"
             if not isinstance(kind, str):
                 found = f"the keys {names(list(part))}" if isinstance(part, Mapping) else kind_of(part)

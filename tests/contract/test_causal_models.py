@@ -54,7 +54,9 @@ def test_or_is_refused_by_the_plan(
 def test_the_plan_tells_what_all_linear_leaves_out(architecture: str, method: str, told: int, tmp_path: Path) -> None:
     base = causal_models.make(architecture, tmp_path / "model")
     warnings = resolve(causal_models.recipe(base, method, tmp_path).recipe).summary()["warnings"]
-    assert sum("mamba.out_proj" in text for text in warnings) == told
+    found = [text for text in warnings if "mamba.out_proj" in text]
+    assert len(found) == told
+    assert all("leaves out 2 layers whose" in text and text.endswith("trains them") for text in found)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -23,6 +23,7 @@ from ftune.recipe.columns import Field
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
 
 Write = Callable[..., Path]
+ANSWER = chat("", "b")[1:]
 
 
 def source(path: Path, columns: dict[str, str] | None = None, **options: Any) -> DataSource:
@@ -177,6 +178,9 @@ def test_a_file_without_a_header_says_that_its_first_line_is_one(write: Write) -
     with pytest.raises(DataError) as caught:
         read_source(source(path))
     assert (caught.value.help or "").startswith("the first line of the file names its columns; say in the recipe")
+    with pytest.raises(DataError) as caught:
+        read_source(source(write("a" * 100_000 + "\nb\n", "long.csv")))
+    assert len(str(caught.value)) < 3_000
     with pytest.raises(LocatedDataError) as caught:
         read_source(source(path, {"prompt": "text", "completion": "label"}))
     assert "`My printer is broken`, `hardware`, named by its first line" in (caught.value.help or "")
@@ -296,6 +300,23 @@ def test_a_column_that_repeats_what_is_used_is_no_loss(write: Write) -> None:
         ({"system_prompt": "s", "question": "a", "response": "b"}, {"instruction": "question", "output": "response"}),
         ({"text": "a", "chosen": "b", "rejected": "c"}, {"prompt": "text", "completion": "chosen"}),
         ({"messages": chat("a", "b"), "functions": [{"name": "f"}]}, {"messages": "messages", "tools": "functions"}),
+        ({"prompt": chat("a"), "chosen": ANSWER, "rejected": ANSWER}, {"prompt": "prompt", "completion": "chosen"}),
+        ({"chosen": chat("a", "b"), "rejected": chat("a", "c")}, {"messages": "chosen"}),
+        (
+            {
+                "conversations": [{"from": "human", "value": "a"}],
+                "chosen": {"from": "gpt", "value": "b"},
+                "rejected": {},
+            },
+            {"prompt": "conversations", "completion": "chosen"},
+        ),
+        (
+            {"input": {"messages": chat("a")}, "preferred_output": ANSWER, "non_preferred_output": ANSWER},
+            {"prompt": "input.messages", "completion": "preferred_output"},
+        ),
+        ({"input": chat("a"), "output": ANSWER}, {"prompt": "input", "completion": "output"}),
+        ({"data": {"messages": chat("a", "b")}}, {"messages": "data.messages"}),
+        ({"options": [{"a": "b"}], "question": "a", "answer": "b"}, {"completion": "answer"}),
     ],
 )
 def test_the_refusal_proposes_a_mapping_that_works(write: Write, row: dict[str, Any], proposed: dict[str, str]) -> None:
@@ -308,7 +329,45 @@ def test_the_refusal_proposes_a_mapping_that_works(write: Write, row: dict[str, 
         assert f"\n          {field}: {value}\n" in f"{caught.value.help}\n"
     lines = [line for line in (caught.value.help or "").splitlines() if line.startswith("    ")]
     copied = yaml.safe_load("\n".join(lines))["data"]["train"]
-    read_source(DataSource.model_validate(copied))
+    rows, format = read_source(DataSource.model_validate(copied))
+    assert convert(rows, format, chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "help"),
+    [
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "ftune trains on one answer a row, not on preferences"),
+        ([{"messages": chat("a", "b"), "rejected_response": "c"}], "take the preferred one; write `format: messages`"),
+        (
+            [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}],
+            "`label` says which answers are good: leave out the rows where it is false, then write `format: prompt_",
+        ),
+        (
+            [{"messages": chat("a", "b"), "label": "False"}],
+            "leave out the rows where it is false, then write `format: m",
+        ),
+        (
+            [{"messages": chat("<image>a", "b"), "images": ["a.png"]}],
+            "trains on text only: leave out the rows with `im",
+        ),
+        ([{"input_ids": [1, 2], "labels": [1, 2]}], "give the texts or conversations that these were made from"),
+        (chat("a", "b"), "each row is one turn: write a whole conversation as a row"),
+        ([{"from": "human", "value": "a"}], "each row is one turn: write a whole conversation as a row"),
+    ],
+)
+def test_rows_of_another_kind_of_training_say_what_to_do(write: Write, rows: list[dict[str, Any]], help: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_source(source(write(rows)))
+    assert help in (caught.value.help or "")
+
+
+def test_rows_that_lack_the_column_of_the_others_are_named(write: Write) -> None:
+    others = [{"prompt": "a", "completion": "b"}, {"conversations": chat("a", "b")}]
+    rows, format = read_source(source(write([{"messages": chat("a", "b")}, *others])))
+    with pytest.raises(DataError) as caught:
+        convert(rows, format, chat_template=True)
+    assert "2: the column `messages` is missing; this row has `prompt`, `completion`" in caught.value.message
+    assert "3: the column `messages` is missing; this row has `conversations`" in caught.value.message
 
 
 def test_a_mapping_tells_what_it_leaves_out(write: Write) -> None:

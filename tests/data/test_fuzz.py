@@ -43,8 +43,9 @@ ROW = st.sampled_from(ROWS)
 TOKENIZERS = {name: build_tokenizer(name) for name in ("chatml", "marks", "bare", "alternates", None)}
 # Of the whole file; everything else has to name the row.
 OF_THE_FILE = (
-    "no rows in this file|is UTF-16|expected a JSON list of objects, found one object|no format fits the columns|"
-    "would not be used|nothing to train on|needs a chat template|not a readable parquet file|one row cannot be split"
+    "no rows in this file|is UTF-16|is packed|expected a JSON list of objects, found one object|"
+    "no format fits the columns|would not be used|nothing to train on|needs a chat template|"
+    "not a readable parquet file|one row cannot be split"
 )
 
 

@@ -160,3 +160,18 @@ def test_one_object_is_a_row_of_a_jsonl_and_no_list(write: Write) -> None:
 def test_a_mistake_in_an_object_over_lines_is_located(write: Write, text: str) -> None:
     with pytest.raises(DataError, match=r"x.jsonl:\d+:\d+: not valid JSON"):
         read(write(text, "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "help"),
+    [
+        ("t.jsonl", b'[{"role": "user"}]\n[{"role": "user"}]\n', '{"messages": [...]} for a conversation'),
+        ("t.json", b'[[{"role": "user"}]]', '{"messages": [...]} for a conversation'),
+        ("t.jsonl", b'"words"\n', '{"text": "..."} for a text'),
+    ],
+)
+def test_what_holds_no_rows_says_what_to_do(name: str, content: bytes, help: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert help in (caught.value.help or "")

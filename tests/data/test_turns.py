@@ -68,7 +68,7 @@ def test_sharegpt_with_a_function_call_and_an_observation(rows: Callable[..., Ro
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [("human", "user"), ("GPT", "assistant"), ("model", "assistant"), ("bot", "assistant"), ("chatgpt", "assistant")],
+    [("human", "user"), ("GPT", "assistant"), ("model", "assistant"), ("Chatbot", "assistant"), ("ai", "assistant")],
 )
 def test_a_role_is_known_by_other_tools_names_under_either_key(name: str, role: str) -> None:
     for turn in ({"role": name, "content": "x"}, {"from": name, "value": "x"}, {"role": name, "value": "x"}):
@@ -103,7 +103,8 @@ def test_every_other_key_of_a_turn_is_kept_and_nulls_are_not() -> None:
         ({"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}, "message's `reasoning_content`"),
         ({"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}, "into the message's `tool_calls`"),
         ({"role": "user", "content": [{"type": "tool_result", "content": "3"}]}, "{role: tool, content: its text}"),
-        ({"role": "user", "content": [{"text": "x"}]}, "found the keys text; expected {type: text, text: a string}"),
+        ({"role": "user", "content": [{"text": "x", "y": 1}]}, "found the keys text, y; expected {type: text, text: "),
+        ({"role": "tool", "content": {"degrees": 3}}, "found an object; expected a string (its JSON, say)"),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "'text'; expected {type: text, text: a string}"),
         ({"role": "assistant", "content": None, "refusal": "No."}, "the refusal's text as `content`"),
         ({"role": "assistant", "content": "", "refusal": "No."}, "the refusal's text as `content`"),
@@ -115,6 +116,28 @@ def test_a_turn_that_is_none_says_where(turn: dict[str, Any], expected: str) -> 
         said(turn)
     assert str(caught.value).startswith("`messages`[0]")
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("part", [{"text": "x"}, {"type": "text", "text": "x"}, {"type": "output_text", "text": "x"}])
+def test_parts_of_text_are_joined(part: dict[str, str]) -> None:
+    assert said({"role": "user", "content": [part, part]}) == [{"role": "user", "content": "xx"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "completion": " "}, "found a string of white space; fill it in, or leave out the row"),
+        ({"prompt": "a", "completion": ""}, "found an empty string; fill it in, or leave out the row"),
+        ({"prompt": "a", "completion": None}, "found null; fill it in, or leave out the row"),
+        ({"prompt": "a", "completion": ["b"]}, "a name with dots (`a.b.0`)"),
+        ({"messages": chat("a")}, "found the roles user: add the answer, or leave out the row"),
+        ({"messages": chat("a", "b"), "tools": ["f"]}, "`tools`[0]: found the string 'f'; expected a JSON schema"),
+    ],
+)
+def test_a_value_that_does_not_fit_says_what_to_write(rows: Callable[..., Rows], row: Any, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        one(rows(row))
+    assert expected in caught.value.message
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "dialog", "dialogue"])
