@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -30,6 +27,7 @@ from ftune.plan.quantized import (
     stored_bits,
 )
 from ftune.plan.shapes import auto_class, build_on_meta
+from ftune.plan.unreadable import explained
 from ftune.plan.weights import load_cast, safetensors_files
 from ftune.recipe.locate import Located, locate_model
 from ftune.recipe.no_model import SAFETENSORS_HELP, other_weights
@@ -48,7 +46,6 @@ __all__ = [
     "check_weights",
     "choose_device",
     "configured",
-    "explained",
     "gguf_path",
     "load_base",
     "load_config",
@@ -94,38 +91,6 @@ def gguf_path(located: Located) -> Path:
     return Path(cast(str, cached_file(located.path_or_id, located.gguf_file, revision=located.revision)))
 
 
-@contextlib.contextmanager
-def explained(spec: ModelSpec, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a model that cannot be read into one sentence."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ConnectionError) as error:
-        # transformers raises OSError for a miss, for no network and for a gated repository alike.
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot read the {what} of model `{spec.id}`: {first}",
-            help="check the id and the network; HF_HUB_OFFLINE=1 reads the local cache only",
-        ) from error
-    except (ValueError, SafetensorError, StrictDataclassError) as error:
-        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
-            raise ModelError(
-                f"the {what} of model `{spec.id}` needs Python code that comes with the model, and ftune runs none "
-                "unless the recipe says so",
-                help="read that code; if you trust it, write `model: {id: ..., trust_remote_code: true}`, and its "
-                "commit as `revision`",
-            ) from error
-        raise ModelError(f"cannot read the {what} of model `{spec.id}`: {_in_a_line(error)}") from error
-
-
-def _in_a_line(error: Exception) -> str:
-    """An error's text without line breaks, in at most 300 characters: transformers may list all it knows."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration, a fresh copy at every call; no weights are read."""
     return copy.deepcopy(_read_config(spec))
@@ -136,19 +101,6 @@ def configured(spec: ModelSpec, method: Method) -> Any:
     config = load_config(spec)
     method.configure(config)
     return config
-
-
-# What transformers' readers raise of values that cannot be, beside ValueError; RecursionError of depth.
-_NO_CONFIGURATION = (
-    TypeError,
-    KeyError,
-    AttributeError,
-    IndexError,
-    EOFError,
-    ArithmeticError,
-    RecursionError,
-    struct.error,
-)
 
 
 @functools.cache
@@ -162,10 +114,7 @@ def _read_config(spec: ModelSpec) -> Any:
         return AutoConfig.from_pretrained(located.path_or_id, **_source(spec, located))
 
     with explained(spec, "configuration"):
-        try:
-            config = kept_config(gguf_path(located), read) if located.gguf_file else read()
-        except _NO_CONFIGURATION as error:
-            raise ValueError(f"a value in it is not what it should be ({type(error).__name__}: {error})") from error
+        config = kept_config(gguf_path(located), read) if located.gguf_file else read()
     require_possible_sizes(config, spec.id)
     refuse_other_kinds(config, spec.id)
     return config
@@ -211,7 +160,10 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
     with explained(spec, "tokenizer"):
         tokenizer = kept_tokenizer(gguf_path(located), read) if located.gguf_file else read()
     if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of `{spec.id}` has no fast version, so no character offsets")
+        raise ModelError(
+            f"the tokenizer of `{spec.id}` has no fast version, so no character offsets",
+            help="take a model with a tokenizer.json",
+        )
     if tokenizer.pad_token_id is None:
         # Padding is never in the loss and never attended to: any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -373,9 +325,13 @@ def _refuse_others(spec: ModelSpec, located: Located) -> NoReturn:
             f"`{spec.id}` holds `{others[0].name}`, and neither `model.safetensors` nor an index of several files",
             help="rename it to model.safetensors; of several, copy their model.safetensors.index.json too",
         )
-    what, help = "has no weights in safetensors, and ftune reads no pickle", SAFETENSORS_HELP
+    what, help = "has no weights in safetensors, and ftune reads no others", SAFETENSORS_HELP
     if located.kind == "directory":
-        what, help = other_weights(directory) or (what, help)
+        alone = (
+            "has no model.safetensors beside its config.json, and ftune reads no pickle",
+            "copy it there, or name a model that has one",
+        )
+        what, help = other_weights(directory) or alone
     raise ModelError(f"`{spec.id}` {what}", help=help)
 
 

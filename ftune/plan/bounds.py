@@ -6,7 +6,7 @@ from typing import Any
 
 from ftune.errors import ModelError
 
-__all__ = ["require_possible_sizes"]
+__all__ = ["require_possible_sizes", "zero_sizes"]
 
 # Least and most; well beyond any model there is.
 _LIMITS: dict[str, tuple[int, int]] = {
@@ -44,5 +44,10 @@ def require_possible_sizes(config: Any, name: str) -> None:
     if wrong:
         raise ModelError(
             f"the configuration of model `{name}` cannot be that of a model: {'; '.join(wrong)}",
-            help="config.json is damaged, or is not meant to be loaded",
+            help="correct config.json, or copy it again from where the model comes from",
         )
+
+
+def zero_sizes(config: dict[str, Any]) -> str:
+    """The sizes that are 0 in a configuration by which something could not be divided; "" where none is."""
+    return ", ".join(f"`{field}` is 0" for field in _LIMITS if config.get(field) == 0)

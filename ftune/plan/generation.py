@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ftune.errors import ModelError
 from ftune.recipe.locate import locate_model
+from ftune.recipe.no_model import damage
 from ftune.recipe.schema import ModelSpec
 
 __all__ = ["check_generation"]
@@ -26,7 +29,9 @@ def check_generation(spec: ModelSpec) -> None:
         GenerationConfig.from_pretrained(located.path_or_id, revision=located.revision, local_files_only=True)
     except OSError as error:
         if "not a valid JSON" in str(error):
-            raise ModelError(f"the generation_config.json of `{spec.id}` is damaged: {error}", help=_HELP) from error
+            found = damage(Path(located.path_or_id) / "generation_config.json")
+            what = found[0] if found else "is damaged"
+            raise ModelError(f"the generation_config.json of `{spec.id}` {what}", help=_HELP) from error
         # There is none, which is common: transformers derives one from the configuration.
     except (ValueError, TypeError, AttributeError) as error:
         why = str(error).strip().splitlines()[0]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import ModelError
 from ftune.methods._whole import quiet
 from ftune.plan.weights import STORED
+from ftune.recipe.no_model import damage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,6 @@ Header = tuple[Path, str, tuple[int, ...]]
 NAMED = 4  # tensors named in a message
 SAMPLE = 64  # rows of a tied tensor that are compared, of each end
 _AGAIN = "copy, download or convert it again, or take another revision"
-_POINTER = b"version https://git-lfs"
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
@@ -46,18 +46,9 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
                     about = opened.get_slice(name)
                     headers[name] = (file, about.get_dtype(), tuple(about.get_shape()))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"`{file.parent.name}/{file.name}` {_damage(file, error)}", help=_AGAIN) from error
+            what, help = damage(file) or (f"is damaged ({error})", _AGAIN)
+            raise ModelError(f"`{file.parent.name}/{file.name}` {what}", help=help) from error
     return headers
-
-
-def _damage(file: Path, error: Exception) -> str:
-    try:
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                return "is a pointer of Git LFS, not the weights: `git lfs pull` fetches them"
-    except OSError:
-        pass
-    return f"is damaged, or cut short at {file.stat().st_size} bytes ({error})" if file.exists() else f"{error}"
 
 
 def check_files(files: Iterable[Path], hollow: nn.Module, name: str, *, packed: bool = False) -> tuple[str, ...]:

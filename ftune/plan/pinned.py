@@ -25,7 +25,7 @@ def pin_model(spec: ModelSpec) -> ModelSpec:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    from ftune.plan.base_model import explained
+    from ftune.plan.unreadable import explained
 
     with explained(spec, "configuration"):
         # The file is needed anyway; its place in the cache, snapshots/COMMIT/, says which commit it is of.

@@ -16,6 +16,7 @@ from ftune.errors import ModelError
 from ftune.methods._language import fixed_parameters, in_language_model, language_prefixes
 from ftune.methods._shared import list_linears
 from ftune.methods.base import Linear, ModelShape
+from ftune.plan.unreadable import CORRECT, why_not
 
 __all__ = ["auto_class", "build_on_meta", "read_shape", "shape_of"]
 
@@ -52,12 +53,13 @@ def build_on_meta(config: Any, *, trust_remote_code: bool = False, attention: st
             asked = {} if attention is None else {"attn_implementation": attention}
             # False is said as well: left unsaid, transformers asks the user at the terminal
             return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **asked)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, ImportError) as error:
         help = "use a decoder that transformers' AutoModelForCausalLM or AutoModelForImageTextToText knows"
+        if type(config) in auto_class(config)._model_mapping:
+            help = CORRECT
         if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             help = "the model comes with its own code: read it, and then set `model.trust_remote_code: true`"
-        # transformers may list every class that it knows.
-        why = str(error).strip().splitlines()[0][:300]
+        why = why_not(config.to_dict(), error)
         raise ModelError(
             f"cannot build a causal language model of type `{config.model_type}`: {why}", help=help
         ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
+from ftune.recipe.no_model import AGAIN, damage
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ __all__ = ["STORED", "load_cast", "safetensors_files"]
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating dtypes, as safetensors and as torch names them."""
-
-_AGAIN = "copy, download or convert it again"
 
 
 def load_cast(where: str, revision: str | None, settings: dict[str, Any]) -> Any | None:
@@ -127,9 +126,10 @@ def _shards(index: Path) -> list[Path]:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in found.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"`{index}` is damaged: it maps no tensors to files ({error})", help=_AGAIN) from error
+        what, help = damage(index) or ("maps no tensors to files", AGAIN)
+        raise ModelError(f"`{index}` {what}", help=help) from error
     if outside := [name for name in names if Path(name).name != name or "\\" in name]:
-        raise ModelError(f"`{index}` names `{outside[0]}`, which is no file beside it", help=_AGAIN)
+        raise ModelError(f"`{index}` names `{outside[0]}`, which is no file beside it", help=AGAIN)
     lost = [name for name in names if not (index.parent / name).is_file()]
     if lost or not names:
         which = ", ".join(f"`{name}`" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
@@ -138,5 +138,5 @@ def _shards(index: Path) -> list[Path]:
             if names
             else "files: its index names none"
         )
-        raise ModelError(f"the model in `{index.parent}` lacks {what}", help=_AGAIN)
+        raise ModelError(f"the model in `{index.parent}` lacks {what}", help=AGAIN)
     return [index.parent / name for name in names]

@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SAFETENSORS_HELP", "damage", "other_directory", "other_file", "other_weights"]
+__all__ = ["AGAIN", "SAFETENSORS_HELP", "Told", "damage", "other_directory", "other_file", "other_weights"]
 
 Told = tuple[str, str]
 """What a path is, to be put behind its name; and what to do."""
 
 SAFETENSORS_HELP = "take a revision that has safetensors, or convert it where you trust it, with save_pretrained"
-AGAIN = "copy or download it again"
+AGAIN = "copy, download or convert it again"
 _TRANSFORMERS = "take the same model in transformers' form: a directory with config.json and model.safetensors"
 _DECODER = "take a causal language model: one whose config.json names a `...ForCausalLM`"
 _COPY = "copy config.json and the tokenizer's files from where the weights come from"
@@ -123,7 +123,7 @@ def damage(file: Path) -> Told | None:
     """What a file of a model holds instead, by its first bytes; None where they tell nothing.
 
     Args:
-        file: One that could not be read: config.json, a tokenizer's, safetensors or GGUF.
+        file: One that could not be read: JSON, a template, safetensors or GGUF.
     """
     head = _head(file)
     if not head:
@@ -134,18 +134,32 @@ def damage(file: Path) -> Told | None:
         return "is a web page, not the file itself: a download that failed", AGAIN
     if not head.strip(b"\0"):
         return "holds zeros: a copy or download that did not end", AGAIN
-    if file.suffix == ".json":
-        return _json_damage(file)
-    if head.isascii() and head.decode().isprintable():
+    if file.suffix in (".json", ".jinja"):
+        return _text_damage(file)
+    if head.isascii() and head[:4] != b"GGUF" and head.decode().isprintable():
         return f"is a text (`{head[:60].decode()}`), not the file itself: a download that failed", AGAIN
     if head[:4] == b"PK\3\4":
         return "is a pickle of torch, or a zip archive, under another name", SAFETENSORS_HELP
-    return _cut_short(file, head) if file.suffix == ".safetensors" else None
+    if file.suffix == ".safetensors":
+        return _cut_short(file, head)
+    if file.suffix.lower() == ".gguf" and head[:4] != b"GGUF":
+        return "is no GGUF file", AGAIN
+    if (
+        file.suffix.lower() == ".gguf"
+        and len(head) > 8
+        and (version := int.from_bytes(head[4:8], "little")) not in (2, 3)
+    ):
+        return (
+            f"is a GGUF file of version {version}, and 2 and 3 can be read",
+            f"{AGAIN}, or take another file of the model",
+        )
+    return None
 
 
-def _json_damage(file: Path) -> Told | None:
+def _text_damage(file: Path) -> Told | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        found = {} if file.suffix == ".jinja" else json.loads(text)
     except OSError as error:
         return f"cannot be read ({error.strerror})", "correct its permissions"
     except RecursionError:

@@ -208,7 +208,7 @@ def test_a_lost_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{not json", "maps no tensors to files"),
+        ("{not json", "is damaged at line 1, column 2"),
         ("{}", "maps no tensors to files"),
         ('{"weight_map": []}', "maps no tensors to files"),
         ('{"weight_map": {}}', "its index names none"),
@@ -226,8 +226,8 @@ def test_an_index_that_points_to_nothing(index: str, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is damaged"),
-        (b"<html>404</html>" * 9, "is damaged"),
+        (b"", "is empty"),
+        (b"<html>404</html>" * 9, "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
     ],
 )
@@ -275,7 +275,7 @@ def test_an_adapter_is_no_base_model(whole: bool, tmp_path: Path) -> None:
 )
 def test_a_configuration_with_values_that_cannot_be(change: dict[str, Any], tmp_path: Path) -> None:
     directory = configure(tiny.model_dir(tmp_path / "m"), **change)
-    with pytest.raises(ModelError, match="the configuration of model") as error:
+    with pytest.raises(ModelError, match="cannot be that of a model") as error:
         check_weights(ModelSpec(id=str(directory)))
     assert "\n" not in error.value.message
     assert len(error.value.message) < 500 + len(str(tmp_path))

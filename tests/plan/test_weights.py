@@ -86,7 +86,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     spec = ModelSpec(id=str(tiny.model_dir(tmp_path / "m")))
     file = tmp_path / "m/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="is damaged, or cut short"):
+    with pytest.raises(ModelError, match="is cut short"):
         load_base(spec, Lora(), torch.bfloat16, CPU)
 
 
