@@ -56,6 +56,7 @@ _OURS = (
     "evaluations",
     "tracking",
 )
+NAME_A_RUN = "give the output_dir of a recipe that was trained"
 MAX_RECORD_BYTES = 16_000_000
 """A larger ``run.json`` is not one that ftune wrote."""
 _PACKAGES = (
@@ -152,8 +153,10 @@ class RunDir:
         except FileNotFoundError:
             raise RunDirError(
                 f"{self.root} is no run directory: it has no run.json",
-                help="give the output_dir of a recipe that was trained",
+                help=NAME_A_RUN,
             ) from None
+        except NotADirectoryError:
+            raise RunDirError(f"{self.root} is a file, not a run directory", help=NAME_A_RUN) from None
         except OSError as error:
             raise RunDirError(f"{self.record_path} cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:

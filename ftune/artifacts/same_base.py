@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.errors import FtuneError, RunDirError
+from ftune.errors import FtuneError, ModelError, RunDirError
 from ftune.plan.fingerprint import fingerprint, text_fingerprint
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import ModelSpec, Recipe
@@ -48,7 +48,13 @@ def require_same_base(run: RunDir, recipe: Recipe) -> None:
     """
     record = run.read()
     known = base_of(record)
-    if known is not None and fingerprint(recipe.model) != known:
+    found = fingerprint(recipe.model) if known is not None else None
+    if known is not None and found is None:  # `org/name` that is not on this disk would be one of the hub
+        raise ModelError(
+            f"there is no `{recipe.model.id}` here, the base model that {run.root} was trained on",
+            help="start ftune where that path leads to it, or put the model, or a link to it, there",
+        )
+    if found != known:
         raise RunDirError(
             f"{run.root} was trained on other weights, or another config.json, than `{recipe.model.id}` holds now",
             help="put the base model back as it was, or train the recipe again with --overwrite",

@@ -14,6 +14,7 @@ from ftune.data.read import read_source
 from ftune.data.sources import Changed, Row, Rows, load_rows
 from ftune.data.tokenize import GenerationItem, encoder_for, generation_items, template_for
 from ftune.data.turns import CHAT_COLUMNS, ROLES
+from ftune.data.turns import names as quoted
 from ftune.errors import DataError, LocatedDataError
 from ftune.recipe.columns import Field, is_template, parse_template
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
@@ -164,6 +165,8 @@ def read_prompts(
     source = DataSource(path=path, format=spec.train.format, split_on=spec.train.split_on)
     read = load_rows(source, "eval")
     columns = spec.train.columns
+    if columns is None or not columns.given():
+        _require_prompts(read, format, path)
     if columns is not None and columns.given():
         rows, _ = renamed(read, _without_answer(columns), ("data", "train", "columns"), answers=False)
         rows = replace(rows, columns=(*rows.columns, *_answer_fields(columns)))
@@ -181,6 +184,17 @@ def read_prompts(
     asked: Any = format if columns is None or not columns.given() else "auto"
     found = resolve_format(rows, asked, path, "eval")
     return read, generation_items(rows, tokenizer, spec.model_copy(update={"train_on": "assistant"}), found)
+
+
+def _require_prompts(rows: Rows, format: Format, path: str) -> None:
+    """Hold that there is a column to answer."""
+    chat = next((name for name in CHAT_COLUMNS if name in rows.columns), "messages")
+    column = "text" if format == "text" else _ANSWERS[format][0] if format in _ANSWERS else chat
+    if column not in rows.columns:
+        raise DataError(
+            f"{path}: rows like the run's have the column `{column}`; found {quoted(rows.columns, '`')}",
+            help=f"call the column that is to be answered `{column}`, and write it as the run's data have it",
+        )
 
 
 def _without_answer(columns: ColumnMap) -> ColumnMap:

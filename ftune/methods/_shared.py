@@ -110,7 +110,11 @@ def _match(linears: Sequence[Linear], targets: Targets, field: str) -> list[Line
             raise ModelError(f"{field}: {targets[:80]!r}: {error}", help="give a list of module names") from error
         matched = [linear for linear in linears if linear.name in names]
         if not matched:
-            raise ModelError(f"{field}: {targets!r} matches no linear layer", help=_available(linears))
+            raise ModelError(
+                f"{field}: {targets!r} matches no linear layer",
+                help=f"an expression has to match a whole name, as `{linears[0].name}`: begin it with `.*`, or give a "
+                f"list of names; {_available(linears)}",
+            )
         return matched
 
     def fits(name: str, target: str) -> bool:

@@ -182,7 +182,8 @@ def read_template(path: Path) -> str:
         return read_regular(path, MAX_TEMPLATE_BYTES, follow=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot read the chat template {path}: {error}", help="`data.chat_template` names a UTF-8 Jinja file"
+            f"cannot read the chat template {path}: {error}",
+            help="`data.chat_template` names a UTF-8 Jinja file; a run keeps a copy beside what it trained",
         ) from error
 
 

@@ -200,7 +200,7 @@ class TrainingSpec(_Block):
         "for Python; true: always.",
     )
     memory_gib: float | None = Field(
-        None, gt=0, description="Memory that the run may take, in GiB. Default: what the device has free."
+        None, gt=0, le=1e6, description="Memory that the run may take, in GiB. Default: what the device has free."
     )
     seed: int = Field(7, ge=0, lt=2**31, description="Order of the data, initial adapter, dropout.")
 

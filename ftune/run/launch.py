@@ -57,7 +57,7 @@ def require_launchable(processes: int, environment: Mapping[str, str] = os.envir
     """Refuse what cannot be launched, before anything is loaded.
 
     Raises:
-        FtuneError: Another launcher has started this process, or there are fewer GPUs than processes.
+        FtuneError: Another launcher has started this process, or there are too few GPUs or too little memory.
     """
     if "WORLD_SIZE" in environment:
         raise FtuneError(
@@ -67,11 +67,21 @@ def require_launchable(processes: int, environment: Mapping[str, str] = os.envir
         )
     import torch
 
+    from ftune.available import available_bytes
+    from ftune.plan.memory import RUNTIME_BYTES
+
     if torch.cuda.is_available() and processes > (gpus := torch.cuda.device_count()):
         raise FtuneError(
             f"--num-processes {processes}: there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'} here, and each "
             "process needs its own",
             help=f"use --num-processes {gpus} with as much more gradient_accumulation_steps: the result is the same",
+        )
+    most = max(1, available_bytes("cpu") // RUNTIME_BYTES["cpu"])
+    if processes > most:
+        raise FtuneError(
+            f"--num-processes {processes}: the libraries of {most} fill the memory that is free here",
+            help=f"use at most as many as there are CPU cores or GPUs ({os.cpu_count()} cores), with as much more "
+            "gradient_accumulation_steps: the result is the same",
         )
 
 

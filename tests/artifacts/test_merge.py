@@ -114,6 +114,9 @@ def test_a_method_that_cannot_be_merged_says_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_unfinished_run_and_a_foreign_directory_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(RunDirError, match="recipe.yaml is a file, not a run directory"):
+        merge(RunDir(tmp_path / "recipe.yaml"))
     with pytest.raises(RunDirError, match="no run directory"):
         merge(RunDir(tmp_path / "nowhere"))
     run = run_of(tmp_path)

@@ -19,7 +19,7 @@ from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import find_target
-from ftune.errors import RunDirError
+from ftune.errors import ModelError, RunDirError
 from ftune.recipe.load import Loaded, load_recipe
 
 OTHER = "was trained on other weights, or another config.json"
@@ -53,6 +53,21 @@ def test_evaluation_merge_and_conversion_refuse_other_weights(tmp_path: Path) ->
             read()
         assert "put the base model back" in (error.value.help or "")
     assert not (run.root / "merged").exists()
+
+
+def test_a_base_that_is_not_there_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path may have the form of a hub id, `bases/tiny`."""
+    tiny.model_dir(tmp_path / "bases/tiny")
+    monkeypatch.chdir(tmp_path)
+    loaded = tiny.recipe(tmp_path, model="bases/tiny", training={"max_steps": 2})
+    train(loaded, progress=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        ModelError, match="there is no `bases/tiny` here, the base model that .* was trained on"
+    ) as error:
+        find_target(tmp_path / "run")
+    assert "a link to it" in (error.value.help or "")
 
 
 def test_resuming_over_other_weights_is_refused_unless_accepted(tmp_path: Path) -> None:

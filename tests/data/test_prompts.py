@@ -11,6 +11,7 @@ import pytest
 from data.kit import build_tokenizer, chat
 from ftune.data.formats import Format
 from ftune.data.prompts import Prompting, prompting_of, read_prompts
+from ftune.errors import DataError
 from ftune.recipe.schema import ColumnMap, DataSource, DataSpec
 
 Write = Callable[..., Path]
@@ -43,6 +44,19 @@ def test_where_the_data_are_gone_the_run_tells(trained: Format | None, kind: str
 def test_alpaca_without_a_template_where_the_data_are_gone(tmp_path: Path) -> None:
     assert of(tmp_path / "gone.jsonl", trained="alpaca", template=None).kind == "alpaca"
     assert of(tmp_path / "gone.jsonl", trained=None, template=None).kind == "raw"
+
+
+@pytest.mark.parametrize(
+    ("trained", "column"),
+    [("text", "text"), ("prompt_completion", "prompt"), ("alpaca", "instruction"), ("messages", "messages")],
+)
+def test_rows_without_what_is_to_be_answered_are_told_which_column_it_is(
+    trained: Format, column: str, write: Write
+) -> None:
+    spec = DataSpec(train=DataSource(path="gone.jsonl"))
+    with pytest.raises(DataError, match=f"rows like the run's have the column `{column}`; found `question`$") as error:
+        read_prompts(str(write([{"question": "a"}])), spec, trained, build_tokenizer())
+    assert f"call the column that is to be answered `{column}`" in (error.value.help or "")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,12 @@ def test_what_the_model_does_not_have_is_refused(settings: Any, message: str) ->
         method.trainable_parameters(read_shape(tiny.config()))
 
 
+def test_an_expression_that_is_the_end_of_a_name_says_how_names_are_matched() -> None:
+    with pytest.raises(ModelError, match="'k_proj' matches no linear layer") as error:
+        tiny.method("ia3", target_modules="k_proj").adapt(tiny.model(), tiny.context())
+    assert "`model.layers.0.self_attn.q_proj`: begin it with `.*`" in (error.value.help or "")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -39,6 +39,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     launch.require_launchable(1, {})
 
 
+def test_more_processes_than_fit_in_memory_are_refused_before_one_starts() -> None:
+    with pytest.raises(FtuneError, match="--num-processes 100000: the libraries of .* fill the memory") as refused:
+        launch.require_launchable(100_000, {})
+    assert "CPU cores" in str(refused.value.help)
+
+
 @pytest.mark.parametrize(
     ("joined", "kind", "world", "cuda", "wrong"),
     [
