@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ftune.methods import METHODS
+
 __all__ = ["AGAIN", "SAFETENSORS_HELP", "Told", "damage", "other_directory", "other_file", "other_weights"]
 
 Told = tuple[str, str]
@@ -209,10 +211,13 @@ def _adapter(path: Path) -> Told:
     return what, f"{named}, or first merge the adapter into it, with PEFT: merge_and_unload() and save_pretrained()"
 
 
-def _field(file: Path, name: str) -> str | None:
+def _field(file: Path, *names: str) -> str | None:
+    """A string in a JSON file, by the names that lead to it; None where there is none."""
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        for name in names:
+            found = found[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) and found else None
 
@@ -227,6 +232,10 @@ def _result(run: Path) -> str:
         if (model / "config.json").is_file():
             return f"write `model: {model}`"
     if (run / "adapter").is_dir():
+        name = _field(run / "run.json", "resolved", "method", "name")
+        if name in METHODS and not METHODS[name].mergeable:
+            base = _field(run / "run.json", "resolved", "model", "id")
+            return f"what `{name}` trains cannot be merged into a model: write its base, `model: {base}`"
         return f"merge it first: `ftune merge {run}`, then write `model: {run / 'merged'}`"
     return "it has no result yet: end it with `ftune train RECIPE --resume`"
 

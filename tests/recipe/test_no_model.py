@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_what_is_no_model_is_told_as_what_it_is(files: str, id: str, what: str, 
     assert refused.value.message.startswith(f"`{id}` ")
     assert help in (refused.value.help or "")
     assert "\n" not in refused.value.render().replace("\n  help:", "")
+
+
+@pytest.mark.parametrize("id", ["r", "r/adapter"])
+def test_a_run_whose_method_cannot_be_merged(id: str) -> None:
+    record = {"resolved": {"method": {"name": "prefix"}, "model": {"id": "org/base"}}}
+    write({"r/run.json": json.dumps(record), "r/adapter/adapter_config.json": ADAPTER})
+    with pytest.raises(ModelError) as refused:
+        locate_model(ModelSpec(id=id))
+    assert refused.value.help == "what `prefix` trains cannot be merged into a model: write its base, `model: org/base`"
 
 
 def test_links_that_lead_nowhere_are_told() -> None:
