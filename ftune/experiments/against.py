@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from ftune.experiments.paired import Difference, Scores, differences, stable
+from ftune.experiments.paired import Difference, Scores, stable
+from ftune.experiments.seeds import differences
 from ftune.experiments.ties import holm
 
 __all__ = ["Comparison", "Relation", "beat", "compare", "related"]

@@ -6,7 +6,7 @@ Shapes: S seeds, N items. Scores are shares of 1, so 0.01 is one point.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ftune.errors import FtuneError
 
-__all__ = ["Difference", "Pair", "Scores", "Spread", "checked", "difference", "differences", "stable"]
+__all__ = ["Difference", "Pair", "Scores", "Spread", "checked", "difference", "paired", "stable"]
 
 Scores = NDArray[np.float64]
 """(S, N): the scores of one method, 0 to 1, right/wrong or graded; a row of NaN is a seed whose run failed.
@@ -101,23 +101,6 @@ def checked(scores: Mapping[str, ArrayLike], base: str) -> dict[str, Scores]:
     return found
 
 
-def differences(known: Mapping[str, Scores], pairs: Iterable[Pair], alpha: float) -> dict[Pair, Difference]:
-    """The first of each pair less the second; what a seed adds is for no pair taken to be less than their mean.
-
-    Two or three seeds may agree by chance, and a method then seem to be better for certain. Most pairs do not agree
-    by chance at once, so their mean is a floor; a pair that varies more keeps what it has.
-
-    Args:
-        known: (S, N) of each method.
-        pairs: Their names.
-        alpha: Each interval covers ``1 - alpha``.
-    """
-    found = {(x, y): paired(known[x], known[y]) for x, y in pairs}
-    by_seed = [mean_squares(d_SN)[0] / d_SN.shape[1] for d_SN in found.values() if len(d_SN) > 1]
-    least = sum(by_seed) / len(by_seed) if by_seed else 0.0
-    return {pair: difference(d_SN, alpha, least) for pair, d_SN in found.items()}
-
-
 def paired(x_SN: Scores, y_SN: Scores) -> Scores:
     """(S, N): x less y, of the seeds whose runs ended in both; the base's row goes with every seed."""
     d_SN = x_SN - y_SN
@@ -127,7 +110,7 @@ def paired(x_SN: Scores, y_SN: Scores) -> Scores:
     return d_SN
 
 
-def difference(d_SN: Scores, alpha: float = 0.05, least_by_seed: float = 0.0) -> Difference:
+def difference(d_SN: Scores, alpha: float = 0.05, by_seed: tuple[float, float] | None = None) -> Difference:
     """The mean of paired differences, with its interval and p-value.
 
     Several seeds: Student's t. The variance of the mean is made of the mean squares of seeds, items and rest,
@@ -143,17 +126,20 @@ def difference(d_SN: Scores, alpha: float = 0.05, least_by_seed: float = 0.0) ->
     Args:
         d_SN: (S, N), each -1 to 1; where none but -1, 0 and 1 occur, the scores were right/wrong.
         alpha: The interval covers ``1 - alpha``.
-        least_by_seed: The least variance that a seed is taken to add.
+        by_seed: The variance that a seed adds, and its degrees of freedom, where more is known of them than these
+            differences tell (see ``seeds.SeedNoise``).
     """
     seeds, items = d_SN.shape
     special = scipy("special")
     most = float(np.abs(d_SN).max()) or 1.0
     more_SM = np.concatenate([d_SN, np.tile([most, -most], (seeds, 1))], axis=1)
     seed, item, rest = mean_squares(more_SM)
-    by_seed = max(seed, rest, least_by_seed * items**2 / (items + 2)) / more_SM.size * (seeds > 1)
-    by_item = max(item - rest, 0.0) / more_SM.size
-    degrees = freedom(by_seed, by_item, seeds, items + 2)
-    centre, error = float(more_SM.mean()), (by_seed + by_item) ** 0.5
+    if by_seed:
+        seed = by_seed[0] * items**2 / (items + 2)
+    of_seeds = max(seed, rest) / more_SM.size if seeds > 1 else 0.0
+    of_items = max(item - rest, 0.0) / more_SM.size
+    degrees = freedom(of_seeds, of_items, by_seed[1] if by_seed else max(seeds - 1, 1), items + 1)
+    centre, error = float(more_SM.mean()), (of_seeds + of_items) ** 0.5
     half = float(special.stdtrit(degrees, 1 - alpha / 2)) * error
     if seeds == 1 and np.isin(d_SN, (-1, 0, 1)).all():
         # McNemar 1947, Psychometrika 12:153: of the items that differ as many are won as lost
@@ -182,18 +168,16 @@ def mean_squares(d_SN: Scores) -> tuple[float, float, float]:
     return seed / (seeds - 1), item / (items - 1), rest / ((seeds - 1) * (items - 1))
 
 
-def freedom(by_seed: Any, by_item: Any, seeds: int, items: int) -> Any:
+def freedom(of_seeds: Any, of_items: Any, seed_degrees: Any, item_degrees: float) -> Any:
     """Satterthwaite's degrees of freedom of a variance that is the sum of two parts (Biometrics 1946, 2:110).
 
     Args:
-        by_seed: What seeds and the rest add to the variance of the mean, known from ``seeds - 1`` degrees of freedom.
-        by_item: What items add, known from ``items - 1``.
-        seeds: S.
-        items: N.
+        of_seeds: The part of the variance that seeds add.
+        of_items: The part that items add.
+        seed_degrees: Degrees of freedom from which the first is known.
+        item_degrees: Degrees of freedom from which the second is known.
     """
-    if seeds == 1:
-        return items - 1
-    return (by_seed + by_item) ** 2 / (by_seed**2 / (seeds - 1) + by_item**2 / (items - 1))
+    return (of_seeds + of_items) ** 2 / (of_seeds**2 / seed_degrees + of_items**2 / item_degrees)
 
 
 def stable(value: Any) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftune.experiments.paired import Spread, freedom, scipy
+from ftune.experiments.seeds import moderated, of_pairs
 
 __all__ = ["detectable", "needed", "needed_seeds", "power_of"]
 
@@ -22,9 +23,9 @@ def power_of(
 ) -> float:
     """The chance that a difference of delta is found: a p-value below alpha, and the right sign.
 
-    The mean is taken to be normal, and what seeds add to its variance, which few seeds tell badly, to follow
-    chi-square, over which the chance is averaged; with several comparisons it is at least what it is on average, as
-    in ``paired.differences``. One seed of right/wrong scores is tested exactly, which costs half a won item on each
+    The mean is taken to be normal, and what seeds add to the variance of each method, which few seeds tell badly, to
+    follow chi-square, over which the chance is averaged; with several methods it is moderated by that of the others,
+    as in ``seeds.SeedNoise``. One seed of right/wrong scores is tested exactly, which costs half a won item on each
     side (the continuity correction: Connor 1987, Biometrics 43:207).
 
     Args:
@@ -90,14 +91,15 @@ class _Test:
     def __init__(self, n_items: int, spread: Spread, seeds: int, alpha: float, comparisons: int) -> None:
         self.special = scipy("special")
         rest = spread.rest**2 / (n_items * seeds)
-        by_item = spread.item**2 / n_items + 2 / n_items**2  # the two items that are added
-        by_seed = spread.seed**2 / seeds + rest
+        of_items = spread.item**2 / n_items + 2 / n_items**2  # the two items that are added
+        of_seeds = spread.seed**2 / seeds + rest
         if seeds == 1:
-            by_seed, by_item = 0.0, by_item + rest
-        drawn = np.maximum(by_seed * _drawn(seeds, at_least=float(comparisons > 1)), rest * (seeds > 1))
-        self.error = (by_seed + by_item) ** 0.5
-        student = self.special.stdtrit(freedom(drawn, by_item, seeds, n_items + 2), 1 - alpha / comparisons / 2)
-        self.limits = student * (drawn + by_item) ** 0.5 / self.error
+            of_seeds, of_items, rest = 0.0, of_items + rest, 0.0
+        times, degrees = _drawn(seeds, comparisons)
+        drawn = np.maximum(of_seeds * times, rest)
+        self.error = (of_seeds + of_items) ** 0.5
+        student = self.special.stdtrit(freedom(drawn, of_items, degrees, n_items + 1), 1 - alpha / comparisons / 2)
+        self.limits = student * (drawn + of_items) ** 0.5 / self.error
         self.shrunk, self.lost = n_items / (n_items + 2), (seeds == 1) / n_items
 
     def power(self, delta: float) -> float:
@@ -106,9 +108,16 @@ class _Test:
 
 
 @functools.cache
-def _drawn(seeds: int, at_least: float) -> NDArray[np.float64]:
-    """How many times its mean a variance known from so many seeds is found to be: 100 quantiles, one with one seed."""
+def _drawn(seeds: int, comparisons: int) -> tuple[NDArray[np.float64], float]:
+    """What ``seeds.SeedNoise`` finds a variance of 1 to be, as 100 equal chances, and its degrees of freedom.
+
+    From 2,000 studies whose methods are as noisy as each other. The methods are as many as the comparisons: the
+    reference is one more, and the base, which has no seeds, is none.
+    """
     if seeds == 1:
-        return np.ones(1)
-    quantiles: NDArray[np.float64] = scipy("special").chdtri(seeds - 1, (np.arange(100) + 0.5) / 100) / (seeds - 1)
-    return np.maximum(quantiles, at_least)
+        return np.ones(1), 1.0
+    methods = max(2, comparisons)
+    table = scipy("special").ndtri(np.random.default_rng(0).random((2000, methods, seeds)))
+    every = of_pairs(table) / 2
+    variance, degrees = moderated(every[:, 0], every, methods, seeds)
+    return np.sort(variance).reshape(100, 20).mean(axis=1), degrees

@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ftune.experiments.paired import checked, differences, stable
+from ftune.experiments.paired import checked, stable
+from ftune.experiments.seeds import differences
 
 __all__ = ["holm", "tie_groups"]
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ftune.errors import FtuneError
-from ftune.experiments.paired import Spread, checked, difference, differences, paired
+from ftune.experiments.paired import Spread, checked, difference, paired
 
 
 def right_wrong(won: int, lost: int, same: int) -> np.ndarray:
@@ -81,16 +81,6 @@ def test_a_failed_run_leaves_its_seed_out_of_both() -> None:
     y_SN[1:] = np.nan
     with pytest.raises(ValueError, match="share no seed"):
         paired(x_SN, y_SN)
-
-
-def test_seeds_that_agree_by_chance_are_taken_to_vary_as_others_do() -> None:
-    level = {"base": [0.5], "lora": [0.50, 0.52, 0.54], "dora": [0.55, 0.57, 0.59], "ia3": [0.55, 0.60, 0.50]}
-    known = {name: np.full((1, 400), 1.0) * np.array(rows)[:, None] for name, rows in level.items()}
-    alone = differences(known, [("dora", "lora")], 0.05)["dora", "lora"]
-    beside = differences(known, [("dora", "lora"), ("ia3", "lora")], 0.05)
-    assert alone.p < 1e-6
-    assert beside["dora", "lora"].p > 0.05
-    assert beside["ia3", "lora"] == differences(known, [("ia3", "lora")], 0.05)["ia3", "lora"]  # keeps what it has
 
 
 @pytest.mark.parametrize(
