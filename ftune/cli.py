@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import typer
 import ftune
 from ftune.errors import FtuneError, Interrupted, LocatedDataError, RecipeError
 from ftune.heap import begin_again
+from ftune.run.imports import quiet_libraries as _libraries
 from ftune.run.signals import Interruptible
 from ftune.streams import outlive_reader
 
@@ -203,26 +205,6 @@ def _located(loaded: Loaded) -> Iterator[None]:
         yield
     except LocatedDataError as error:
         raise at_fields(error, loaded, color=_color(sys.stderr)) from error
-
-
-@contextlib.contextmanager
-def _libraries() -> Iterator[None]:
-    """Quieten libraries whose notices are not the user's business; ftune reports what matters itself."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # GGUF files are dequantized behind a bar of their own that transformers' switch does not reach.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a level set before it is imported would not stay
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # transformers imports DeepSpeed where it is installed, whose notice of a machine without GPUs goes to stdout.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _import_for(target: Path) -> None:
@@ -495,6 +477,95 @@ def train(
         from ftune.artifacts.report import training_summary
 
         print(training_summary(record, loaded.recipe.output_dir, _width()))
+
+
+@app.command()
+def compare(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="STUDY_OR_RECIPE", callback=_home, help="A study; or a recipe, and options below."),
+    ],
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Of a recipe: lora,dora,ia3; default: every one that works.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Learning rates for each method.")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each method's best setting.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="2h, 5000 steps, 3M tokens, or '$20 at $2.50/h'.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="What is compared.")] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", help="The smallest difference that matters, in points.")
+    ] = None,
+    prefer: Annotated[
+        str | None, typer.Option("--prefer", help="What is spared among equals: memory, time or size.")
+    ] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Rows for the report alone.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", help="The study's directory.")] = None,
+    devices: Annotated[str | None, typer.Option("--devices", help="GPUs to use, a run on each: 0,1,2.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the study takes and can show, and train nothing but a few steps.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find out whether another method beats LoRA on your data, and how sure that is.
+
+    Every method is tuned alike on validation rows, trained with several seeds, and judged once on test rows. Stopped
+    at any time, the same command goes on.
+    """
+    from ftune.experiments.study import is_study, load_study, study_of
+
+    options = {
+        "methods": tuple(methods.split(",")) if methods not in (None, "all") else methods,
+        "trials": trials,
+        "seeds": seeds,
+        "budget": budget,
+        "metric": metric,
+        "margin": margin,
+        "prefer": prefer,
+        "test": test,
+        "output_dir": output_dir,
+    }
+    if is_study(target):
+        if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
+            raise FtuneError(f"{', '.join(given)}: options of a recipe", help=f"{target} is a study: change it there")
+        loaded = load_study(target, color=_color(sys.stderr))
+    else:
+        loaded = study_of(target, **options)
+    numbers = _numbers(devices)
+    with _libraries():
+        from ftune.experiments.compare import Forecast
+        from ftune.experiments.compare import compare as run_study
+        from ftune.experiments.markdown import forecast_text, markdown, summary
+        from ftune.experiments.page import page
+        from ftune.run.files import write_text
+
+        def agreed(forecast: Forecast) -> bool:
+            print(forecast_text(forecast, _width()), file=sys.stderr if as_json else sys.stdout, flush=True)
+            if plan or yes or loaded.study.budget is not None or forecast.begun:
+                return not plan
+            if not sys.stdin.isatty():
+                raise FtuneError("the study has no budget", help="--yes begins it as it is, --budget 2h bounds it")
+            return typer.confirm("begin?")
+
+        result = run_study(
+            loaded, devices=numbers, agree=agreed, tell=lambda line: print(line, file=sys.stderr, flush=True)
+        )
+        if result is None:
+            return
+        command = " ".join(["ftune", *map(shlex.quote, sys.argv[1:])])
+        write_text(loaded.root / "compare.md", markdown(result, command))
+        write_text(loaded.root / "compare.html", page(result, loaded.root, command))
+    _print_json(result) if as_json else print(summary(result, str(loaded.root), _width()))
+
+
+def _numbers(devices: str | None) -> list[int]:
+    """GPUs by their numbers."""
+    parts = devices.split(",") if devices else []
+    if wrong := [part for part in parts if not part.strip().isdigit()]:
+        raise FtuneError(f"--devices: `{wrong[0]}` is no number of a GPU", help="--devices 0,1")
+    return [int(part) for part in parts]
 
 
 @app.command("eval")

@@ -15,6 +15,7 @@ ROOT = Path(ftune.__file__).parent
 LAYERS = [
     "__main__",
     "cli",
+    "experiments",
     "artifacts",
     "run",
     "plan",

@@ -44,7 +44,7 @@ from ftune.recipe.spelling import closest
 from ftune.recipe.variables import Expanded, expand_variables
 from ftune.regular import IrregularError, open_regular
 
-__all__ = ["Loaded", "load_recipe", "parse_recipe"]
+__all__ = ["Loaded", "load_recipe", "parse_recipe", "read_mapping"]
 
 MAX_BYTES = 100_000
 MAX_NODES = 5_000
@@ -86,6 +86,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, color: bool = Fals
     Raises:
         RecipeError: The file cannot be read, or the recipe or an override is wrong; names every mistake.
     """
+    return parse_recipe(_read(path, color=color), str(path), overrides, color=color)
+
+
+def _read(path: Path, *, color: bool) -> str:
     name = str(path)
     try:
         # One byte more than is allowed: a file may grow while it is read.
@@ -99,10 +103,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, color: bool = Fals
         mistake = Mistake(f"the recipe is larger than {MAX_BYTES} bytes", help="is this a data file?")
         raise fail([mistake], Source(name, ""), color=color)
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise fail([_not_utf8(name, data, error)], Source(name, ""), color=color) from error
-    return parse_recipe(text, name, overrides, color=color)
+
+
+def read_mapping(path: Path, *, color: bool = False) -> tuple[dict[str, Any], Positions]:
+    """The plain data of a YAML file that is no recipe, read as strictly as one, and where each field is written.
+
+    Raises:
+        RecipeError: It cannot be read, or is no mapping; names every mistake.
+    """
+    source = Source(str(path), _read(path, color=color))
+    positions = Positions(source)
+    reader = _Builder(positions)
+    try:
+        raw = reader.document(source)
+    except _Refused as refused:
+        raise fail(refused.mistakes, source, color=color) from None
+    if reader.mistakes:
+        raise fail(reader.mistakes, source, color=color)
+    return raw, positions
 
 
 def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, color: bool = False) -> Loaded:

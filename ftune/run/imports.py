@@ -5,11 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["import_libraries"]
+__all__ = ["import_libraries", "quiet_libraries"]
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Quieten libraries whose notices are not the user's business; ftune reports what matters itself."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # GGUF files are dequantized behind a bar of their own that transformers' switch does not reach.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a level set before it is imported would not stay
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers imports DeepSpeed where it is installed, whose notice of a machine without GPUs goes to stdout.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def import_libraries(*, peft: bool) -> None:

@@ -1,0 +1,176 @@
+"""A study's results as one value: what ``compare.json`` holds. The same runs give the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.experiments.settle import Settled
+from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
+from ftune.experiments.trials import Trials
+from ftune.experiments.tuning import Outcome, Progress, Setting
+from ftune.experiments.verdict import judge
+from ftune.run.files import write_json
+
+__all__ = ["collect"]
+
+
+def collect(
+    loaded: LoadedStudy,
+    trials: Trials,
+    settled: Settled,
+    outcomes: Mapping[str, tuple[Outcome, Mapping[Setting, Progress]]],
+    speeds: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Judge the methods, and write ``compare.json``.
+
+    Args:
+        loaded: The study.
+        trials: Its runs.
+        settled: What they have in common.
+        outcomes: What tuning found for each method, and how far each of its trials came.
+        speeds: Of each method seconds of a step and bytes of its peak.
+
+    Returns:
+        What was written. Shares are of 1, times in seconds, sizes in bytes.
+    """
+    study = loaded.study
+    methods = []
+    scores: dict[str, dict[str, dict[int, float]]] = {BASE: {BASE: trials.scores(BASE, BASE)}}
+    for candidate in (c for c in loaded.candidates if c.label in outcomes):
+        outcome, progress = outcomes[candidate.label]
+        method, found = _method(loaded, trials, settled, candidate, outcome, progress)
+        method["costs"] = _costs(trials, settled, method, speeds.get(candidate.label))
+        methods.append(method)
+        if method["runs"]:
+            scores[candidate.label] = found
+    # A prompt that leaves no room beside one method's virtual tokens is compared for none.
+    rows = sorted(set.intersection(*(set(one) for runs in scores.values() for one in runs.values() if one)))
+    matrices = {
+        label: np.array([[one.get(row, np.nan) for row in rows] for one in runs.values()])
+        for label, runs in scores.items()
+    }
+    verdict = None
+    if REFERENCE in matrices:
+        verdict = judge(
+            matrices,
+            base=BASE,
+            reference=REFERENCE,
+            margin=study.margin / 100,
+            costs={m["label"]: m["costs"] for m in methods if m["label"] in matrices and all(m["costs"].values())},
+            prefer=study.prefer,
+            not_tuned=[m["label"] for m in methods if m["at_edge"] and m["label"] not in (REFERENCE,)],
+        ).as_json()
+    for method in methods:
+        matrix = matrices.get(method["label"])
+        means = [] if matrix is None else [float(row.mean()) for row in matrix if not np.isnan(row).any()]
+        method["score"] = round(sum(means) / len(means), 6) if means else None
+        for run, mean in zip(method["runs"], means, strict=True):
+            run["score"] = round(mean, 6)
+    result = {
+        "version": 1,
+        "verdict": verdict,
+        "metric": settled.metric,
+        "margin": study.margin / 100,
+        "prefer": study.prefer,
+        "steps": settled.steps,
+        "seeds": [settled.seed + i for i in range(study.seeds)],
+        "rows": {**settled.counts, "test": settled.test_items, "compared": len(rows), "drawn": list(settled.drawn)},
+        "base": {"score": round(float(matrices[BASE].mean()), 6), "loss": trials.result(BASE, BASE)["loss"]},
+        "methods": methods,
+        "left_out": settled.excluded,
+        "protocol": {
+            "recipe": study.recipe,
+            "model": trials.base.recipe.model.id,
+            "trials": study.trials,
+            "search": {path: list(values) for path, values in study.search.items()},
+            "common": settled.common,
+            "versions": package_versions(),
+        },
+    }
+    write_json(loaded.root / "compare.json", result)
+    return result
+
+
+def _method(
+    loaded: LoadedStudy,
+    trials: Trials,
+    settled: Settled,
+    candidate: Candidate,
+    outcome: Outcome,
+    progress: Mapping[Setting, Progress],
+) -> tuple[dict[str, Any], dict[str, dict[int, float]]]:
+    """A method's tuning and its runs, and the score of each test row by each run."""
+    label, best = candidate.label, outcome.best
+    runs: list[dict[str, Any]] = []
+    scores: dict[str, dict[int, float]] = {}
+    failures = [] if best is not None else ["every trial failed"]
+    for i in range(loaded.study.seeds if best is not None else 0):
+        assert best is not None
+        seed = settled.seed + i
+        name, recipe = trials.trial(candidate, best, seed)
+        why = trials.progress(label, name).failed
+        if why is not None:
+            failures.append(f"seed {seed}: {why}")
+            scores[name] = {}
+            continue
+        scores[name] = trials.scores(label, name)
+        measured = trials.result(label, name)
+        runs.append(
+            {
+                "seed": seed,
+                "run": _below(trials.run(label, name), loaded.root),
+                "recipe": _below(recipe, loaded.root),
+                "loss": measured["loss"],
+                "metrics": measured.get("metrics", {}),
+            }
+        )
+    tried = [
+        {
+            "rate": setting.rate,
+            "fields": dict(setting.fields),
+            "run": _below(trials.run(label, setting.name), loaded.root),
+            "losses": {str(step): loss for step, loss in sorted(progress[setting].losses.items())},
+            "quality": progress[setting].quality,
+            "failed": progress[setting].failed,
+        }
+        for setting in outcome.tried
+    ]
+    lost = trials.forgotten(label, best.name) if best is not None else None
+    method = {
+        "label": label,
+        "method": candidate.method,
+        "fields": dict(candidate.fields),
+        "rate": best.rate if best else None,
+        "searched": dict(best.fields) if best else {},
+        "prior": settled.priors[label],
+        "at_edge": outcome.at_edge,
+        "failures": failures,
+        "forgetting": lost,
+        "trials": tried,
+        "runs": runs,
+    }
+    return method, scores
+
+
+def _costs(
+    trials: Trials, settled: Settled, method: Mapping[str, Any], speed: Mapping[str, float] | None
+) -> dict[str, float | None]:
+    """Memory and time of a run, measured by a few steps in turns, and the bytes of what it leaves."""
+    size = None
+    if method["runs"]:
+        run = RunDir(trials.root / method["runs"][0]["run"])
+        size = sum(file.stat().st_size for file in run.artifact(run.recipe()).rglob("*.safetensors"))
+    return {
+        "memory": speed["bytes"] if speed else None,
+        "time": speed["seconds"] * settled.steps if speed else None,
+        "size": size,
+    }
+
+
+def _below(path: Path, root: Path) -> str:
+    return str(path.relative_to(root))

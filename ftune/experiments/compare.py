@@ -1,0 +1,294 @@
+"""Run a study: settle what its runs have in common, tune every method alike, then judge them on the test rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import FtuneError
+from ftune.experiments.collect import collect
+from ftune.experiments.pool import Job, Pool
+from ftune.experiments.settle import Settled, load_settled, settle, store_settled
+from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
+from ftune.experiments.trials import SPEED_STEPS, Trials
+from ftune.experiments.tuning import SURVIVORS, WIDENED, Outcome, Progress, Setting, grid, next_wants, steps_of_tuning
+from ftune.human import time_text
+from ftune.recipe import Loaded, load_recipe
+from ftune.run.lock import RunLock
+
+__all__ = ["Forecast", "compare"]
+
+SPEED_ROUNDS = 2
+JOB_SECONDS = 3.0
+"""What a job takes besides steps and answers: its plan, loading the model, saving."""
+FEWEST_STEPS = 20
+"""Steps of a run below which a study is not cut to fit a budget."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a study will take, before it begins.
+
+    Attributes:
+        settled: What its runs have in common.
+        labels: The methods that take part.
+        runs: Runs that are trained, whole or in part.
+        steps: Steps of all of them.
+        seconds: The time of all of them, on one device, by steps that were measured.
+        speed: Of each method seconds of a step and bytes of its peak.
+        detectable: The difference that can be shown with 80 % power, a share of 1.
+        needed: Test rows with which the margin could be shown; None: not with any number, for these seeds.
+        cut_from: Steps of a run as the recipe has it, where the budget allows fewer.
+        begun: Whether the study has begun before.
+    """
+
+    settled: Settled
+    labels: tuple[str, ...]
+    runs: int
+    steps: int
+    seconds: float
+    speed: dict[str, dict[str, float]]
+    detectable: float
+    needed: int | None
+    cut_from: int | None
+    begun: bool
+
+
+def compare(
+    loaded: LoadedStudy,
+    *,
+    devices: Sequence[int] = (),
+    agree: Callable[[Forecast], bool] = lambda forecast: True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Run a study, or go on with it; returns what ``compare.json`` holds, or None where ``agree`` says no.
+
+    Args:
+        loaded: The study.
+        devices: Numbers of the GPUs to use, a run at a time on each; none: one run at a time.
+        agree: Asked before anything but a few steps is trained.
+        tell: Called with a line for each thing that is done.
+
+    Raises:
+        FtuneError: The study cannot be run, or does not fit its budget.
+        Interrupted: A signal came; what was done is kept, and the same command goes on.
+    """
+    # Checked with each method's settings, and with the rows that are held out: the recipe may have none.
+    base = load_recipe(Path(loaded.study.recipe).expanduser())
+    loaded.root.mkdir(parents=True, exist_ok=True)
+    with RunLock(loaded.root):
+        settled = load_settled(loaded, base)
+        begun = settled is not None
+        if settled is None:
+            settled = settle(loaded, base)
+        made = _Made(loaded, base, settled)
+        pool = Pool(devices, loaded.root / "workers.log")
+        pool.do(made.first_jobs, made.note(tell))
+        forecast = made.forecast(begun=begun)
+        if not begun:
+            fitting = made.fitted(forecast)
+            if fitting != settled.steps:
+                settled = settle(loaded, base, steps=fitting)
+                made = _Made(loaded, base, settled)
+                forecast = made.forecast(cut_from=forecast.settled.steps)
+        if not agree(forecast):
+            return None
+        store_settled(loaded, settled)
+        pool.do(made.jobs, made.note(tell))
+        return collect(loaded, made.trials, settled, made.outcomes(), made.speeds())
+
+
+class _Made:
+    """What a study has made so far, read from its directory."""
+
+    def __init__(self, loaded: LoadedStudy, base: Loaded, settled: Settled) -> None:
+        self.loaded, self.settled = loaded, settled
+        self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed)
+        self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
+        self.seeds = [settled.seed + i for i in range(loaded.study.seeds)]
+
+    def first_jobs(self) -> list[Job]:
+        """What is measured before the study: a few steps of each method in turns, and the base on the test rows."""
+        jobs = []
+        for number in range(SPEED_ROUNDS):
+            for candidate in self.candidates:
+                self._speed_recipe(candidate, number)  # what was measured of another recipe goes
+                if self.trials.speed(candidate.label, number) is None and not self._failure(candidate, "speed"):
+                    jobs.append(self._speed_job(candidate, number))
+        recipe = self._base_recipe()
+        if not jobs and not self.trials.tested(BASE, BASE):
+            jobs.append(self._test_job(BASE, BASE, {"run": None, "recipe": str(recipe), "forgetting": False}))
+        return jobs[:1]  # one at a time, so that none disturbs another
+
+    def jobs(self) -> list[Job]:
+        """What can be done now, methods side by side."""
+        queues = [self._jobs_of(candidate) for candidate in self.candidates]
+        return [job for queue in queues for job in queue]
+
+    def _jobs_of(self, candidate: Candidate) -> list[Job]:
+        label = candidate.label
+        wants, outcome = self._next(candidate)
+        jobs = []
+        for want in wants:
+            name, recipe = self.trials.trial(candidate, want.setting)
+            if want.until is None:
+                jobs.append(Job(label, name, {"kind": "evaluate", "run": str(self.trials.run(label, name))}))
+            else:
+                jobs.append(self._train_job(label, name, recipe, want.until))
+        if outcome is not None and outcome.best is not None:
+            for seed in self.seeds:
+                name, recipe = self.trials.trial(candidate, outcome.best, seed)
+                if self.trials.progress(label, name).failed:
+                    continue
+                if not self.trials.finished(label, name):
+                    jobs.append(self._train_job(label, name, recipe, self.settled.steps))
+                elif not self.trials.tested(label, name):
+                    # Of one run of each method: it takes as long as hundreds of answers.
+                    forgetting = self.loaded.study.forgetting and seed == self.settled.seed
+                    run = str(self.trials.run(label, name))
+                    jobs.append(self._test_job(label, name, {"run": run, "forgetting": forgetting}))
+        return jobs
+
+    def _next(self, candidate: Candidate) -> tuple[Sequence[Any], Outcome | None]:
+        study, label = self.loaded.study, candidate.label
+        # Every setting that could be on the grid, for how far it has come is only known by its name.
+        settings = grid(self.settled.priors[label], study.trials, study.search, wider=WIDENED)
+        done = {setting: self.trials.progress(label, setting.name) for setting in settings}
+        return next_wants(self.settled.priors[label], study.trials, study.search, self.settled.steps, done)
+
+    def outcomes(self) -> dict[str, tuple[Outcome, dict[Setting, Progress]]]:
+        """What tuning found for each method, and how far each of its trials came."""
+        found = {}
+        for candidate in self.candidates:
+            outcome = self._next(candidate)[1]
+            assert outcome is not None, "collected before tuning ended"
+            progress = {setting: self.trials.progress(candidate.label, setting.name) for setting in outcome.tried}
+            found[candidate.label] = (outcome, progress)
+        return found
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        """Of each method the seconds of a step, the median of its rounds, and the bytes of its peak."""
+        found = {}
+        for candidate in self.candidates:
+            rounds = [r for n in range(SPEED_ROUNDS) if (r := self.trials.speed(candidate.label, n)) is not None]
+            if rounds:
+                seconds = sorted(r["seconds"] for r in rounds)
+                middle = (seconds[len(seconds) // 2] + seconds[(len(seconds) - 1) // 2]) / 2
+                found[candidate.label] = {"seconds": middle, "bytes": max(r["bytes"] for r in rounds)}
+        return found
+
+    def forecast(self, cut_from: int | None = None, *, begun: bool = False) -> Forecast:
+        """What the study will take."""
+        from ftune.experiments.paired import Spread
+        from ftune.experiments.power import detectable, needed
+
+        study, speeds = self.loaded.study, self.speeds()
+        combinations = math.prod(len(values) for values in study.search.values())
+        steps = steps_of_tuning(study.trials, combinations, self.settled.steps)
+        steps += (study.seeds - 1) * self.settled.steps
+        labels = tuple(candidate.label for candidate in self.candidates)
+        mean = sum(speed["seconds"] for speed in speeds.values()) / max(1, len(speeds))
+        training = sum(steps * speeds.get(label, {"seconds": mean})["seconds"] for label in labels)
+        validation = self.settled.counts.get("validation") or self.settled.test_items
+        reading = self.trials.result(BASE, BASE).get("seconds", 0.0) / max(1, self.settled.test_items)
+        jobs = len(labels) * (2 * study.trials * combinations + 2 * SURVIVORS + 2 * study.seeds)
+        answers = len(labels) * (2 * validation + study.seeds * self.settled.test_items)
+        spread, comparisons = Spread.assumed(), max(1, len(labels) - 1)
+        return Forecast(
+            settled=self.settled,
+            labels=labels,
+            runs=len(labels) * (study.trials * combinations + study.seeds - 1),
+            steps=len(labels) * steps,
+            seconds=training + answers * reading + jobs * JOB_SECONDS,
+            speed=speeds,
+            detectable=detectable(self.settled.test_items, spread, study.seeds, comparisons=comparisons),
+            needed=needed(study.margin / 100, spread, study.seeds, comparisons=comparisons),
+            cut_from=cut_from,
+            begun=begun,
+        )
+
+    def fitted(self, forecast: Forecast) -> int:
+        """Steps of a run with which the study fits its budget.
+
+        Raises:
+            FtuneError: It does not fit with as few as make sense.
+        """
+        study, now = self.loaded.study, self.settled.steps
+        if study.budget is None:
+            return now
+        budget = Budget.read(study.budget)
+        tokens = forecast.steps * self.settled.tokens_a_step
+        needs = {"seconds": forecast.seconds, "steps": forecast.steps, "tokens": tokens}[budget.unit]
+        if needs <= budget.amount:
+            return now
+        steps = math.floor(now * budget.amount / needs)
+        if steps < min(FEWEST_STEPS, now):
+            count = len(forecast.labels)
+            fits = max(0, math.floor(count * budget.amount / needs))
+            how = {"seconds": time_text(needs)}.get(budget.unit, f"{needs:,.0f} {budget.unit}")
+            raise FtuneError(
+                f"the study needs {how}, and its budget is {study.budget}: runs of {steps} steps would show nothing",
+                help=f"compare fewer methods ({fits} of these {count} fit), or give a larger budget"
+                if fits >= 2
+                else "give a larger budget, or fewer methods, trials or seeds",
+            )
+        return steps
+
+    def note(self, tell: Callable[[str], None]) -> Callable[[Job, Mapping[str, Any]], None]:
+        """Keep what became of a job, and tell of it."""
+
+        def done(job: Job, result: Mapping[str, Any]) -> None:
+            if why := result.get("failed"):
+                if job.label == BASE:
+                    raise FtuneError(f"the model before training cannot be measured: {why}")
+                self.trials.fail(job.label, "speed" if job.alone else job.name, str(why))
+                tell(f"{job.label} {job.name}: failed: {str(why).splitlines()[0]}")
+            else:
+                tell(f"{job.label} {job.name}: {self._said(job)}")
+
+        return done
+
+    def _said(self, job: Job) -> str:
+        kind, progress = job.message["kind"], self.trials.progress(job.label, job.name)
+        if job.alone:
+            speed = self.trials.speed(job.label, int(job.name.rpartition(" ")[2]))
+            return f"{speed['seconds']:.2f} s a step" if speed else "measured"
+        if kind == "train":
+            until = job.message["until"] or self.settled.steps
+            loss = progress.losses.get(until)
+            return f"{until} of {self.settled.steps} steps" + ("" if loss is None else f", held-out loss {loss:.4f}")
+        if kind == "evaluate":
+            return f"{self.settled.metric} {100 * (progress.quality or 0):.1f} % on the validation rows"
+        return "measured on the test rows"
+
+    def _base_recipe(self) -> Path:
+        reference = self.candidates[0]
+        return self.trials.write(
+            Candidate(BASE, reference.method, reference.fields), BASE, {}, self.trials.test(BASE, BASE)
+        )
+
+    def _speed_recipe(self, candidate: Candidate, number: int) -> Path:
+        rate = self.settled.priors[candidate.label]
+        no_rows = {"data.eval": None, "data.eval_fraction": 0.0, "evaluation.metrics": None}
+        changes = {**no_rows, "optimizer.learning_rate": rate}
+        out = self.trials.root / "speed" / f"{candidate.label}-{number}"
+        return self.trials.write(candidate, f"speed-{number}", changes, out)
+
+    def _failure(self, candidate: Candidate, name: str) -> str | None:
+        return self.trials.progress(candidate.label, name).failed
+
+    def _train_job(self, label: str, name: str, recipe: Path, until: int) -> Job:
+        whole = until >= self.settled.steps
+        return Job(label, name, {"kind": "train", "recipe": str(recipe), "until": None if whole else until})
+
+    def _test_job(self, label: str, name: str, what: Mapping[str, Any]) -> Job:
+        out = self.trials.test(label, name)
+        return Job(label, name, {"kind": "test", "test": self.settled.test, "out": str(out), **what})
+
+    def _speed_job(self, candidate: Candidate, number: int) -> Job:
+        recipe = self._speed_recipe(candidate, number)
+        message = {"kind": "train", "recipe": str(recipe), "until": SPEED_STEPS}
+        return Job(candidate.label, f"speed {number}", message, alone=True)

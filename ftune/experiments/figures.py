@@ -1,0 +1,170 @@
+"""A study's pictures, as SVG that takes its colours from the page around it; the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftune.experiments.need import need
+from ftune.human import bytes_text, time_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COSTS", "against_cost", "differences", "losses", "rates"]
+
+INK, ACCENT, MUTED = "#010203", "#040506", "#070809"
+"""Colours that nothing else has: each is replaced by one of the page's."""
+_IN_PAGE = {INK: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}
+COSTS = {
+    "memory": ("peak memory", bytes_text),
+    "time": ("time of a run", time_text),
+    "size": ("size", bytes_text),
+    "forgetting": ("loss gained on neutral text, nats a token", "{:+.3f}".format),
+}
+PANEL = (2.5, 1.9)
+"""Inches of one small picture of several."""
+
+
+def differences(result: Mapping[str, Any]) -> str:
+    """Paired differences from LoRA with their intervals, best first, and the margin (a forest plot)."""
+    compared = result["verdict"]["comparisons"]
+    names = sorted(compared, key=lambda name: (-compared[name]["difference"]["d"], name))
+    figure, axes = _figure(5.2, 0.9 + 0.3 * len(names))
+    margin = 100 * result["margin"]
+    axes.axvspan(-margin, margin, color=MUTED, alpha=0.25, lw=0)
+    axes.axvline(0, color=INK, lw=0.8)
+    for place, name in enumerate(names):
+        d, lo, hi = (100 * compared[name]["difference"][end] for end in ("d", "lo", "hi"))
+        ranked = compared[name]["relation"] is not None
+        axes.plot([lo, hi], [place, place], color=ACCENT if ranked else MUTED, lw=1.5, solid_capstyle="butt")
+        axes.plot([d], [place], "o", color=ACCENT if ranked else MUTED, ms=5, mfc=ACCENT if ranked else "none")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"{result['metric']}, points more than LoRA (95 %)")
+    return _svg(figure)
+
+
+def rates(result: Mapping[str, Any]) -> str:
+    """Held-out loss by learning rate, a panel for each method; trials that were stopped early are hollow."""
+    figure, panels = _panels([method["label"] for method in result["methods"]], "learning rate")
+    for method, axes in zip(result["methods"], panels, strict=True):
+        axes.set_xscale("log")
+        ended = str(result["steps"])
+        for trial in method["trials"]:
+            if trial["losses"]:
+                last = max(trial["losses"], key=int)
+                chosen = (trial["rate"], trial["fields"]) == (method["rate"], method["searched"])
+                color = ACCENT if last == ended else MUTED
+                fill = color if last == ended else "none"
+                axes.plot([trial["rate"]], [trial["losses"][last]], "o", ms=8 if chosen else 4, color=color, mfc=fill)
+        _few_ticks(axes)
+    return _svg(figure)
+
+
+def losses(result: Mapping[str, Any]) -> str:
+    """Held-out loss by step of every trial, a panel for each method; the chosen one is drawn thick."""
+    figure, panels = _panels([method["label"] for method in result["methods"]], "step")
+    for method, axes in zip(result["methods"], panels, strict=True):
+        for trial in method["trials"]:
+            chosen = (trial["rate"], trial["fields"]) == (method["rate"], method["searched"])
+            points = sorted((int(step), loss) for step, loss in trial["losses"].items())
+            style: dict[str, Any] = {"color": ACCENT, "lw": 2} if chosen else {"color": MUTED, "lw": 1}
+            axes.plot(*zip(*points, strict=True), marker=".", **style) if points else None
+    return _svg(figure)
+
+
+def against_cost(result: Mapping[str, Any], cost: str) -> str | None:
+    """Quality against a cost, each method with the range of its seeds; None where the cost was not measured."""
+    name, text = COSTS[cost]
+    points = [
+        (value, [100 * run["score"] for run in method["runs"] if "score" in run], method["label"])
+        for method in result["methods"]
+        if (value := _cost(method, cost)) is not None and method["score"] is not None
+    ]
+    if not points:
+        return None
+    figure, axes = _figure(4.6, 3.2)
+    for x, scores, label in sorted(points):
+        mean = sum(scores) / len(scores)
+        axes.plot([x, x], [min(scores), max(scores)], color=MUTED, lw=1.5)
+        axes.plot([x], [mean], "o", color=ACCENT, ms=5)
+        axes.annotate(label, (x, mean), xytext=(5, 3), textcoords="offset points", color=INK, fontsize=8)
+    axes.axhline(100 * result["base"]["score"], color=MUTED, lw=0.8, ls="--")
+    values = [x for x, _, _ in points]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+    shown = sorted({min(values), max(values)})
+    axes.set_xticks(shown, [text(value) for value in shown])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.2, y=0.12)
+    axes.set_xlabel(name)
+    axes.set_ylabel(f"{result['metric']} %")
+    return _svg(figure)
+
+
+def _cost(method: Mapping[str, Any], cost: str) -> float | None:
+    if cost == "forgetting":
+        return method["forgetting"]["loss"][0] if method["forgetting"] else None
+    value: float | None = method["costs"][cost]
+    return value
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = need("matplotlib.figure").Figure((width, height), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    return figure, axes
+
+
+def _panels(titles: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
+    columns = min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = need("matplotlib.figure").Figure((columns * PANEL[0], rows * PANEL[1] + 0.2), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes in every[len(titles) :]:
+        axes.set_axis_off()
+    for axes, title in zip(every, titles, strict=False):
+        _plain(axes)
+        axes.set_title(title, color=INK, fontsize=9)
+    figure.supxlabel(label, color=INK, fontsize=9)
+    figure.supylabel("held-out loss", color=INK, fontsize=9)
+    return figure, every[: len(titles)]
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=8, color=MUTED)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+
+
+def _few_ticks(axes: Axes) -> None:
+    """The decades alone: at this size others run into each other."""
+    ticker = need("matplotlib.ticker")
+    axes.xaxis.set_major_locator(ticker.LogLocator(numticks=4))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _svg(figure: Figure) -> str:
+    """The picture with text as text, sized by the page, without a date or random names."""
+    matplotlib = need("matplotlib")
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ftune", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    for color, name in _IN_PAGE.items():
+        text = text.replace(color, name)
+    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

@@ -1,0 +1,152 @@
+"""Processes that do a study's jobs: one for each device, each one job at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import Interrupted
+
+__all__ = ["Job", "Pool"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do.
+
+    Attributes:
+        label: Of which method.
+        name: Of which of its runs.
+        message: What the worker is told (``ftune.experiments.worker``).
+        alone: Whether it needs a process of its own, for its memory is measured.
+    """
+
+    label: str
+    name: str
+    message: Mapping[str, Any]
+    alone: bool = False
+
+
+class Pool:
+    """Workers on devices.
+
+    Args:
+        devices: Numbers of GPUs; empty: one worker on whatever there is.
+        log: Where the workers' standard error goes.
+    """
+
+    def __init__(self, devices: Sequence[int], log: Path) -> None:
+        self._devices: list[int | None] = list(devices) or [None]
+        self._log = log
+        self._workers: dict[int | None, subprocess.Popen[str]] = {}
+
+    def do(self, next_jobs: Callable[[], list[Job]], done: Callable[[Job, Mapping[str, Any]], None]) -> None:
+        """Do jobs until there are none.
+
+        Args:
+            next_jobs: What can be done now, by what the disk holds; asked again after every job.
+            done: Called with each job and what became of it.
+
+        Raises:
+            Interrupted: A worker was asked to stop, or this process was; what was begun is saved.
+        """
+        busy: dict[int | None, Job] = {}
+        try:
+            while True:
+                waiting = [job for job in next_jobs() if not any(_same(job, other) for other in busy.values())]
+                for device in self._devices:
+                    if device not in busy and waiting:
+                        job = waiting.pop(0)
+                        self._send(device, job)
+                        busy[device] = job
+                if not busy:
+                    return
+                device, result = self._receive(busy)
+                if result.get("interrupted"):
+                    raise Interrupted(
+                        "the study was stopped", signal_number=signal.SIGINT, help="the same command goes on with it"
+                    )
+                done(busy.pop(device), result)
+        finally:
+            self._stop(bool(busy))
+
+    def _send(self, device: int | None, job: Job) -> None:
+        worker = self._workers.get(device)
+        if job.alone and worker is not None:
+            self._end(device)
+            worker = None
+        if worker is None:
+            worker = self._workers[device] = self._start(device)
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(json.dumps(job.message) + "\n")
+            if job.alone:
+                worker.stdin.close()
+            else:
+                worker.stdin.flush()
+        except BrokenPipeError:  # it died while it was idle; the next look finds it so
+            pass
+
+    def _start(self, device: int | None) -> subprocess.Popen[str]:
+        environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        with self._log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ftune.experiments.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C comes here, and is handed on
+            )
+
+    def _receive(self, busy: Mapping[int | None, Job]) -> tuple[int | None, dict[str, Any]]:
+        """Wait for a worker's result; one that died has failed."""
+        with selectors.DefaultSelector() as selector:
+            for device in busy:
+                out = self._workers[device].stdout
+                assert out is not None
+                selector.register(out, selectors.EVENT_READ, device)
+            (key, _), *_ = selector.select()
+        device = key.data
+        worker = self._workers[device]
+        assert worker.stdout is not None
+        line = worker.stdout.readline()
+        if line:
+            if busy[device].alone:
+                self._end(device)
+            return device, json.loads(line)
+        code = worker.wait()
+        del self._workers[device]
+        why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return device, {"failed": f"the process {why}: see {self._log}"}
+
+    def _end(self, device: int | None) -> None:
+        worker = self._workers.pop(device)
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.close()
+        worker.wait()
+        worker.stdout.close()
+
+    def _stop(self, at_work: bool) -> None:
+        """End all workers; those at work finish their step, and save it."""
+        for worker in self._workers.values():
+            if at_work:
+                worker.terminate()
+        for device in list(self._workers):
+            self._end(device)
+
+
+def _same(one: Job, other: Job) -> bool:
+    return (one.label, one.name) == (other.label, other.name)

@@ -1,0 +1,209 @@
+"""The runs of a study on the disk: their recipes, and how far each has come.
+
+::
+
+    STUDY/study.json          what the study began with
+    STUDY/data/               rows that were drawn, and how
+    STUDY/recipes/LABEL/      a recipe for each run; NAME.failed says why one cannot go on
+    STUDY/runs/LABEL/NAME/    run directories; NAME is `rate-2e-04`, or `seed-8` of the chosen setting
+    STUDY/tests/LABEL/NAME/   eval.json and predictions.jsonl on the test rows; those of the base in tests/base/
+    STUDY/speed/LABEL-N/      a few steps in a process of their own, for time and memory
+    STUDY/compare.json, compare.md
+
+Every run is an ordinary one: ``ftune train STUDY/recipes/LABEL/NAME.yaml`` repeats it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftune.experiments.study import BASE, Candidate
+from ftune.experiments.tuning import Progress, Setting
+from ftune.recipe.load import Loaded
+from ftune.recipe.other_method import of_another_method
+from ftune.run.files import write_text
+from ftune.run.sinks.jsonl import read_events
+
+__all__ = ["SPEED_STEPS", "Trials", "item_texts", "plain"]
+
+SPEED_STEPS = 4
+"""Steps that are measured for time and memory; the first is left out."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The recipes and runs of a study.
+
+    Attributes:
+        root: The study's directory.
+        base: The recipe that all are made from.
+        common: What all runs have in common, by field: ``training.max_steps``.
+        own: What a method has in place of it, by its label.
+        metric: What is compared.
+        seed: Of training while tuning.
+    """
+
+    root: Path
+    base: Loaded
+    common: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]]
+    metric: str
+    seed: int
+
+    def raw(self, candidate: Candidate, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe of a method as plain data."""
+        raw: dict[str, Any] = plain(self.base.raw)
+        raw["method"] = plain(of_another_method(raw, candidate.method)[0]) | plain(dict(candidate.fields))
+        for path, value in [*self.common.items(), *self.own.get(candidate.label, {}).items(), *changes.items()]:
+            *blocks, name = path.split(".")
+            where = raw
+            for block in blocks:
+                if not isinstance(where.get(block), dict):
+                    where[block] = {}
+                where = where[block]
+            if value is None:
+                where.pop(name, None)
+            else:
+                where[name] = plain(value)
+        return raw
+
+    def write(self, candidate: Candidate, name: str, changes: Mapping[str, Any], out: Path | None = None) -> Path:
+        """Write the recipe of a run, unless it is there; returns where.
+
+        Args:
+            candidate: The method.
+            name: The run's.
+            changes: What it has of its own, by field.
+            out: What is made of it; where the recipe is another than before, that is deleted. None: the run, which
+                is never deleted.
+        """
+        path = self.root / "recipes" / candidate.label / f"{name}.yaml"
+        raw = self.raw(candidate, {"output_dir": str(out or self.run(candidate.label, name)), **changes})
+        text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+        if not path.is_file() or (out is not None and path.read_text(encoding="utf-8") != text):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if out is not None and out.is_dir():
+                shutil.rmtree(out)
+            write_text(path, text)
+        return path
+
+    def trial(self, candidate: Candidate, setting: Setting, seed: int | None = None) -> tuple[str, Path]:
+        """Name and recipe of a trial, or of a chosen setting's run with another seed."""
+        name = setting.name if seed in (None, self.seed) else f"seed-{seed}"
+        changes = {"optimizer.learning_rate": setting.rate, **dict(setting.fields)}
+        return name, self.write(candidate, name, {**changes, "training.seed": self.seed if seed is None else seed})
+
+    def run(self, label: str, name: str) -> Path:
+        """Where a run is."""
+        return self.root / "runs" / label / name
+
+    def test(self, label: str, name: str) -> Path:
+        """Where a run's result on the test rows is."""
+        return self.root / "tests" / label / name if label != BASE else self.root / "tests" / BASE
+
+    def fail(self, label: str, name: str, why: str) -> None:
+        """Keep why a run cannot go on."""
+        write_text(self._failure(label, name), f"{why}\n")
+
+    def progress(self, label: str, name: str) -> Progress:
+        """How far a run has come, and its quality on the validation rows."""
+        run, failure = self.run(label, name), self._failure(label, name)
+        losses = {
+            event["step"]: float("nan") if event["loss"] is None else event["loss"]
+            for event in read_events(run / "metrics.jsonl")
+            if event.get("event") == "eval" and event.get("step")
+        }
+        measured = _json(run / "eval.json").get("tuned", {}).get("metrics", {}).get(self.metric)
+        why = failure.read_text().strip() if failure.is_file() else None
+        return Progress(losses, why, measured)
+
+    def finished(self, label: str, name: str) -> bool:
+        """Whether a run was trained to its end."""
+        return bool(_json(self.run(label, name) / "run.json").get("status") == "finished")
+
+    def tested(self, label: str, name: str) -> bool:
+        """Whether a run was measured on the test rows."""
+        return (self.test(label, name) / "predictions.jsonl").is_file()
+
+    def scores(self, label: str, name: str) -> dict[int, float]:
+        """The score of each test row, by its number."""
+        who = "base" if label == BASE else "tuned"
+        lines = (self.test(label, name) / "predictions.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["row"]: float(row[who]["scores"][self.metric]) for row in rows}
+
+    def result(self, label: str, name: str) -> dict[str, Any]:
+        """What was measured on the test rows: ``loss``, ``metrics``, ``seconds``; empty where it was not."""
+        who = "base" if label == BASE else "tuned"
+        found: dict[str, Any] = _json(self.test(label, name) / "eval.json").get(who, {})
+        return found
+
+    def forgotten(self, label: str, name: str) -> dict[str, Any] | None:
+        """What a run lost of its base's knowledge (``ftune.artifacts.forgetting``), where that was measured."""
+        found: dict[str, Any] | None = _json(self.test(label, name) / "eval.json").get("forgetting")
+        return found
+
+    def speed(self, label: str, number: int) -> dict[str, float] | None:
+        """Seconds of a step and bytes of the peak, of a run that was made for them."""
+        steps = [
+            event
+            for event in read_events(self.root / "speed" / f"{label}-{number}" / "metrics.jsonl")
+            if event.get("event") == "step"
+        ]
+        if len(steps) < 2:
+            return None
+        seconds = [event["seconds"] for event in steps[1:SPEED_STEPS]]
+        return {"seconds": sum(seconds) / len(seconds), "bytes": max(event["peak_bytes"] for event in steps)}
+
+    def _failure(self, label: str, name: str) -> Path:
+        return self.root / "recipes" / label / f"{name}.failed"
+
+
+def item_texts(result: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
+    """Every test row with its prompt, its right answer, and the answer and score of the base and of each method.
+
+    Args:
+        result: What ``compare.json`` holds; of each method its first run counts.
+        root: The study's directory.
+    """
+    runs = {BASE: Path("tests") / BASE}
+    runs |= {
+        method["label"]: Path("tests", *Path(method["runs"][0]["run"]).parts[1:])
+        for method in result["methods"]
+        if method["runs"]
+    }
+    found: dict[int, dict[str, Any]] = {}
+    for label, path in runs.items():
+        for line in (root / path / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            answer = row["base" if label == BASE else "tuned"]
+            item = found.setdefault(
+                row["row"], {"row": row["row"], "prompt": row["prompt"], "reference": row["reference"], "answers": {}}
+            )
+            item["answers"][label] = (answer["answer"], answer["scores"][result["metric"]])
+    return [found[row] for row in sorted(found)]
+
+
+def plain(value: Any) -> Any:
+    """Data that YAML can write: no tuples, no strings of a class of their own."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, str) else copy.copy(value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

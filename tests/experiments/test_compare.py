@@ -1,0 +1,140 @@
+"""A whole study on a tiny model: every run an ordinary one, the same bytes however often it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from ftune.artifacts.run_dir import RunDir
+from ftune.experiments.compare import Forecast, compare
+from ftune.experiments.markdown import markdown, summary
+from ftune.experiments.pool import Job, Pool
+from ftune.experiments.study import load_study
+from ftune.experiments.tuning import grid
+
+pytestmark = pytest.mark.slow
+
+
+def make_study(where: Path, **fields: Any) -> Path:
+    """A study of two methods on the tiny model, with rows of their own."""
+    recipe = tiny.recipe(where, "lora", evaluation={"metrics": ["f1"], "max_new_tokens": 8})
+    raw = dict(recipe.raw)
+    raw["data"] = {"train": str(tiny.write_chats(where / "all.jsonl", 40)), "max_length": 256}
+    del raw["optimizer"]
+    (where / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
+    study = {
+        "recipe": str(where / "recipe.yaml"),
+        "methods": ["lora", "ia3"],
+        "trials": 3,
+        "seeds": 2,
+        "output_dir": str(where / "study"),
+        **fields,
+    }
+    (where / "study.yaml").write_text(yaml.safe_dump(study))
+    return where / "study.yaml"
+
+
+def without_costs(path: Path) -> dict[str, Any]:
+    """What a study found, without what the clock and the allocator say, and so without which of equals is cheapest."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    for method in result["methods"]:
+        del method["costs"]
+    for name in ("take", "sentence"):
+        del result["verdict"][name]
+    return result
+
+
+def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
+    loaded = load_study(make_study(tmp_path))
+    told: list[str] = []
+    result = compare(loaded, tell=told.append)
+    assert result is not None
+    assert {method["label"] for method in result["methods"]} == {"lora", "ia3"}
+    assert result["rows"]["test"] == result["rows"]["compared"] == 8
+    for method in result["methods"]:
+        assert len(method["runs"]) == 2
+        assert method["score"] is not None
+        assert all(method["costs"].values())
+        assert sum(trial["quality"] is not None for trial in method["trials"]) >= 2
+        for run in method["runs"]:
+            assert RunDir(tmp_path / "study" / run["run"]).read()["status"] == "finished"
+    # No step twice: what was halved stopped where it was told to, and the chosen one is the first seed's run.
+    steps = [len(tiny.events(run, "step")) for run in sorted((tmp_path / "study/runs/lora").iterdir())]
+    assert sorted(steps)[:1] == [1]
+    assert max(steps) == 4
+    written = (tmp_path / "study/compare.json").read_bytes()
+    told.clear()
+    assert compare(loaded, tell=told.append) == result
+    assert not told
+    assert (tmp_path / "study/compare.json").read_bytes() == written
+    assert str(result["verdict"]["sentence"]) in markdown(result, "ftune compare study.yaml")
+    assert "lora" in summary(result, "study", 80)
+
+
+def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
+    results = []
+    for name, kills in (("alone", []), ("killed", [5.0, 9.0, 12.0, 16.0])):
+        where = tmp_path / name
+        where.mkdir()
+        study = make_study(where)
+        for seconds in [*kills, 600.0]:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ftune", "compare", str(study), "--yes"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            try:
+                assert process.wait(seconds) == 0
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                time.sleep(1)
+        text = json.dumps(without_costs(where / "study/compare.json"))
+        results.append(text.replace(str(where), "HERE"))
+    assert results[0] == results[1]
+
+
+def test_a_method_that_fails_is_told_and_the_rest_go_on(tmp_path: Path) -> None:
+    study = make_study(tmp_path, seeds=1, methods=["lora", {"name": "lora", "label": "broken", "rank": 8}])
+    loaded = load_study(study)
+
+    def agree(forecast: Forecast) -> bool:
+        # In the place of its runs is something that ftune did not make.
+        for setting in grid(forecast.settled.priors["broken"], 3, {}):
+            run = tmp_path / "study/runs/broken" / setting.name
+            run.mkdir(parents=True)
+            (run / "notes.txt").write_text("not a run")
+        return True
+
+    result = compare(loaded, agree=agree)
+    assert result is not None
+    broken = next(method for method in result["methods"] if method["label"] == "broken")
+    assert broken["failures"] == ["every trial failed"]
+    assert all("is no run directory" in trial["failed"] for trial in broken["trials"])
+    assert broken["score"] is None
+    assert "`broken` failed" in markdown(result, "")
+    assert next(method for method in result["methods"] if method["label"] == "lora")["score"] is not None
+
+
+def test_a_job_that_breaks_is_a_failure_and_not_the_end(tmp_path: Path) -> None:
+    waiting = [Job("a", "1", {"kind": "unknown"}), Job("b", "1", {"kind": "train", "recipe": "none.yaml", "until": 1})]
+    results: dict[str, str] = {}
+
+    def done(job: Job, result: Any) -> None:
+        waiting.remove(job)
+        results[job.label] = result["failed"]
+
+    Pool((), tmp_path / "log").do(lambda: list(waiting), done)
+    assert "unknown" in results["a"]
+    assert "no such recipe" in results["b"]
