@@ -6,6 +6,7 @@ Only typer, pydantic and yaml are imported here; a command imports what it needs
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -117,6 +118,11 @@ def _run(signals: Interruptible) -> NoReturn:
         show = getattr(error, "show", None)
         from ftune.scrub import scrub
 
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from ftune.run.files import failed
+
+            _tell(_paint(failed(error, "the command").render()), 1)
+            _exit(1)
         if show is None:
             _tell(scrub(traceback.format_exc()).rstrip(), 1)
             _exit(1)

@@ -298,7 +298,7 @@ class RunDir:
             # Tried, not asked: a full or read-only file system, and root's rights, show only so.
             with tempfile.TemporaryDirectory(dir=self.root, prefix=".tmp-"):
                 pass
-        except OSError as error:
+        except (OSError, RecursionError) as error:  # pathlib makes one directory inside of another by recursion
             raise RunDirError(f"cannot write the run: {error}", help="choose another output_dir") from error
 
     def sweep(self) -> None:

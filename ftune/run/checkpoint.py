@@ -40,7 +40,7 @@ MAX_PROGRESS_BYTES = 100_000_000
 """The names of parameters that have not moved yet are in it."""
 PROGRESS: dict[str, type] = {"step": int, "halvings": int, "by_length": bool, "base_loss": float}
 """Types of what a run wants back, where it is there."""
-_NAME = re.compile(r"step-(\d{1,18})")
+_NAME = re.compile(r"step-(0|[1-9]\d{0,17})")
 _DAMAGED = re.compile(r"step-\d+\.damaged(-\d+)?")
 
 

@@ -117,6 +117,7 @@ def failed(error: OSError, what: str, root: Path | None = None) -> RunFailed:
     help = {
         errno.ENOSPC: "free the disk",
         errno.EDQUOT: "free the disk, or ask for a larger quota",
+        errno.EFBIG: "let a process write larger files: ulimit -f",
         errno.EROFS: "the file system takes no more writes: see what the system's log says of the disk",
         errno.EACCES: "give the right to read and write there",
         errno.EPERM: "give the right to read and write there",
@@ -134,7 +135,8 @@ def told(what: str, root: Path | None = None) -> Iterator[None]:
         RunFailed: In place of an ``OSError``; a reader that has gone away (``BrokenPipeError``) is no failure.
     """
     try:
-        yield
+        with as_os_error():
+            yield
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -59,7 +59,8 @@ class RunLock:
             self._file = None
             raise RunDirError(
                 f"{self._root} is in use by another process: {holder}",
-                help="wait for it or stop it; the lock goes with the process, nothing has to be deleted",
+                help="wait for it or stop it; the lock goes with the process, nothing has to be deleted; `--checkpoint "
+                "step-N` of eval, predict and chat needs no waiting",
             )
         if not self._shared:
             me = {"pid": os.getpid(), "host": platform.node(), "since": now_text()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -165,6 +166,17 @@ def test_an_engine_that_would_change_nothing_is_not_planned_for(
     code, _, err = run(capsys, "plan", recipe, "--engine", "deepspeed-zero2")
     assert code == 2
     assert "--engine deepspeed-zero2 in one process: there is nothing to share out" in err
+
+
+def test_output_that_finds_no_room_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ftune.artifacts.method_table.method_table", full)
+    code, _, err = run(capsys, "methods")
+    assert (code, err) == (1, "error: the command failed: No space left on device\n  help: free the disk\n")
 
 
 def test_interrupted_is_130(recipe: Path, tmp_path: Path) -> None:

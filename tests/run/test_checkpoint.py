@@ -115,6 +115,12 @@ def test_a_whole_checkpoint_is_left_alone(found: Checkpoints) -> None:
     assert found.set_aside() == []
 
 
+def test_a_directory_that_is_named_almost_like_one_is_none(found: Checkpoints) -> None:
+    for name in ("step-010", "step-abc", "step--1"):
+        (found.directory / name).mkdir()
+    assert found.steps() == [1, 2, 3]
+
+
 def test_what_is_set_aside_never_replaces_what_was(found: Checkpoints) -> None:
     (found.directory / "step-3.damaged").mkdir()
     flip(found.path(3) / "trained.safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from safetensors import SafetensorError
 
 from ftune.artifacts import merge as merge_module
 from ftune.artifacts.merge import merge
@@ -53,6 +54,13 @@ def test_a_run_that_cannot_be_written_any_more(
     assert help in (at_fault.value.help or "")
     assert "--resume" in (at_fault.value.help or "")
     assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_what_safetensors_says_of_a_full_disk_is_told_of_any_command(tmp_path: Path) -> None:
+    train(tiny.recipe(tmp_path), progress=False)
+    with pytest.raises(RunFailed, match="No space left on device") as at_fault, RunDir(tmp_path / "run").reading():
+        raise SafetensorError(f"Error while serializing: I/O error: No space left (os error {errno.ENOSPC})")
+    assert at_fault.value.help == "free the disk"
 
 
 @pytest.mark.parametrize("gone", [True, False])
