@@ -19,6 +19,7 @@ def study(
     seed_noise: float = 0.0,
     better_by: float = 0.0,
     graded: bool = False,
+    noisy: str | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Scores (seeds, items) of ``base``, ``lora`` and other methods, near one half.
 
@@ -33,6 +34,7 @@ def study(
         seed_noise: SD of what a seed adds to the score of a method, a share of 1.
         better_by: How much the expected score of ``m0`` is above that of all others, right/wrong, a share of 1.
         graded: Whether scores are graded.
+        noisy: A method to whose score a seed adds five times as much.
     """
     seed_sd = seed_noise * (2 * np.pi * (1 + ITEM**2 + REST**2)) ** 0.5
     whole = (1 + ITEM**2 + REST**2 + seed_sd**2) ** 0.5
@@ -41,7 +43,7 @@ def study(
     for name in ("base", "lora", *(f"m{i}" for i in range(methods))):
         rows = 1 if name == "base" else seeds
         latent = difficulty + rng.normal(size=items) * ITEM + rng.normal(size=(rows, items)) * REST
-        latent += rng.normal(size=(rows, 1)) * seed_sd
+        latent += rng.normal(size=(rows, 1)) * seed_sd * (5 if name == noisy else 1)
         latent += whole * special.ndtri(0.5 + better_by) * (name == "m0")
         found[name] = special.ndtr(latent) if graded else (latent > 0).astype(float)
     return found
