@@ -196,7 +196,7 @@ class _Made:
         reading = self.trials.result(BASE, BASE).get("seconds", 0.0) / max(1, self.settled.test_items)
         jobs = len(labels) * (2 * study.trials * combinations + 2 * SURVIVORS + 2 * study.seeds)
         answers = len(labels) * (2 * validation + study.seeds * self.settled.test_items)
-        spread, comparisons = Spread.assumed(), max(1, len(labels) - 1)
+        spread, comparisons = Spread.assumed(), max(1, len(labels))  # the others and the base against LoRA
         return Forecast(
             settled=self.settled,
             labels=labels,

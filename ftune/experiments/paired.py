@@ -5,16 +5,14 @@ Shapes: S seeds, N items. Scores are shares of 1, so 0.01 is one point.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ftune.errors import FtuneError
+from ftune.experiments.need import need
 
 __all__ = ["Difference", "Pair", "Scores", "Spread", "checked", "difference", "paired", "stable"]
 
@@ -130,7 +128,7 @@ def difference(d_SN: Scores, alpha: float = 0.05, by_seed: tuple[float, float] |
             differences tell (see ``seeds.SeedNoise``).
     """
     seeds, items = d_SN.shape
-    special = scipy("special")
+    special = need("scipy.special")
     most = float(np.abs(d_SN).max()) or 1.0
     more_SM = np.concatenate([d_SN, np.tile([most, -most], (seeds, 1))], axis=1)
     seed, item, rest = mean_squares(more_SM)
@@ -183,17 +181,3 @@ def freedom(of_seeds: Any, of_items: Any, seed_degrees: Any, item_degrees: float
 def stable(value: Any) -> float:
     """Six decimals; ten first, since the last bits of a sum depend on the processor."""
     return round(round(float(value), 10), 6) + 0.0
-
-
-def scipy(module: str) -> ModuleType:
-    """A module of scipy.
-
-    Raises:
-        FtuneError: It is not installed.
-    """
-    try:
-        return importlib.import_module(f"scipy.{module}")
-    except ImportError:
-        raise FtuneError(
-            "comparing methods needs the package `scipy`, which is not installed", help="pip install 'ftune[compare]'"
-        ) from None

@@ -8,7 +8,8 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.experiments.paired import Spread, freedom, scipy
+from ftune.experiments.need import need
+from ftune.experiments.paired import Spread, freedom
 from ftune.experiments.seeds import moderated, of_pairs
 
 __all__ = ["detectable", "needed", "needed_seeds", "power_of"]
@@ -89,7 +90,7 @@ class _Test:
     """``paired.difference`` on so many items and seeds: the mean against what it must exceed, in standard errors."""
 
     def __init__(self, n_items: int, spread: Spread, seeds: int, alpha: float, comparisons: int) -> None:
-        self.special = scipy("special")
+        self.special = need("scipy.special")
         rest = spread.rest**2 / (n_items * seeds)
         of_items = spread.item**2 / n_items + 2 / n_items**2  # the two items that are added
         of_seeds = spread.seed**2 / seeds + rest
@@ -117,7 +118,7 @@ def _drawn(seeds: int, comparisons: int) -> tuple[NDArray[np.float64], float]:
     if seeds == 1:
         return np.ones(1), 1.0
     methods = max(2, comparisons)
-    table = scipy("special").ndtri(np.random.default_rng(0).random((2000, methods, seeds)))
+    table = need("scipy.special").ndtri(np.random.default_rng(0).random((2000, methods, seeds)))
     every = of_pairs(table) / 2
     variance, degrees = moderated(every[:, 0], every, methods, seeds)
     return np.sort(variance).reshape(100, 20).mean(axis=1), degrees

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.experiments.paired import Difference, Pair, Scores, difference, paired, scipy
+from ftune.experiments.need import need
+from ftune.experiments.paired import Difference, Pair, Scores, difference, paired
 
 __all__ = ["SeedNoise", "differences", "moderated", "of_pairs"]
 
@@ -89,5 +90,5 @@ def moderated(
     logs = np.where(some, np.log(np.where(some, every, 1)), 0)
     count = some.sum(axis=-1)
     # the logarithm of a variance known from few degrees of freedom is on average too low
-    typical = np.exp(logs.sum(axis=-1) / np.maximum(count, 1) - scipy("special").digamma(half) + np.log(half))
+    typical = np.exp(logs.sum(axis=-1) / np.maximum(count, 1) - need("scipy.special").digamma(half) + np.log(half))
     return (own + weight * np.where(count > 0, typical, 0)) / (1 + weight), (seeds - 1) * (1 + weight)

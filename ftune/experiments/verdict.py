@@ -40,7 +40,8 @@ class Verdict:
         ties: Groups of ranked methods that are not told apart, best first.
         detectable: The difference from the reference that this study could show with 80 % power, by the noise that
             was measured: the largest over the ranked methods but the base. None where there are none.
-        more_items: Items besides those there are that would settle what is open; None where items would not.
+        more_items: Items besides those there are that would settle what is open, to two digits; None where items would
+            not.
         more_seeds: Seeds besides those there are that would, where items would not.
     """
 
@@ -172,4 +173,10 @@ def _missing(
         if seeds is None:
             return None, None
         more_seeds.append(max(seeds - one.seeds, 1))
-    return max(more_items) or None, max(more_seeds) or None
+    return _about(max(more_items)) or None, max(more_seeds) or None
+
+
+def _about(count: int) -> int:
+    """Two digits of it, rounded up."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
