@@ -334,12 +334,15 @@ def plan(
     device: Annotated[
         str | None, typer.Option("--device", help="Plan for this device, h100-80g, or this much memory, 24GiB.")
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="One line for each of these methods, lora,dora,ia3; or for all.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do and need, without loading weights.
 
-    Exits 3 where it does not fit into the device's memory.
+    Exits 3 where it does not fit into the device's memory; of several methods, where none does.
     """
     from ftune.plan.devices import find_device
     from ftune.plan.engine import choose_engine, require_several
@@ -349,7 +352,20 @@ def plan(
     choice = choose_engine(engine, {})
     require_several(choice, num_processes)
     target = find_device(device) if device else None
+    if methods is not None and num_processes > 1:
+        raise FtuneError("--methods plans one process: leave out --num-processes")
     loaded = _load(recipe, overrides)
+    if methods is not None:
+        with _libraries():
+            from dataclasses import asdict
+
+            from ftune.experiments.fits import fits, fits_table
+
+            found = fits(loaded, _method_names(methods), sizes=other, target=target)
+        _print_json([asdict(fit) for fit in found]) if as_json else print(fits_table(found))
+        if not any(fit.verdict in ("fits", "may just fit") for fit in found):
+            raise typer.Exit(DOES_NOT_FIT)
+        return
     with _libraries(), _located(loaded):
         from ftune.plan.resolve import resolve
 
@@ -363,6 +379,24 @@ def plan(
     _print_json(summary) if as_json else _print_plan(summary)
     if not summary["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _method_names(text: str) -> list[str]:
+    """Methods that an option names.
+
+    Raises:
+        FtuneError: There is no such method.
+    """
+    from ftune.methods import METHODS
+    from ftune.recipe.spelling import closest
+
+    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            near = closest(name, METHODS)
+            help = f"did you mean `{near}`?" if near else f"methods: {', '.join(METHODS)}, or all"
+            raise FtuneError(f"--methods: unknown method `{name}`", help=help)
+    return names
 
 
 def _print_plan(summary: dict[str, Any], stream: Any = None) -> None:
