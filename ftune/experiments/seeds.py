@@ -75,7 +75,7 @@ def moderated(
     """A variance drawn towards the geometric mean of all, and its degrees of freedom.
 
     A weighted mean (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3, sec. 4). There the weight of the others is
-    estimated; a handful of methods cannot tell it, so here it is 1.5 (K - 2) / K, K methods, to the own one's 1
+    estimated; a handful of methods cannot tell it, so here it is (K - 2) / K, K methods, to the own one's 1
     (docs/statistics.md: calibration). One wild method moves a geometric mean little.
 
     Args:
@@ -84,7 +84,7 @@ def moderated(
         methods: K.
         seeds: S.
     """
-    weight = 1.5 * max(0.0, 1 - 2 / methods)
+    weight = max(0.0, 1 - 2 / methods)
     half = (seeds - 1) / 2
     some = every > NONE
     logs = np.where(some, np.log(np.where(some, every, 1)), 0)
