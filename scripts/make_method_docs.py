@@ -165,6 +165,7 @@ def section(row: dict[str, Any]) -> str:
         ("Choose it", row["choose"]),
         ("Do not", row["avoid"]),
         ("Costs", row["cost"]),
+        ("Evidence", row["evidence"]),
         ("Composes with", row["composes"]),
         ("Merge", "exact" if row["mergeable"] else f"no: {row['not_mergeable_because']}"),
         ("As plain LoRA", row["as_lora"] or f"no: {row['not_lora_because']}"),

@@ -160,6 +160,8 @@ class Method(BaseModel):
     """When not to."""
     cost: ClassVar[str]
     """What it costs in memory, time and storage, against LoRA."""
+    evidence: ClassVar[str]
+    """What was found of its quality, by whom; shares of right answers unless said otherwise."""
     composes: ClassVar[str]
     """What it works with, and what it refuses."""
     default_learning_rate: ClassVar[float] = 2e-4

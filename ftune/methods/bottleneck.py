@@ -77,6 +77,9 @@ class Bottleneck(Method):
     cost: ClassVar[str] = (
         "LoRA's state for the same parameters, a longer backward path, and two matrices more a sublayer."
     )
+    evidence: ClassVar[str] = (
+        "Close to full fine-tuning in its paper (arXiv:1902.00751, sec. 3); not in PEFT's comparison."
+    )
     composes: ClassVar[str] = (
         "Packing, checkpointing, accumulation. Not with 4-bit bases; not mergeable; ftune's own file."
     )

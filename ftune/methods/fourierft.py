@@ -34,6 +34,7 @@ class FourierFt(Method):
     choose: ClassVar[str] = "When the size of a file decides: 4 kB a matrix, whatever its size."
     avoid: ClassVar[str] = "When memory or time decides, or the base should be 4-bit: the update is dense in training."
     cost: ClassVar[str] = "Nearly no state; but a dense update of each matrix and an FFT of it in every pass."
+    evidence: ClassVar[str] = ".000 by default, .096 with n 5000, in PEFT's comparison (GSM8K, one seed; LoRA .478)."
     composes: ClassVar[str] = "Packing, checkpointing; merges exactly; converts to LoRA approximately. No 4-bit base."
     default_learning_rate: ClassVar[float] = 3e-3
     decaying: ClassVar[bool] = False

@@ -34,6 +34,10 @@ class LongLora(LowRank):
     choose: ClassVar[str] = "Rows of many thousand tokens, or a longer context than the base has (`context_length`)."
     avoid: ClassVar[str] = "Rows of up to about 2,000 tokens: attention costs little there, and LoRA trains exactly."
     cost: ClassVar[str] = "Attention at a quarter of its scores; embeddings add their size in weights, gradient, state."
+    evidence: ClassVar[str] = (
+        "Made for longer contexts: in its paper close to full fine-tuning there (arXiv:2309.12307, sec. 3.3), which "
+        "plain LoRA was not."
+    )
     composes: ClassVar[str] = "4-bit bases, packing, checkpointing, tied embeddings; merges exactly. `sdpa` only."
     not_lora_because: ClassVar[str] = (
         "trained embeddings and norms are no low-rank update (use `ftune merge`); without them it is plain LoRA"

@@ -39,6 +39,7 @@ class Prefix(VirtualTokens):
         "When memory needs gradient checkpointing, or as a first try: LoRA learns more for the same size."
     )
     cost: ClassVar[str] = "Little state; keys and values longer by the virtual tokens, attention with an explicit mask."
+    evidence: ClassVar[str] = ".198 by default, .416 tuned, in PEFT's comparison (GSM8K, one seed; LoRA .478)."
     composes: ClassVar[str] = (
         "Accumulation, grouped queries, sliding windows. Not packing or checkpointing; not mergeable."
     )

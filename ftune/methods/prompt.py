@@ -33,6 +33,7 @@ class Prompt(VirtualTokens):
     cost: ClassVar[str] = (
         "Next to no state and the smallest files; rows longer by the virtual tokens, and slow learning."
     )
+    evidence: ClassVar[str] = ".057 by default, .343 tuned, in PEFT's comparison (GSM8K, one seed; LoRA .478)."
     composes: ClassVar[str] = "Checkpointing, accumulation, batches padded on either side. Not packing; not mergeable."
     default_learning_rate: ClassVar[float] = 1e-2
     few_updates_factor: ClassVar[float] = 1.0

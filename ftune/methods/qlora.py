@@ -22,6 +22,9 @@ class QLora(LowRank):
     choose: ClassVar[str] = "When the base does not fit in 16 bits, or barely: the weights shrink to a quarter."
     avoid: ClassVar[str] = "When the base fits: dequantizing costs time, and the model is tuned around its rounding."
     cost: ClassVar[str] = "A quarter of the base's memory; 1.05 to 1.15 x LoRA's step time; files as LoRA's."
+    evidence: ClassVar[str] = (
+        "As 16-bit LoRA in its paper's tests (arXiv:2305.14314, sec. 4), where the base would not fit otherwise."
+    )
     composes: ClassVar[str] = "Packing, checkpointing, 8-bit and paged AdamW; merges onto the dequantized base."
     as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = "already"
     quantizable: ClassVar[bool] = True

@@ -189,6 +189,7 @@ def test_says_what_it_is(name: str) -> None:
     for said in (cls.paper, cls.summary, cls.formula, cls.typical_share, cls.choose, cls.avoid, cls.cost, cls.composes):
         assert said
         assert len(said) < 140
+    assert 20 < len(cls.evidence) < 250
     assert cls.mergeable or cls.not_mergeable_because
     assert cls.as_lora or cls.not_lora_because
     assert cls.model_fields["name"].default == name

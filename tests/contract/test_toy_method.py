@@ -35,6 +35,7 @@ class Toy(Method):
     choose: ClassVar[str] = "in tests"
     avoid: ClassVar[str] = "elsewhere"
     cost: ClassVar[str] = "nothing"
+    evidence: ClassVar[str] = "none"
     composes: ClassVar[str] = "packing"
     mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "the base has no bias to add to"
