@@ -25,7 +25,7 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.available import available_bytes
-from ftune.errors import FtuneError, RunFailed
+from ftune.errors import DataError, FtuneError, RunFailed
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.plan.shapes import auto_class, read_shape
@@ -56,7 +56,8 @@ def merge(
         run: A finished run.
         out: Where to write; default ``RUN/merged``. An older merge there is replaced.
         dtype: ``float32`` or ``bfloat16``; default: what the run computed in.
-        by_shard: Never hold the whole model; None: only where it would not fit comfortably.
+        by_shard: Never hold the whole model; None: only where it would not fit comfortably, or the
+            run's data are not there any more.
 
     Returns:
         The report: where, in which dtype, and the divergence from the adapter model and from the base.
@@ -80,7 +81,13 @@ def merge(
     require_writable(target, "merge.json", "merged model")
     if by_shard if by_shard is not None else not _fits(recipe):
         return merge_by_shard(run, recipe, target, dtype)
-    plan = resolve(recipe)
+    try:
+        plan = resolve(recipe)
+    except DataError:
+        if by_shard is not None:
+            raise
+        # A run that was handed on without its data: that way compares layers, not logits on them.
+        return merge_by_shard(run, recipe, target, dtype)
     texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))
 

@@ -12,7 +12,7 @@ from typing import Any
 from ftune.errors import ModelError
 from ftune.plan.causal import small_config, small_model
 
-__all__ = ["check_positions", "context_of_model", "positions"]
+__all__ = ["beyond_context", "check_positions", "context_of_model", "positions"]
 
 SHORT = 12
 """Tokens that the small model is said to have positions for; it is asked for twice as many."""
@@ -62,6 +62,22 @@ def check_positions(config: Any, name: str, longest: int, ahead: int = 0) -> Non
     own = f", of which the method takes {ahead}" if ahead else ""
     way = "leave out the method's virtual tokens" if found <= ahead else f"set `data.max_length: {found - ahead}`"
     raise ModelError(f"`{name}` has {found} positions{own}, and the longest row has {longest} tokens", help=way)
+
+
+def beyond_context(config: Any, longest: int) -> tuple[str, ...]:
+    """What to tell of examples that are longer than the model says it was made for, where its positions do not end.
+
+    Args:
+        config: The model's configuration.
+        longest: Tokens of the longest example.
+    """
+    made_for = context_of_model(config)
+    if made_for is None or longest <= made_for:
+        return ()
+    return (
+        f"the longest example has {longest:,} tokens, and the model was made for {made_for:,}: what stands behind them "
+        "is new to it; lower `data.max_length`, or extend the model with `method: longlora` and `context_length`",
+    )
 
 
 def _ends(config: Any, name: str) -> bool:

@@ -42,7 +42,7 @@ from ftune.plan.kernels import shapes_of
 from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.missing import require_finite
 from ftune.plan.pinned import pin_data, pin_model
-from ftune.plan.positions import check_positions
+from ftune.plan.positions import beyond_context, check_positions
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
 from ftune.plan.recompute import Recomputed, choose_blocks, enable_checkpointing, written
@@ -238,6 +238,8 @@ def resolve(
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
     longest_row = max(row_lengths(splits.train, rows) + (row_lengths(splits.eval, eval_rows) if splits.eval else []))
     check_positions(config, sized.id, longest_row, recipe.method.virtual_positions)
+    examples = [*splits.train.examples, *(splits.eval.examples if splits.eval else ())]
+    notes += beyond_context(config, max(len(example.input_ids) for example in examples))
 
     schedule = recipe.schedule
     length = choose_length(

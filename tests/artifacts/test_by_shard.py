@@ -18,7 +18,7 @@ from ftune.artifacts.by_shard import merge_by_shard
 from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
-from ftune.errors import FtuneError, ModelError, RunFailed
+from ftune.errors import DataError, FtuneError, ModelError, RunFailed
 from ftune.methods.lora import Lora
 
 
@@ -95,6 +95,14 @@ def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(merging, "available_bytes", lambda device: merging.RUNTIME_BYTES)
     assert merge(run)["by_shard"]
     assert "by_shard" not in merge(run, by_shard=False)
+
+
+def test_it_is_chosen_where_the_run_s_data_are_gone(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    assert merge(run)["by_shard"]
+    with pytest.raises(DataError, match="there is no data file"):
+        merge(run, by_shard=False)
 
 
 def test_a_base_whose_files_name_other_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

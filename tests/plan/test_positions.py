@@ -9,7 +9,7 @@ import tiny
 from transformers import BloomConfig, GPT2Config, GPTJConfig, GPTNeoConfig, MptConfig, OPTConfig
 
 from ftune.errors import ModelError
-from ftune.plan.positions import check_positions, context_of_model, positions
+from ftune.plan.positions import beyond_context, check_positions, context_of_model, positions
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 
@@ -46,3 +46,10 @@ def test_a_longer_row_is_refused_with_what_to_write() -> None:
     assert "data.max_length: 16" in str(refused.value.help)
     check_positions(tiny.config(max_position_embeddings=24), "base", 400)
     assert context_of_model(config) == context_of_model(tiny.config(max_position_embeddings=24)) == 24
+
+
+def test_examples_that_are_longer_than_the_model_was_made_for_are_told() -> None:
+    config = tiny.config(max_position_embeddings=24)
+    assert beyond_context(config, 24) == ()
+    (told,) = beyond_context(config, 25)
+    assert "the longest example has 25 tokens, and the model was made for 24" in told
