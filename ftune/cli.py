@@ -362,7 +362,7 @@ def plan(
             from ftune.experiments.fits import fits, fits_table
 
             found = fits(loaded, _method_names(methods), sizes=other, target=target)
-        _print_json([asdict(fit) for fit in found]) if as_json else print(fits_table(found))
+        _print_json([asdict(fit) for fit in found]) if as_json else print(fits_table(found, _width()))
         if not any(fit.verdict in ("fits", "may just fit") for fit in found):
             raise typer.Exit(DOES_NOT_FIT)
         return
@@ -606,6 +606,60 @@ def _numbers(devices: str | None) -> list[int]:
     if wrong := [part for part in parts if not part.strip().isdigit()]:
         raise FtuneError(f"--devices: `{wrong[0]}` is no number of a GPU", help="--devices 0,1")
     return [int(part) for part in parts]
+
+
+@app.command()
+def recommend(
+    recipe: RecipePath,
+    memory: Annotated[str | None, typer.Option("--memory", help="What a run may take here: 24GB.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="For this device: h100-80g.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="The longest that a run may take: 2h.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=_home, help="Write a study of the methods that fit: study.yaml.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which methods fit a recipe, what is known of each, and what was found on this machine before.
+
+    Exits 3 where none fits.
+    """
+    from dataclasses import asdict
+
+    from ftune.experiments.study import Budget
+    from ftune.plan.devices import find_device
+    from ftune.run.outputs import require_output, write_output
+
+    if memory is not None and device is not None:
+        raise FtuneError("--memory is of this machine's device, --device of another: give one of them")
+    seconds: float | None = None
+    if time is not None:
+        try:
+            longest = Budget.read(time)
+        except ValueError:
+            longest = Budget("steps", 0)
+        if longest.unit != "seconds":
+            raise FtuneError(f"--time {time}: no time", help="2h, 90min")
+        seconds = longest.amount
+    settings = list(overrides or ())
+    if memory is not None:
+        settings.append(f"training.memory_gib={find_device(memory).memory / 2**30}")
+    if out is not None:
+        require_output(out, "--out", [(recipe, "the recipe")])
+    loaded = _load(recipe, settings)
+    with _libraries():
+        from ftune.experiments.fits import fits
+        from ftune.experiments.recommend import recommend as recommended
+        from ftune.experiments.recommend import recommendation_text, study_text
+
+        found = fits(loaded, _method_names("all"), target=find_device(device) if device else None)
+        made = recommended(loaded.recipe, found, seconds, Path("studies"))
+    _print_json(asdict(made)) if as_json else print(recommendation_text(made, seconds, _width()))
+    if not made.methods:
+        raise typer.Exit(DOES_NOT_FIT)
+    if out is not None:
+        write_output(out, study_text(str(recipe), made), "--out")
+        print(f"wrote {out}\nnext: ftune compare {out} --plan", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command("eval")

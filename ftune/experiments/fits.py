@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ def _fit(loaded: Loaded, name: str, sizes: Path | None, target: Device | None) -
     )
 
 
-def fits_table(found: Sequence[Fit]) -> str:
-    """The methods that fit, least memory first; then the others, each with what to do or why not."""
+def fits_table(found: Sequence[Fit], width: int) -> str:
+    """The methods that fit, least memory first; then the others, each with what to do or why not, wrapped."""
     order = {"fits": 0, "may just fit": 1, "does not fit": 2, None: 3}
     ordered = sorted(found, key=lambda fit: (order[fit.verdict], fit.bytes or 0))
     rows = [
@@ -106,5 +107,6 @@ def fits_table(found: Sequence[Fit]) -> str:
         for fit in ordered
     ]
     text = table(("method", "", "memory", "time", "parameters", "rate"), rows, right=(2, 3, 4, 5))
-    notes = [f"{fit.method}: {fit.why}" for fit in ordered if fit.why]
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    notes = [wrap.fill(f"{fit.method}: {fit.why}") for fit in ordered if fit.why]
     return "\n".join([text, *([""] if notes else []), *notes])

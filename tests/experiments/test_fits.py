@@ -37,7 +37,13 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
 
 def test_the_table_has_what_fits_first() -> None:
     text = fits_table(
-        [Fit("a", None, "no"), Fit("b", "does not fit", "--set x", 9), Fit("c", "fits", "", 5), Fit("d", "fits", "", 4)]
+        [
+            Fit("a", None, "no"),
+            Fit("b", "does not fit", "--set x", 9),
+            Fit("c", "fits", "", 5),
+            Fit("d", "fits", "", 4),
+        ],
+        80,
     )
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["d", "c", "b", "a"]
