@@ -1,6 +1,6 @@
 """How often the verdict of `ftune compare` is wrong, and how often it finds what was foretold, in made-up studies.
 
-Prints the tables of docs/statistics.md: ``PYTHONPATH=.:tests python scripts/calibrate_verdict.py --studies 2000``.
+Prints the tables of docs/statistics.md: ``PYTHONPATH=.:tests python scripts/calibrate_verdict.py --studies 1000``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FOUND: list[tuple[dict[str, Any], float]] = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=2000)
+    parser.add_argument("--studies", type=int, default=1000)
     studies = parser.parse_args().studies
     print("| seeds | items | a seed moves a score by SD | methods | false `better` | by a bootstrap |")
     print("|---|---|---|---|---|---|")
@@ -51,8 +51,8 @@ def main() -> None:
         for _ in range(studies):
             known = checked(study(rng, **made), "base")
             false += _better(known), _better_by_bootstrap(known, *weights)
-        noise = f"{100 * made.get('seed_noise', 0):.0f} points"
-        noise += f", {made['noisy']}'s by 5 times that" if "noisy" in made else ""
+        noise = _points(made.get("seed_noise", 0))
+        noise += f", that of {made['noisy']} by 5 times as much" if "noisy" in made else ""
         scores = f"{made['items']:,}{', graded' if made.get('graded') else ''}"
         ours, theirs = (f"{rate:.1%}" for rate in false / studies)
         print(f"| {made['seeds']} | {scores} | {noise} | {made['methods']} | {ours} | {theirs} |", flush=True)
@@ -68,12 +68,15 @@ def main() -> None:
         for _ in range(studies):
             known = checked(study(rng, items=items, better_by=delta, **made), "base")
             found += "m0" in related(compare(known, known, "lora", margin=0.01, alpha=0.05), "better")
-        noise = f"{100 * made.get('seed_noise', 0):.1f} points"
+        noise = _points(made.get("seed_noise", 0))
         print(
-            f"| {made['seeds']} | {noise} | {made['methods']} | {100 * delta:.0f} points | {items:,} "
-            f"| {found / studies:.0%} |",
+            f"| {made['seeds']} | {noise} | {made['methods']} | {_points(delta)} | {items:,} | {found / studies:.0%} |",
             flush=True,
         )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} point{'s' * (share != 0.01)}"
 
 
 def _better(known: dict[str, Scores]) -> bool:

@@ -24,8 +24,9 @@ def sentence(verdict: Verdict) -> str:
             said += "; no method is shown to beat the base"
         elif verdict.take not in verdict.beats_base:
             said += f"; it is not shown to beat the base, unlike {_and(verdict.beats_base)}"
-    if verdict.not_tuned:
-        said += f" (not ranked, since not tuned: {', '.join(verdict.not_tuned)})"
+    others = [name for name in verdict.not_tuned if name != verdict.reference]
+    if others:
+        said += f" (not ranked, since not tuned: {', '.join(others)})"
     if verdict.scope == "these runs":
         said = f"in these runs, of one seed: {said}"
     # a sentence that begins with a method's name keeps it as it is
@@ -57,8 +58,8 @@ def _open(verdict: Verdict) -> str:
     if not unsettled:
         return f"not enough data: {verdict.reference}, which the others are compared with, is not tuned"
     more = [
-        f"{count:,} more {what}{'s' * (count > 1)}"
-        for count, what in ((verdict.more_items, "item"), (verdict.more_seeds, "seed"))
+        f"{count:,} more {what}"
+        for count, what in ((verdict.more_items, "items"), (verdict.more_seeds, "seeds of each method"))
         if count
     ]
     said = f"not enough data to tell {_and(unsettled)} from {verdict.reference}"

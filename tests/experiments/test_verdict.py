@@ -121,7 +121,10 @@ def test_not_enough_seeds() -> None:
     assert (verdict.kind, verdict.more_items) == ("not enough data", None)
     assert verdict.more_seeds is not None
     assert verdict.more_seeds > 3
-    assert f"{verdict.more_seeds} more seeds, since seeds differ too much for items to help" in verdict.sentence()
+    assert (
+        f"{verdict.more_seeds} more seeds of each method, since seeds differ too much for items to help"
+        in verdict.sentence()
+    )
 
 
 def test_with_one_seed_the_verdict_is_about_these_runs() -> None:
@@ -140,7 +143,7 @@ def test_what_is_not_tuned_is_not_ranked() -> None:
     assert verdict.sentence().endswith(" (not ranked, since not tuned: dora).")
     without = ruled(of, not_tuned=["lora"])
     assert (without.kind, without.take) == ("not enough data", None)
-    assert "lora, which the others are compared with, is not tuned" in without.sentence()
+    assert without.sentence() == "Not enough data: lora, which the others are compared with, is not tuned."
 
 
 def test_the_order_of_the_methods_changes_nothing() -> None:
