@@ -143,7 +143,7 @@ def _exit(code: int, *, together: bool = False) -> NoReturn:
     Others may be waiting in an exchange. Leaving the process group in good order would wait for them (NCCL's does), or
     a thread that waits for them would hold this process back, and its launcher would not learn that it failed.
     """
-    if together or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if together or os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -48,7 +48,7 @@ from ftune.run.launch import launched
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
 from ftune.run.out_of_memory import is_out_of_memory, out_of_memory
-from ftune.run.processes import join_processes, require_agreement
+from ftune.run.processes import join_processes, require_agreement, require_launcher
 from ftune.run.signals import StopRequest
 from ftune.run.sinks.guarded import Guarded
 from ftune.run.sinks.jsonl import JsonlSink, truncate_after
@@ -114,6 +114,7 @@ def train(
     with contextlib.ExitStack() as held:
         # Or accelerate shards beside the engine, which does all that the configuration asks for.
         held.enter_context(_unset("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        require_launcher()
         require_several(choice, int(os.environ.get("WORLD_SIZE", "1")))
         accelerator = join_processes(offload=choice.offload)
         if accelerator.is_main_process:

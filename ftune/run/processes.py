@@ -11,15 +11,16 @@ import atexit
 import datetime
 import gc
 import os
+from collections.abc import Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from ftune.errors import RunFailed
+from ftune.errors import FtuneError, RunFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["join_processes", "require_agreement", "require_joined"]
+__all__ = ["join_processes", "require_agreement", "require_joined", "require_launcher"]
 
 # What one process waits for another: tokenizing, compiling and saving happen in between.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -59,6 +60,21 @@ def join_processes(*, offload: bool = False) -> Accelerator:
         atexit.register(_leave_processes)
     require_joined(accelerator, world, cuda=cuda)
     return accelerator
+
+
+def require_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Hold that a launcher's variables, where there are any, are all there and numbers.
+
+    Raises:
+        FtuneError: They are not: they were left by something else, or set by hand.
+    """
+    found = {name: environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in environment}
+    said = ", ".join(f"{name}={value}" for name, value in found.items())
+    help = f"unset {' '.join(found)}; several processes are started by --num-processes, torchrun or accelerate launch"
+    if not all(value.isdecimal() for value in found.values()):
+        raise FtuneError(f"{said} in the environment: a launcher sets whole numbers", help=help)
+    if "MASTER_ADDR" not in environment and (found.get("WORLD_SIZE", "1") != "1" or "LOCAL_RANK" in found):
+        raise FtuneError(f"{said} in the environment, as in one process of many, without MASTER_ADDR", help=help)
 
 
 def require_joined(accelerator: Accelerator, world: int, *, cuda: bool) -> None:

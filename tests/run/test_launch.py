@@ -67,6 +67,26 @@ def test_accelerate_must_have_joined_what_was_launched(
             processes.require_joined(found, world, cuda=cuda)
 
 
+@pytest.mark.parametrize(
+    ("environment", "wrong"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "host"}, None),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, as in one process of many, without MASTER_ADDR"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 in the environment"),
+        ({"WORLD_SIZE": "x", "MASTER_ADDR": "host"}, "a launcher sets whole numbers"),
+    ],
+)
+def test_what_is_left_of_a_launcher_in_the_environment_is_told(environment: dict[str, str], wrong: str | None) -> None:
+    if wrong is None:
+        processes.require_launcher(environment)
+    else:
+        with pytest.raises(FtuneError, match=wrong) as refused:
+            processes.require_launcher(environment)
+        assert f"unset {next(iter(environment))}" in str(refused.value.help)
+
+
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [launch.threads_for(count) for count in (1, 2, 3, 16)] == [8, 4, 2, 1]
