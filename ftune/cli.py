@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shlex
@@ -812,6 +813,10 @@ def chat(
         if prompt is not None:
             talk.answer(prompt, sys.stdout)
             return
+        if sys.stdin is None:
+            raise FtuneError("standard input is closed, and nothing was asked", help="--prompt asks one question")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         interactive = sys.stdin.isatty()
         if interactive:
             print(f"{HELP}\n{talk.manner}")

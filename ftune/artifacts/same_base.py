@@ -8,10 +8,11 @@ from typing import Any
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, ModelError, RunDirError
 from ftune.plan.fingerprint import fingerprint, text_fingerprint
+from ftune.recipe.data_files import locate_data
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import ModelSpec, Recipe
 
-__all__ = ["base_of", "is_moved", "require_elsewhere", "require_same_base"]
+__all__ = ["base_of", "is_moved", "require_elsewhere", "require_inputs_elsewhere", "require_same_base"]
 
 
 def base_of(record: dict[str, Any], what: str = "fingerprint") -> str | None:
@@ -97,3 +98,27 @@ def require_elsewhere(output: Path, run: RunDir | None, recipe: Recipe, option: 
     base = Path(located.path_or_id, located.gguf_file or "").resolve()
     if base.is_relative_to(output.resolve()) or (base.is_dir() and output.resolve().is_relative_to(base)):
         raise FtuneError(f"{output} is, or holds, the base model", help=f"name another place with {option}")
+
+
+def require_inputs_elsewhere(run: RunDir, recipe: Recipe) -> None:
+    """Hold that replacing a run does not delete the base model or the data that the new one needs.
+
+    Args:
+        run: The run that is to be replaced.
+        recipe: The recipe of the new one.
+
+    Raises:
+        RunDirError: One of them is among the run's own files.
+        FtuneError: There is no model, or no data.
+    """
+    model = locate_model(recipe.model)
+    inputs = [] if model.kind == "hub" else [Path(model.path_or_id, model.gguf_file or "")]
+    inputs += locate_data(recipe.data.train, "train").files
+    inputs += locate_data(recipe.data.eval, "eval").files if recipe.data.eval is not None else ()
+    inputs += [Path(recipe.data.chat_template).expanduser()] if recipe.data.chat_template is not None else []
+    for path in inputs:
+        if run.owns(path):
+            raise RunDirError(
+                f"{path} is of the run in {run.root}, and --overwrite would delete it before it is read",
+                help="choose another output_dir, or move it out of the run",
+            )

@@ -24,6 +24,7 @@ from ftune.artifacts.kernels import kernels_of_run, replay_of
 from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import evaluation_missed, record_changes, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.artifacts.same_base import require_inputs_elsewhere
 from ftune.artifacts.stops import stops_of_plan, write_generation_config
 from ftune.artifacts.stored import digests_of
 from ftune.artifacts.tally import Tally
@@ -110,6 +111,8 @@ def train(
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
     """
     run = RunDir(Path(loaded.recipe.output_dir).expanduser())
+    if overwrite and run.exists():
+        require_inputs_elsewhere(run, loaded.recipe)
     choice = engine_for(loaded.recipe, engine, os.environ, auto_batch=auto_batch)
     with contextlib.ExitStack() as held:
         # Or accelerate shards beside the engine, which does all that the configuration asks for.

@@ -70,6 +70,31 @@ def test_a_base_that_is_not_there_is_not_taken_for_another(tmp_path: Path, monke
     assert "a link to it" in (error.value.help or "")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({"model": "run/merged"}, "run/merged"),
+        ({"model": "run/model"}, "run/model"),
+        ({"data": {"train": "run/predictions.jsonl"}}, "run/predictions.jsonl"),
+        ({"data": {"train": "train.jsonl", "eval": "run/evaluations"}}, "run/evaluations/x.jsonl"),
+    ],
+)
+def test_a_run_is_not_replaced_by_one_that_needs_its_files(
+    inputs: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, run = trained(tmp_path, "full", training={"max_steps": 2})
+    merge(run)
+    (run.root / "evaluations").mkdir(exist_ok=True)
+    shutil.copy("train.jsonl", "run/evaluations/x.jsonl")
+    shutil.copy("train.jsonl", "run/predictions.jsonl")
+    before = sorted(run.root.rglob("*"))
+    again = tiny.recipe(tmp_path, "full", output_dir="run", training={"max_steps": 2}, **inputs)
+    with pytest.raises(RunDirError, match=f"{named} is of the run in run, and --overwrite would delete it"):
+        train(again, overwrite=True, progress=False)
+    assert sorted(run.root.rglob("*")) == before
+
+
 def test_resuming_over_other_weights_is_refused_unless_accepted(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, training={"max_steps": 2})
     train(loaded, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -117,6 +118,18 @@ def test_chat_over_a_pipe(recipe: Path, tmp_path: Path, monkeypatch: Any, capsys
     assert "already talking to the base model" in out
     assert "a new conversation" in out
     assert "/quit leaves" in out
+
+
+def test_chat_takes_what_is_no_utf8_and_tells_of_a_closed_input(
+    recipe: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "train", recipe)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/new\n"), encoding="utf-8"))
+    code, out, _ = run(capsys, "chat", tmp_path / "run", "--max-new-tokens", "3")
+    assert (code, "a new conversation" in out) == (0, True)
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = run(capsys, "chat", tmp_path / "run")
+    assert (code, "standard input is closed" in err) == (2, True)
 
 
 def test_a_mistake_is_two_without_a_traceback(recipe: Path) -> None:
