@@ -63,7 +63,7 @@ def collect(
             margin=study.margin / 100,
             costs={m["label"]: m["costs"] for m in methods if m["label"] in matrices and all(m["costs"].values())},
             prefer=study.prefer,
-            not_tuned=[m["label"] for m in methods if m["at_edge"] and m["label"] not in (REFERENCE,)],
+            not_tuned=[m["label"] for m in methods if m["at_edge"]],
         ).as_json()
     for method in methods:
         matrix = matrices.get(method["label"])
