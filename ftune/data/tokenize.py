@@ -165,7 +165,10 @@ def load_splits(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -
 def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Two disjoint parts of the rows: what is left to train on, and at least one row held out."""
     if len(rows) < 2:
-        raise DataError(f"{rows.origin[0]}: one row cannot be split by `eval_fraction`")
+        raise DataError(
+            f"{rows.origin[0]}: one row cannot be split by `eval_fraction`",
+            help="set `eval_fraction: 0`, or name held-out rows as `data.eval`; `split_on` cuts a .txt file into rows",
+        )
     count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     # RandomState's stream is frozen across NumPy versions, the Generator's is not
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, len(rows)))))

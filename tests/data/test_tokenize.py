@@ -146,8 +146,9 @@ def test_held_out_rows_are_drawn_by_seed_and_never_shared(write: Callable[..., P
 
 def test_one_row_cannot_be_held_out(write: Callable[..., Path], tokenizer: Tokenizer) -> None:
     spec = DataSpec(train=str(write([{"text": "a"}])), eval_fraction=0.1)
-    with pytest.raises(DataError, match="one row cannot be split"):
+    with pytest.raises(DataError, match="one row cannot be split") as error:
         load_splits(spec, tokenizer, seed=0)
+    assert "`split_on` cuts a .txt file" in (error.value.help or "")
 
 
 def test_an_eval_source_is_read_on_its_own(write: Callable[..., Path], tokenizer: Tokenizer) -> None:
