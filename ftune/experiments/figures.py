@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ftune.experiments.need import need
@@ -26,7 +26,7 @@ COSTS = {
     "size": ("size", bytes_text),
     "forgetting": ("loss gained on neutral text, nats a token", "{:+.3f}".format),
 }
-PANEL = (2.5, 1.9)
+PANEL = (3.4, 2.3)
 """Inches of one small picture of several."""
 
 
@@ -49,33 +49,65 @@ def differences(result: Mapping[str, Any]) -> str:
     return _svg(figure)
 
 
-def rates(result: Mapping[str, Any]) -> str:
-    """Held-out loss by learning rate, a panel for each method; trials that were stopped early are hollow."""
-    figure, panels = _panels([method["label"] for method in result["methods"]], "learning rate")
-    for method, axes in zip(result["methods"], panels, strict=True):
+def rates(result: Mapping[str, Any]) -> list[str]:
+    """Held-out loss by learning rate, a picture for each method; trials that were stopped early are hollow."""
+
+    def draw(axes: Axes, method: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
-        ended = str(result["steps"])
         for trial in method["trials"]:
             if trial["losses"]:
                 last = max(trial["losses"], key=int)
-                chosen = (trial["rate"], trial["fields"]) == (method["rate"], method["searched"])
-                color = ACCENT if last == ended else MUTED
-                fill = color if last == ended else "none"
-                axes.plot([trial["rate"]], [trial["losses"][last]], "o", ms=8 if chosen else 4, color=color, mfc=fill)
-        _few_ticks(axes)
-    return _svg(figure)
+                color, fill = (ACCENT, ACCENT) if int(last) == result["steps"] else (MUTED, "none")
+                size = 8 if _is_chosen(trial, method) else 4
+                axes.plot([trial["rate"]], [trial["losses"][last]], "o", ms=size, color=color, mfc=fill)
+        ticker = need("matplotlib.ticker")
+        axes.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+    return _for_each_method(result, "learning rate", draw)
 
 
-def losses(result: Mapping[str, Any]) -> str:
-    """Held-out loss by step of every trial, a panel for each method; the chosen one is drawn thick."""
-    figure, panels = _panels([method["label"] for method in result["methods"]], "step")
-    for method, axes in zip(result["methods"], panels, strict=True):
+def losses(result: Mapping[str, Any]) -> list[str]:
+    """Held-out loss by step of every trial, a picture for each method; the chosen one is drawn thick."""
+
+    def draw(axes: Axes, method: Mapping[str, Any]) -> None:
         for trial in method["trials"]:
-            chosen = (trial["rate"], trial["fields"]) == (method["rate"], method["searched"])
             points = sorted((int(step), loss) for step, loss in trial["losses"].items())
-            style: dict[str, Any] = {"color": ACCENT, "lw": 2} if chosen else {"color": MUTED, "lw": 1}
-            axes.plot(*zip(*points, strict=True), marker=".", **style) if points else None
-    return _svg(figure)
+            chosen = _is_chosen(trial, method)
+            style: dict[str, Any] = {"color": ACCENT if chosen else MUTED, "lw": 2 if chosen else 1}
+            axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", **style)
+
+    return _for_each_method(result, "step", draw)
+
+
+def _is_chosen(trial: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
+    return bool((trial["rate"], trial["fields"]) == (method["rate"], method["searched"]))
+
+
+def _for_each_method(
+    result: Mapping[str, Any], label: str, draw: Callable[[Axes, Mapping[str, Any]], None]
+) -> list[str]:
+    """Small pictures of held-out losses with one scale; what diverged may be above it."""
+    measured = sorted(
+        loss
+        for method in result["methods"]
+        for trial in method["trials"]
+        for loss in trial["losses"].values()
+        if math.isfinite(loss)
+    )
+    pictures = []
+    for method in result["methods"]:
+        figure, axes = _figure(*PANEL)
+        draw(axes, method)
+        if measured:
+            low, high = measured[0], measured[int(0.9 * (len(measured) - 1))]
+            room = 0.1 * (high - low) or 0.1
+            axes.set_ylim(low - room, high + room)
+        axes.set_title(method["label"], color=INK, fontsize=10)
+        axes.set_xlabel(label)
+        axes.set_ylabel("held-out loss")
+        pictures.append(_svg(figure))
+    return pictures
 
 
 def against_cost(result: Mapping[str, Any], cost: str) -> str | None:
@@ -121,21 +153,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _panels(titles: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
-    columns = min(3, len(titles))
-    rows = math.ceil(len(titles) / columns)
-    figure = need("matplotlib.figure").Figure((columns * PANEL[0], rows * PANEL[1] + 0.2), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axes in every[len(titles) :]:
-        axes.set_axis_off()
-    for axes, title in zip(every, titles, strict=False):
-        _plain(axes)
-        axes.set_title(title, color=INK, fontsize=9)
-    figure.supxlabel(label, color=INK, fontsize=9)
-    figure.supylabel("held-out loss", color=INK, fontsize=9)
-    return figure, every[: len(titles)]
-
-
 def _plain(axes: Axes) -> None:
     axes.set_facecolor("none")
     for side in ("top", "right"):
@@ -147,13 +164,6 @@ def _plain(axes: Axes) -> None:
     axes.yaxis.label.set_color(INK)
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
-
-
-def _few_ticks(axes: Axes) -> None:
-    """The decades alone: at this size others run into each other."""
-    ticker = need("matplotlib.ticker")
-    axes.xaxis.set_major_locator(ticker.LogLocator(numticks=4))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _svg(figure: Figure) -> str:

@@ -39,7 +39,7 @@ def page(result: Mapping[str, Any], root: Path, command: str) -> str:
         numbers = _table("differences", *differences_table(result))
         parts += _section("Against LoRA", _figure(figures.differences(result), caption, numbers))
     caption = "Held-out loss by learning rate: filled where trained to the end, large where chosen"
-    parts += _section("Tuning", _figure(figures.rates(result), caption, _table("tuning", *tuning_table(result))))
+    parts += _section("Tuning", _grid(figures.rates(result), caption, _table("tuning", *tuning_table(result))))
     pictures = [
         _figure(svg, f"Quality against {name}; bars: the range over seeds; dashed: before training")
         for cost, (name, _) in figures.COSTS.items()
@@ -47,7 +47,7 @@ def page(result: Mapping[str, Any], root: Path, command: str) -> str:
     ]
     parts += _section("Quality and cost", f'<div class="grid">{"".join(pictures)}</div>')
     caption = "Held-out loss by step; thick: the chosen setting"
-    parts += _section("Loss", _figure(figures.losses(result), caption))
+    parts += _section("Loss", _grid(figures.losses(result), caption))
     parts += _section("Test rows", *_items(result, root))
     lines = "".join(f"<li>{_marked(line.removeprefix('- '))}</li>" for line in protocol_lines(result, command))
     parts += _section("Protocol", f"<ul>{lines}</ul>")
@@ -63,6 +63,10 @@ _NOTE = (
 
 def _section(title: str, *parts: str) -> list[str]:
     return [f"<section><h2>{_text(title)}</h2>", *parts, "</section>"]
+
+
+def _grid(pictures: Sequence[str], caption: str, table: str = "") -> str:
+    return _figure(f'<div class="grid">{"".join(pictures)}</div>', caption, table)
 
 
 def _figure(svg: str, caption: str, table: str = "") -> str:

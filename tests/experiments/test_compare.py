@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from ftune.artifacts.run_dir import RunDir
 from ftune.experiments.compare import Forecast, compare
 from ftune.experiments.markdown import markdown, summary
+from ftune.experiments.page import page
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.study import load_study
 from ftune.experiments.tuning import grid
@@ -54,6 +56,45 @@ def without_costs(path: Path) -> dict[str, Any]:
     return result
 
 
+class Tags(HTMLParser):
+    """Holds that every tag is closed, and collects what a page would load."""
+
+    VOID = ("meta", "input", "br", "path", "use")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def check_page(text: str, result: Any) -> None:
+    tags = Tags()
+    tags.feed(text)
+    assert not [tag for tag in tags.open if tag not in ("option", "li")]
+    assert all(target.startswith("#") for target in tags.loaded), "it needs no network"
+    assert len(text) < 2_000_000
+    # Against LoRA, four costs, and two pictures for each method.
+    assert tags.seen.count("svg") == 1 + 4 + 2 * len(result["methods"])
+    assert tags.seen.count("details") >= result["rows"]["test"]
+    for color in ("#010203", "#040506", "#070809"):
+        assert color not in text
+
+
 def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
     loaded = load_study(make_study(tmp_path))
     told: list[str] = []
@@ -79,6 +120,8 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
     assert (tmp_path / "study/compare.json").read_bytes() == written
     assert str(result["verdict"]["sentence"]) in markdown(result, "ftune compare study.yaml")
     assert "lora" in summary(result, "study", 80)
+    check_page(page(result, tmp_path / "study", "ftune compare study.yaml"), result)
+    assert page(result, tmp_path / "study", "x") == page(result, tmp_path / "study", "x")
 
 
 def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
