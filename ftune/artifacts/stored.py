@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ftune.data.formats import Format
 from ftune.errors import FtuneError, RunDirError
 from ftune.methods import Context, Method
 from ftune.regular import kind_of, open_regular
@@ -45,6 +46,7 @@ class _Training(_Part):
 class _Data(_Part):
     fingerprint: str
     eval_fingerprint: str | None = None
+    format: Format
 
 
 class _Plan(_Part):

@@ -58,7 +58,7 @@ def test_what_a_recipe_says_is_not_what_the_run_settled(tmp_path: Path, monkeypa
 def test_a_run_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path)
     (tmp_path / "run").mkdir()
-    plan = {"training": {"steps": 4, "global_batch": 2}, "data": {"fingerprint": "x"}}
+    plan = {"training": {"steps": 4, "global_batch": 2}, "data": {"fingerprint": "x", "format": "text"}}
     record = {"resolved": {"version": 0}, "plan": plan, "status": "interrupted"}
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     with pytest.raises(RunDirError, match="does not fit this version"):

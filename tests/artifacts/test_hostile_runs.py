@@ -226,6 +226,7 @@ def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r["plan"]["training"].update(global_batch=0), "plan.training.global_batch"),
         (lambda r: r["plan"]["training"].update(steps="many"), "plan.training.steps"),
         (lambda r: r["plan"]["data"].update(fingerprint=3), "plan.data.fingerprint"),
+        (lambda r: r["plan"]["data"].update(format="nope"), "plan.data.format"),
         (lambda r: r.update(pinned={"model": {"asked": None}}), "pinned.model.commit"),
         (lambda r: r.update(pinned=[1]), "pinned"),
         (lambda r: r.update(lean=None), "lean"),
