@@ -28,9 +28,10 @@ def training_summary(record: dict[str, Any], output_dir: str, width: int) -> str
     """What was reached, predicted against measured memory, and the vitals, wrapped to ``width``; then where it is."""
     measured, method = record["measured"], record["plan"]["method"]
     saved = f"saved: {output_dir}/{method['artifact']}"
+    paused = record.get("status") == "paused"
     if not measured:
-        return f"{saved} (every step had been made before)"
-    if record.get("status") == "paused":
+        return f"{'paused: --resume goes on' if paused else saved} (every step had been made before)"
+    if paused:
         steps = record["plan"]["training"]["steps"]
         return f"paused after step {measured['steps']} of {steps}{_held_out(measured)}: --resume goes on"
     effect = record.get("effect") or {"verdict": "unknown"}

@@ -288,6 +288,17 @@ def test_the_table_of_methods_drops_columns_but_never_what_is_trained(width: int
     assert method_table(40) == method_table(80)
 
 
+def test_a_pause_that_is_passed_already_saves_nothing_and_says_so(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("train", recipe, "--set", "data.eval=null", "--set", "evaluation.metrics=[]", "--until", "2")
+    run(capsys, *arguments)
+    code, out, _ = run(capsys, *arguments, "--resume")
+    assert code == 0
+    assert "paused: --resume goes on (every step had been made before)" in out
+    assert not (tmp_path / "run/adapter").exists()
+
+
 def test_the_summary_after_training_is_wrapped() -> None:
     measured = dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "first_loss", "loss", "held_out_loss"), 1e3)
     measured |= dict.fromkeys(("peak_bytes", "predicted_peak_bytes"), 10**9) | {"predicted_over_measured": 1.0}
