@@ -32,7 +32,7 @@ from ftune.plan.resolve import context_of
 from ftune.plan.stored import IN_MEMORY, StoredWeights, base_files, find_weights, hollow_base
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe
-from ftune.run.files import new_directory, write_json
+from ftune.run.files import new_directory, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -295,4 +295,4 @@ def _save_configuration(model: Any, recipe: Recipe, out: Path, dtype: torch.dtyp
         except OSError:
             pass
     if generation is not None:
-        generation.save_pretrained(str(out))
+        write_text(out / "generation_config.json", generation.to_json_string(use_diff=True))

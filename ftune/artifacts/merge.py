@@ -26,6 +26,7 @@ from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.available import available_bytes
 from ftune.errors import DataError, FtuneError, RunFailed
+from ftune.methods._whole import without_generation_config
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.plan.shapes import auto_class, read_shape
@@ -100,7 +101,8 @@ def merge(
     with new_directory(target) as aside:
         merged.to(saved_dtype)
         merged.config.use_cache = True
-        merged.save_pretrained(str(aside), max_shard_size="4GB")
+        with without_generation_config(merged, aside):
+            merged.save_pretrained(str(aside), max_shard_size="4GB")
         plan.tokenizer.save_pretrained(str(aside))
         write_generation_config(aside, merged, plan.tokenizer, stops_of_run(run, plan))
         del merged, model

@@ -148,16 +148,25 @@ def apply_marked(
     return texts[0], [(start, end) for start, end in marked[0] if start < end]
 
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which a turn has its reasoning; the first is the one that most templates read."""
+
+
 def _given(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
-    """The messages as the template reads them."""
-    if not template.parts:
-        return list(messages)
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
+    """The messages as the template reads them: parts where it wants parts, and reasoning under the names it knows."""
+    return [_in_parts(_with_reasoning(message)) if template.parts else _with_reasoning(message) for message in messages]
+
+
+def _with_reasoning(message: Message) -> Message:
+    """As transformers does from 5.20 or so on."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _in_parts(message: Message) -> Message:
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def generation_prompt(

@@ -19,7 +19,29 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["load_whole_model", "quiet", "save_whole_model"]
+__all__ = ["load_whole_model", "quiet", "save_whole_model", "without_generation_config"]
+
+
+@contextlib.contextmanager
+def without_generation_config(model: nn.Module, out: Path) -> Iterator[None]:
+    """Leave a model's generation config out of what is saved meanwhile; it is written by itself, as it is.
+
+    Older versions of transformers refuse to save one that many models are published with: a temperature without
+    sampling.
+    """
+    from transformers import GenerationConfig
+
+    whole = cast(Any, model)
+    own = getattr(whole, "generation_config", None)
+    if own is None:
+        yield
+        return
+    whole.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        whole.generation_config = own
+        (out / "generation_config.json").unlink(missing_ok=True)
 
 
 def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
@@ -35,7 +57,7 @@ def save_whole_model(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
     try:
         # Training goes without a cache; whoever loads the model wants one.
         whole.config.dtype, whole.config.use_cache = dtype, True
-        with quiet():
+        with quiet(), without_generation_config(model, out):
             whole.save_pretrained(str(out), state_dict=state)
     finally:
         whole.config.dtype, whole.config.use_cache = before
