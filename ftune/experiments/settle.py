@@ -58,16 +58,16 @@ class Settled:
     test: dict[str, Any]
     counts: dict[str, int | None]
     test_items: int
-    drawn: tuple[str, ...]
+    drawn: list[str]
     priors: dict[str, float]
     excluded: dict[str, str]
 
 
 def load_settled(loaded: LoadedStudy, base: Loaded) -> Settled | None:
-    """What a study that was begun settled on; None where it was not.
+    """What a study that was begun settled on, with methods that were added since; None where none was begun.
 
     Raises:
-        RunDirError: The directory holds another study.
+        RunDirError: The directory holds another study, or a method cannot be added to it.
     """
     path = loaded.root / "study.json"
     if not path.is_file():
@@ -82,7 +82,16 @@ def load_settled(loaded: LoadedStudy, base: Loaded) -> Settled | None:
             f"{loaded.root} holds a study that was begun with another {', '.join(differs)}",
             help="choose another output_dir; methods and seeds may be added, and budget, margin and prefer changed",
         )
-    return kept if now["methods"].keys() <= known.keys() else None
+    if now["methods"].keys() <= known.keys():
+        return kept
+    wider = settle(loaded, base, steps=kept.steps)
+    names = {**kept.common, **wider.common}
+    if other := [name for name in names if kept.common.get(name) != wider.common.get(name)]:
+        raise RunDirError(
+            f"what was added cannot be compared with the runs in {loaded.root}: {', '.join(other)} would be another",
+            help="choose another output_dir: a study of all of them",
+        )
+    return wider
 
 
 def store_settled(loaded: LoadedStudy, settled: Settled) -> None:
@@ -160,7 +169,7 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
         test=drawn.test,
         counts=drawn.counts,
         test_items=_test_items(plan, drawn),
-        drawn=drawn.drawn,
+        drawn=list(drawn.drawn),
         priors=priors,
         excluded=excluded,
     )

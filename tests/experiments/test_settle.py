@@ -1,0 +1,79 @@
+"""What a study begins with, and what may change once it has begun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from ftune.errors import FtuneError, RunDirError
+from ftune.experiments.settle import Settled, load_settled, settle, store_settled
+from ftune.experiments.study import LoadedStudy, study_of
+from ftune.recipe import Loaded, load_recipe
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Loaded:
+    raw = dict(tiny.recipe(tmp_path, "lora", evaluation={"metrics": ["f1"], "max_new_tokens": 8}).raw)
+    raw["data"] = {"train": str(tiny.write_chats(tmp_path / "all.jsonl", 40)), "max_length": 256}
+    del raw["optimizer"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+def study(base: Loaded, *methods: str, **options: Any) -> LoadedStudy:
+    return study_of(base.path, methods=methods or "all", output_dir=str(base.path.parent / "study"), **options)
+
+
+def begun(base: Loaded, *methods: str, steps: int | None = None) -> Settled:
+    loaded = study(base, *methods)
+    settled = settle(loaded, base, steps=steps)
+    store_settled(loaded, settled)
+    return settled
+
+
+def test_all_runs_have_one_length_and_one_dtype(base: Loaded) -> None:
+    settled = begun(base, "lora", "ia3")
+    assert settled.common["training.max_steps"] == settled.steps == 4
+    assert settled.common["model.dtype"] == "float32"
+    assert settled.metric == "f1"
+    assert settled.test_items == 8
+    assert settled.priors.keys() == {"lora", "ia3"}
+    assert load_settled(study(base, "lora", "ia3"), base) == settled
+
+
+def test_a_method_that_cannot_work_is_left_out_of_all_and_refused_by_name(base: Loaded) -> None:
+    options = {"search": {"method.rank": (4, 8)}}
+    settled = settle(study(base, **options), base)
+    assert "ia3" in settled.excluded
+    assert "unknown field `rank`" in settled.excluded["ia3"]
+    assert "lora" in settled.priors
+    with pytest.raises(FtuneError, match="method `ia3` cannot take part"):
+        settle(study(base, "ia3", **options), base)
+
+
+def test_methods_and_seeds_may_be_added(base: Loaded) -> None:
+    before = begun(base, "lora", steps=3)
+    after = load_settled(study(base, "lora", "dora", seeds=5), base)
+    assert after is not None
+    assert after.steps == before.steps == 3
+    assert after.common == before.common
+    assert after.priors.keys() == {"lora", "dora"}
+
+
+@pytest.mark.parametrize(("options", "said"), [({"trials": 4}, "trials"), ({"metric": "exact_match"}, "metric")])
+def test_another_study_is_refused(options: dict[str, Any], said: str, base: Loaded) -> None:
+    begun(base, "lora")
+    with pytest.raises(RunDirError, match=f"another {said}"):
+        load_settled(study(base, "lora", **options), base)
+
+
+def test_a_method_that_needs_other_rows_is_not_added(base: Loaded) -> None:
+    # Prefix tuning cannot pack rows, so a study with it packs none, and the runs that are there may be packed.
+    assert "data.packing" not in begun(base, "lora").common
+    with pytest.raises(RunDirError, match=r"data\.packing would be another"):
+        load_settled(study(base, "lora", "prefix"), base)
