@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.errors import DataError
+from ftune.recipe.data_files import ADVICE
 
 __all__ = ["DECODER", "SPLITS_ON", "Placed", "Row", "read_file", "without_nested_nulls"]
 
@@ -35,7 +36,7 @@ def _decode(file: Path, content: bytes) -> str:
     """The text of a file; a UTF-8 byte order mark at its start is dropped."""
     for start, kind in _PACKED.items():
         if content.startswith(start):
-            raise DataError(f"{file}: the file is packed ({kind})", help="unpack it: compressed files are not read")
+            raise DataError(f"{file}: the file is packed ({kind})", help=ADVICE[".gz"])
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file}: the file is UTF-16, not UTF-8", help="save it as UTF-8")
     try:

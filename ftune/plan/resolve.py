@@ -238,8 +238,7 @@ def resolve(
     eval_rows = make_rows(splits.eval, recipe) if splits.eval else ()
     longest_row = max(row_lengths(splits.train, rows) + (row_lengths(splits.eval, eval_rows) if splits.eval else []))
     check_positions(config, sized.id, longest_row, recipe.method.virtual_positions)
-    examples = [*splits.train.examples, *(splits.eval.examples if splits.eval else ())]
-    notes += beyond_context(config, max(len(example.input_ids) for example in examples))
+    notes += beyond_context(config, max(split.stats.longest for split in (splits.train, splits.eval) if split))
 
     schedule = recipe.schedule
     length = choose_length(
