@@ -78,8 +78,8 @@ def collect(
         "margin": study.margin / 100,
         "prefer": study.prefer,
         "steps": settled.steps,
-        "seeds": [settled.seed + i for i in range(study.seeds)],
-        "rows": {**settled.counts, "test": settled.test_items, "compared": len(rows), "drawn": list(settled.drawn)},
+        "seeds": settled.seeds(study.seeds),
+        "rows": {**settled.counts, "compared": len(rows), "drawn": list(settled.drawn)},
         "base": {"score": round(float(matrices[BASE].mean()), 6), "loss": trials.result(BASE, BASE)["loss"]},
         "methods": methods,
         "left_out": settled.excluded,
@@ -109,9 +109,8 @@ def _method(
     runs: list[dict[str, Any]] = []
     scores: dict[str, dict[int, float]] = {}
     failures = [] if best is not None else ["every trial failed"]
-    for i in range(loaded.study.seeds if best is not None else 0):
+    for seed in settled.seeds(loaded.study.seeds) if best is not None else ():
         assert best is not None
-        seed = settled.seed + i
         name, recipe = trials.trial(candidate, best, seed)
         why = trials.progress(label, name).failed
         if why is not None:

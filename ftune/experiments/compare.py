@@ -14,7 +14,17 @@ from ftune.experiments.pool import Job, Pool
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
 from ftune.experiments.trials import SPEED_STEPS, Trials
-from ftune.experiments.tuning import SURVIVORS, WIDENED, Outcome, Progress, Setting, grid, next_wants, steps_of_tuning
+from ftune.experiments.tuning import (
+    SURVIVORS,
+    WIDENED,
+    Outcome,
+    Progress,
+    Setting,
+    Want,
+    grid,
+    next_wants,
+    steps_of_tuning,
+)
 from ftune.human import time_text
 from ftune.recipe import Loaded, load_recipe
 from ftune.run.lock import RunLock
@@ -108,29 +118,30 @@ class _Made:
         self.loaded, self.settled = loaded, settled
         self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed)
         self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
-        self.seeds = [settled.seed + i for i in range(loaded.study.seeds)]
+        self.seeds = settled.seeds(loaded.study.seeds)
 
     def first_jobs(self) -> list[Job]:
         """What is measured before the study: a few steps of each method in turns, and the base on the test rows."""
-        jobs = []
+        # One at a time, so that none disturbs another.
         for number in range(SPEED_ROUNDS):
             for candidate in self.candidates:
-                self._speed_recipe(candidate, number)  # what was measured of another recipe goes
-                if self.trials.speed(candidate.label, number) is None and not self._failure(candidate, "speed"):
-                    jobs.append(self._speed_job(candidate, number))
+                recipe = self._speed_recipe(candidate, number)  # what was measured of another one goes
+                failed = self.trials.progress(candidate.label, "speed").failed
+                if self.trials.speed(candidate.label, number) is None and not failed:
+                    message = {"kind": "train", "recipe": str(recipe), "until": SPEED_STEPS}
+                    return [Job(candidate.label, f"speed {number}", message, alone=True)]
         recipe = self._base_recipe()
-        if not jobs and not self.trials.tested(BASE, BASE):
-            jobs.append(self._test_job(BASE, BASE, {"run": None, "recipe": str(recipe), "forgetting": False}))
-        return jobs[:1]  # one at a time, so that none disturbs another
+        if not self.trials.tested(BASE, BASE):
+            return [self._test_job(BASE, BASE, {"run": None, "recipe": str(recipe), "forgetting": False})]
+        return []
 
     def jobs(self) -> list[Job]:
         """What can be done now, methods side by side."""
-        queues = [self._jobs_of(candidate) for candidate in self.candidates]
-        return [job for queue in queues for job in queue]
+        return [job for candidate in self.candidates for job in self._jobs_of(candidate)]
 
     def _jobs_of(self, candidate: Candidate) -> list[Job]:
         label = candidate.label
-        wants, outcome = self._next(candidate)
+        wants, outcome, _ = self._next(candidate)
         jobs = []
         for want in wants:
             name, recipe = self.trials.trial(candidate, want.setting)
@@ -152,21 +163,22 @@ class _Made:
                     jobs.append(self._test_job(label, name, {"run": run, "forgetting": forgetting}))
         return jobs
 
-    def _next(self, candidate: Candidate) -> tuple[Sequence[Any], Outcome | None]:
+    def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:
+        """What tuning wants next, or what it found; and how far each trial has come."""
         study, label = self.loaded.study, candidate.label
         # Every setting that could be on the grid, for how far it has come is only known by its name.
         settings = grid(self.settled.priors[label], study.trials, study.search, wider=WIDENED)
         done = {setting: self.trials.progress(label, setting.name) for setting in settings}
-        return next_wants(self.settled.priors[label], study.trials, study.search, self.settled.steps, done)
+        wants, outcome = next_wants(self.settled.priors[label], study.trials, study.search, self.settled.steps, done)
+        return wants, outcome, done
 
     def outcomes(self) -> dict[str, tuple[Outcome, dict[Setting, Progress]]]:
         """What tuning found for each method, and how far each of its trials came."""
         found = {}
         for candidate in self.candidates:
-            outcome = self._next(candidate)[1]
+            _, outcome, done = self._next(candidate)
             assert outcome is not None, "collected before tuning ended"
-            progress = {setting: self.trials.progress(candidate.label, setting.name) for setting in outcome.tried}
-            found[candidate.label] = (outcome, progress)
+            found[candidate.label] = (outcome, done)
         return found
 
     def speeds(self) -> dict[str, dict[str, float]]:
@@ -277,9 +289,6 @@ class _Made:
         out = self.trials.root / "speed" / f"{candidate.label}-{number}"
         return self.trials.write(candidate, f"speed-{number}", changes, out)
 
-    def _failure(self, candidate: Candidate, name: str) -> str | None:
-        return self.trials.progress(candidate.label, name).failed
-
     def _train_job(self, label: str, name: str, recipe: Path, until: int) -> Job:
         whole = until >= self.settled.steps
         return Job(label, name, {"kind": "train", "recipe": str(recipe), "until": None if whole else until})
@@ -287,8 +296,3 @@ class _Made:
     def _test_job(self, label: str, name: str, what: Mapping[str, Any]) -> Job:
         out = self.trials.test(label, name)
         return Job(label, name, {"kind": "test", "test": self.settled.test, "out": str(out), **what})
-
-    def _speed_job(self, candidate: Candidate, number: int) -> Job:
-        recipe = self._speed_recipe(candidate, number)
-        message = {"kind": "train", "recipe": str(recipe), "until": SPEED_STEPS}
-        return Job(candidate.label, f"speed {number}", message, alone=True)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ftune.experiments.markdown import best_first, is_chosen
 from ftune.experiments.need import need
 from ftune.human import bytes_text, time_text
 
@@ -32,15 +33,15 @@ PANEL = (3.4, 2.3)
 
 def differences(result: Mapping[str, Any]) -> str:
     """Paired differences from LoRA with their intervals, best first, and the margin (a forest plot)."""
-    compared = result["verdict"]["comparisons"]
-    names = sorted(compared, key=lambda name: (-compared[name]["difference"]["d"], name))
+    compared = best_first(result)
+    names = [name for name, _ in compared]
     figure, axes = _figure(5.2, 0.9 + 0.3 * len(names))
     margin = 100 * result["margin"]
     axes.axvspan(-margin, margin, color=MUTED, alpha=0.25, lw=0)
     axes.axvline(0, color=INK, lw=0.8)
-    for place, name in enumerate(names):
-        d, lo, hi = (100 * compared[name]["difference"][end] for end in ("d", "lo", "hi"))
-        ranked = compared[name]["relation"] is not None
+    for place, (_, one) in enumerate(compared):
+        d, lo, hi = (100 * one["difference"][end] for end in ("d", "lo", "hi"))
+        ranked = one["relation"] is not None
         axes.plot([lo, hi], [place, place], color=ACCENT if ranked else MUTED, lw=1.5, solid_capstyle="butt")
         axes.plot([d], [place], "o", color=ACCENT if ranked else MUTED, ms=5, mfc=ACCENT if ranked else "none")
     axes.set_yticks(range(len(names)), names)
@@ -58,7 +59,7 @@ def rates(result: Mapping[str, Any]) -> list[str]:
             if trial["losses"]:
                 last = max(trial["losses"], key=int)
                 color, fill = (ACCENT, ACCENT) if int(last) == result["steps"] else (MUTED, "none")
-                size = 8 if _is_chosen(trial, method) else 4
+                size = 8 if is_chosen(trial, method) else 4
                 axes.plot([trial["rate"]], [trial["losses"][last]], "o", ms=size, color=color, mfc=fill)
         ticker = need("matplotlib.ticker")
         axes.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
@@ -73,15 +74,11 @@ def losses(result: Mapping[str, Any]) -> list[str]:
     def draw(axes: Axes, method: Mapping[str, Any]) -> None:
         for trial in method["trials"]:
             points = sorted((int(step), loss) for step, loss in trial["losses"].items())
-            chosen = _is_chosen(trial, method)
+            chosen = is_chosen(trial, method)
             style: dict[str, Any] = {"color": ACCENT if chosen else MUTED, "lw": 2 if chosen else 1}
             axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", **style)
 
     return _for_each_method(result, "step", draw)
-
-
-def _is_chosen(trial: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
-    return bool((trial["rate"], trial["fields"]) == (method["rate"], method["searched"]))
 
 
 def _for_each_method(

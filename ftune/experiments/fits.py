@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from ftune.artifacts.report import table
 from ftune.errors import FtuneError
-from ftune.experiments.trials import plain
+from ftune.experiments.trials import headline, plain, recipe_text
 from ftune.human import bytes_text, time_text
 from ftune.plan.resolve import resolve
 from ftune.recipe import Loaded, parse_recipe, require
@@ -72,11 +70,11 @@ def _fit(loaded: Loaded, name: str, sizes: Path | None, target: Device | None) -
         if isinstance(raw.get("optimizer"), dict):
             raw["optimizer"].pop("learning_rate", None)
     try:
-        made = parse_recipe(yaml.safe_dump(raw, allow_unicode=True), f"recipe with `{name}`")
+        made = parse_recipe(recipe_text(raw), f"recipe with `{name}`")
         require(made)
         summary = resolve(made.recipe, sizes=sizes, target=target).summary()
     except FtuneError as error:
-        return Fit(name, None, error.message.strip().splitlines()[0].removeprefix("error: "))
+        return Fit(name, None, headline(error))
     verdict: Literal["fits", "may just fit", "does not fit"] = "may just fit" if summary["tight"] else "fits"
     if not summary["fits"]:
         verdict = "does not fit"

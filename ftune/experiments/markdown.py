@@ -11,8 +11,10 @@ from ftune.experiments.study import BASE, REFERENCE
 from ftune.human import bytes_text, time_text
 
 __all__ = [
+    "best_first",
     "differences_table",
     "forecast_text",
+    "is_chosen",
     "markdown",
     "overview",
     "paragraphs",
@@ -62,7 +64,7 @@ def forecast_text(forecast: Any, width: int) -> str:
     counts = ", ".join(
         f"{count:,} {use}{' (drawn)' if name in settled.drawn else ''}"
         for name, use in USES.items()
-        if (count := settled.test_items if name == "test" else settled.counts[name]) is not None
+        if (count := settled.counts[name]) is not None
     )
     needed = "more seeds are needed for that, not more rows" if forecast.needed is None else f"{forecast.needed:,} rows"
     texts = [
@@ -149,9 +151,19 @@ def tuning_table(result: Mapping[str, Any]) -> Table:
     return ("method", "rate", "loss after", "loss", "quality"), list(_tuning(result))
 
 
-def _differences(result: Mapping[str, Any]) -> Iterator[list[str]]:
+def best_first(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every comparison with LoRA, the largest difference first."""
     compared = (result["verdict"] or {"comparisons": {}})["comparisons"]
-    for label, one in sorted(compared.items(), key=lambda item: (-item[1]["difference"]["d"], item[0])):
+    return sorted(compared.items(), key=lambda item: (-item[1]["difference"]["d"], item[0]))
+
+
+def is_chosen(trial: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
+    """Whether a trial has the setting that its method was tuned to."""
+    return bool((trial["rate"], trial["fields"]) == (method["rate"], method["searched"]))
+
+
+def _differences(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    for label, one in best_first(result):
         d, p = one["difference"], one["adjusted_p"]
         yield [
             label,
@@ -165,7 +177,7 @@ def _tuning(result: Mapping[str, Any]) -> Iterator[list[str]]:
     for method in result["methods"]:
         for trial in method["trials"]:
             steps = max(map(int, trial["losses"]), default=0)
-            chosen = "*" if (trial["rate"], trial["fields"]) == (method["rate"], method["searched"]) else ""
+            chosen = "*" if is_chosen(trial, method) else ""
             fields = "".join(f", {path} {value}" for path, value in trial["fields"].items())
             yield [
                 method["label"],

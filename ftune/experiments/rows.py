@@ -38,15 +38,13 @@ class Drawn:
     Attributes:
         data: Blocks to put into a recipe's ``data``: ``train``, ``eval``, ``eval_fraction``.
         test: The block of the test rows, for ``data.eval``.
-        counts: Rows of ``train``, ``validation`` and ``test``; of a source of the recipe's own, None.
-        fingerprint: Of all the rows that were read.
+        counts: Rows of ``train``, ``validation`` and ``test``; of the recipe's own validation rows, None.
         drawn: Which of them were drawn here.
     """
 
     data: dict[str, Any]
     test: dict[str, Any]
     counts: dict[str, int | None]
-    fingerprint: str
     drawn: tuple[str, ...]
 
 
@@ -75,7 +73,8 @@ def draw(data: DataSpec, test: str | None, out: Path) -> Drawn:
         share = data.eval_fraction or VALIDATION_SHARE
         wanted["validation"] = min(MOST_VALIDATION, max(1, round(share * len(rows))))
     if test is not None:
-        fingerprint = _joined(fingerprint, load_rows(DataSource(path=test), "eval").fingerprint)
+        tests = load_rows(DataSource(path=test), "eval")
+        fingerprint = _joined(fingerprint, tests.fingerprint)
     if "test" in wanted and len(rows) < FEWEST:
         raise DataError(
             f"{rows.origin[0]} has {len(rows)} rows: too few to draw test rows from, which nothing is chosen on",
@@ -94,7 +93,7 @@ def draw(data: DataSpec, test: str | None, out: Path) -> Drawn:
         counts = kept["counts"]
     else:
         parts = _divided([row for _, row in rows], wanted)
-        counts = {"train": len(rows), "validation": None, "test": None} | {
+        counts = {"train": len(rows), "validation": None, "test": None if test is None else len(tests)} | {
             name: len(part) for name, part in parts.items()
         }
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,7 @@ def draw(data: DataSpec, test: str | None, out: Path) -> Drawn:
     if "validation" in files:
         blocks["eval"] = {"path": str(files["validation"]), **own}
     tested = {"path": str(files["test"]), **own} if "test" in files else {"path": str(test)}
-    return Drawn(blocks, tested, counts, fingerprint, tuple(wanted))
+    return Drawn(blocks, tested, counts, tuple(wanted))
 
 
 def _divided(rows: Sequence[Row], wanted: dict[str, int]) -> dict[str, list[Row]]:

@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-
 from ftune.artifacts.scores import key_of
 from ftune.data.tokenize import generation_items
 from ftune.errors import FtuneError, RunDirError
-from ftune.experiments.rows import Drawn, draw
+from ftune.experiments.rows import draw
 from ftune.experiments.study import Candidate, LoadedStudy
-from ftune.experiments.trials import Trials
+from ftune.experiments.trials import Trials, headline, recipe_text
 from ftune.plan.defaults import usual_rate
 from ftune.plan.resolve import Plan, resolve
 from ftune.recipe import Loaded, parse_recipe, require
@@ -41,8 +39,7 @@ class Settled:
         metric: What is compared.
         seed: Of training while tuning, and the first of those that are reported.
         test: The data source of the test rows.
-        counts: Rows of each split; None for a source of the recipe's own.
-        test_items: Test rows, each of which is an answer to compare.
+        counts: Rows of each split; None for the recipe's own validation rows.
         drawn: Splits that were drawn.
         priors: The middle of each method's grid of rates.
         excluded: Methods that do not work with this model or here, and why.
@@ -57,10 +54,20 @@ class Settled:
     seed: int
     test: dict[str, Any]
     counts: dict[str, int | None]
-    test_items: int
     drawn: list[str]
     priors: dict[str, float]
     excluded: dict[str, str]
+
+    @property
+    def test_items(self) -> int:
+        """Test rows, each of which is an answer to compare."""
+        count = self.counts["test"]
+        assert count is not None
+        return count
+
+    def seeds(self, count: int) -> list[int]:
+        """The seeds of so many runs of a method's chosen setting."""
+        return [self.seed + i for i in range(count)]
 
 
 def load_settled(loaded: LoadedStudy, base: Loaded) -> Settled | None:
@@ -131,7 +138,7 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
         "training.gradient_accumulation_steps": plan.recipe.training.accumulation,
         **_length(plan.total_steps),
     }
-    metric, spec = _metric(loaded, base, plan, drawn)
+    metric, spec = _metric(loaded, base, plan)
     common["evaluation.metrics"] = [spec]
     priors: dict[str, float] = {}
     excluded: dict[str, str] = {}
@@ -153,7 +160,7 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
                 raise FtuneError(
                     f"method `{candidate.label}` cannot take part: {error.message}", help=error.help
                 ) from error
-            excluded[candidate.label] = error.message.strip().splitlines()[0].removeprefix("error: ")
+            excluded[candidate.label] = headline(error)
             continue
         # The middle of its grid is what a recipe would have by default; LoRA's is the recipe's own, if it has one.
         given = made.recipe.optimizer.learning_rate if candidate.label == base.recipe.method.name else None
@@ -168,7 +175,6 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
         seed=base.recipe.training.seed,
         test=drawn.test,
         counts=drawn.counts,
-        test_items=_test_items(plan, drawn),
         drawn=list(drawn.drawn),
         priors=priors,
         excluded=excluded,
@@ -182,7 +188,7 @@ def recipe_of(trials: Trials, candidate: Candidate, changes: Mapping[str, Any]) 
         RecipeError: It is wrong; the message names the method.
     """
     raw = trials.raw(candidate, {**changes, "output_dir": str(trials.run(candidate.label, "plan"))})
-    return parse_recipe(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), f"recipe of `{candidate.label}`")
+    return parse_recipe(recipe_text(raw), f"recipe of `{candidate.label}`")
 
 
 def _length(steps: int) -> dict[str, Any]:
@@ -207,7 +213,7 @@ def _require_searched(search: Mapping[str, Sequence[Any]], candidate: Candidate,
             require(recipe_of(trials, candidate, {path: value}))
 
 
-def _metric(loaded: LoadedStudy, base: Loaded, plan: Plan, drawn: Drawn) -> tuple[str, dict[str, Any]]:
+def _metric(loaded: LoadedStudy, base: Loaded, plan: Plan) -> tuple[str, dict[str, Any]]:
     """The name of what is compared, and its block in a recipe."""
     specs, asked = base.recipe.evaluation.metrics, loaded.study.metric
     if asked is None and not specs:
@@ -219,16 +225,6 @@ def _metric(loaded: LoadedStudy, base: Loaded, plan: Plan, drawn: Drawn) -> tupl
     found = [spec for spec in specs if asked in (None, spec.name, key_of(spec, specs))]
     spec = found[0] if found else MetricSpec.model_validate({"name": asked})
     return spec.name, spec.model_dump(mode="json", exclude_defaults=True)
-
-
-def _test_items(plan: Plan, drawn: Drawn) -> int:
-    count = drawn.counts.get("test")
-    if count is None:
-        from ftune.data.sources import load_rows
-        from ftune.recipe.schema import DataSource
-
-        count = len(load_rows(DataSource.model_validate(drawn.test), "eval"))
-    return count
 
 
 def _asked(loaded: LoadedStudy, base: Loaded) -> dict[str, Any]:

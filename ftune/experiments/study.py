@@ -15,6 +15,7 @@ from ftune.methods import METHODS
 from ftune.recipe.diagnose import Mistake, Positions, Source, fail
 from ftune.recipe.load import read_mapping
 from ftune.recipe.spelling import closest
+from ftune.recipe.variables import frozen
 
 __all__ = ["BASE", "REFERENCE", "Budget", "Candidate", "LoadedStudy", "Study", "is_study", "load_study", "study_of"]
 
@@ -154,7 +155,7 @@ def load_study(path: Path, *, color: bool = False) -> LoadedStudy:
         raw["recipe"] = raw.pop("extends")
         positions.at = {("recipe", *at[1:]) if at[0] == "extends" else at: p for at, p in positions.at.items()}
     try:
-        study = Study.model_validate(_frozen(raw))
+        study = Study.model_validate(frozen(raw))
     except ValidationError as error:
         raise fail(_mistakes(error, positions), positions.source, color=color) from None
     candidates, wrong = _candidates(study, positions)
@@ -177,7 +178,7 @@ def study_of(recipe: Path, **options: Any) -> LoadedStudy:
     given = {name: value for name, value in options.items() if value is not None}
     positions = Positions(Source("command line", ""))
     try:
-        study = Study.model_validate({"recipe": str(recipe), **_frozen(given)})
+        study = Study.model_validate({"recipe": str(recipe), **frozen(given)})
     except ValidationError as error:
         raise FtuneError("; ".join(mistake.message for mistake in _mistakes(error, positions))) from None
     candidates, wrong = _candidates(study, positions)
@@ -251,9 +252,3 @@ def _mistakes(error: ValidationError, positions: Positions) -> list[Mistake]:
             said = item["msg"].removeprefix("Value error, ")
             found[path] = Mistake(f"`{name}`: {said[:1].lower()}{said[1:]}", span, "", field.description)
     return list(found.values())
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _frozen(inner) for key, inner in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

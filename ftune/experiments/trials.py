@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from ftune.errors import FtuneError
 from ftune.experiments.study import BASE, Candidate
 from ftune.experiments.tuning import Progress, Setting
 from ftune.recipe.load import Loaded
@@ -32,7 +33,7 @@ from ftune.recipe.other_method import of_another_method
 from ftune.run.files import write_text
 from ftune.run.sinks.jsonl import read_events
 
-__all__ = ["SPEED_STEPS", "Trials", "item_texts", "plain"]
+__all__ = ["SPEED_STEPS", "Trials", "headline", "item_texts", "plain", "recipe_text"]
 
 SPEED_STEPS = 4
 """Steps that are measured for time and memory; the first is left out."""
@@ -86,9 +87,11 @@ class Trials:
                 is never deleted.
         """
         path = self.root / "recipes" / candidate.label / f"{name}.yaml"
-        raw = self.raw(candidate, {"output_dir": str(out or self.run(candidate.label, name)), **changes})
-        text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-        if not path.is_file() or (out is not None and path.read_text(encoding="utf-8") != text):
+        known = path.is_file()
+        if known and out is None:
+            return path
+        text = recipe_text(self.raw(candidate, {"output_dir": str(out or self.run(candidate.label, name)), **changes}))
+        if not known or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             if out is not None and out.is_dir():
                 shutil.rmtree(out)
@@ -190,6 +193,17 @@ def item_texts(result: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
             )
             item["answers"][label] = (answer["answer"], answer["scores"][result["metric"]])
     return [found[row] for row in sorted(found)]
+
+
+def recipe_text(raw: Mapping[str, Any]) -> str:
+    """A recipe in plain data as YAML."""
+    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def headline(error: FtuneError) -> str:
+    """What an error says first, for a line among others."""
+    return error.message.strip().splitlines()[0].removeprefix("error: ")
 
 
 def plain(value: Any) -> Any:

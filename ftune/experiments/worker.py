@@ -7,11 +7,9 @@ printed goes to standard error. It ends with its parent.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -20,29 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from ftune.errors import FtuneError, Interrupted
+from ftune.run.imports import quiet_libraries
+from ftune.run.launch import end_with_parent
 
 __all__ = ["main"]
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Do jobs until standard input ends."""
-    if sys.platform == "linux":
-        # As if asked to stop: the step is finished and saved.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from ftune.run.imports import quiet_libraries
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        with quiet_libraries():
-            result = _done(job)
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
-        if result.get("interrupted"):
-            return
+    with quiet_libraries():
+        for line in sys.stdin:
+            result = _done(json.loads(line))
+            answers.write(json.dumps(result) + "\n")
+            answers.flush()
+            if result.get("interrupted"):
+                return
 
 
 def _done(job: Mapping[str, Any]) -> dict[str, Any]:

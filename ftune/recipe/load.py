@@ -41,7 +41,7 @@ from ftune.recipe.no_recipe import other_kind
 from ftune.recipe.other_method import of_another_method
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 from ftune.recipe.spelling import closest
-from ftune.recipe.variables import Expanded, expand_variables
+from ftune.recipe.variables import Expanded, expand_variables, frozen
 from ftune.regular import IrregularError, open_regular
 
 __all__ = ["Loaded", "load_recipe", "parse_recipe", "read_mapping"]
@@ -161,7 +161,7 @@ def _validated(raw: dict[str, Any]) -> Recipe:
     Strict: a string is no number and true is no 1. Sequences arrive as tuples, as the schema has them.
     """
     try:
-        return Recipe.model_validate(_frozen(raw), strict=True)
+        return Recipe.model_validate(frozen(raw), strict=True)
     except ValidationError as error:
         read_again = False
         for path in set(error_paths(error, raw)):
@@ -176,15 +176,7 @@ def _validated(raw: dict[str, Any]) -> Recipe:
                 parent[path[-1]], read_again = value.typed, True
         if not read_again:
             raise
-    return Recipe.model_validate(_frozen(raw), strict=True)
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Expanded):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _frozen(inner) for key, inner in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return Recipe.model_validate(frozen(raw), strict=True)
 
 
 def _unreadable(path: Path, error: OSError) -> Mistake:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ftune.methods import METHODS
+from ftune.recipe.variables import frozen
 
 __all__ = ["of_another_method"]
 
@@ -32,7 +33,7 @@ def of_another_method(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], l
     dropped = []
     for field, value in old.items():
         try:
-            METHODS[name].model_validate(_frozen({**now, field: value}), strict=True)
+            METHODS[name].model_validate(frozen({**now, field: value}), strict=True)
         except ValidationError:
             dropped.append(field)
         else:
@@ -64,9 +65,3 @@ def _rate(raw: dict[str, Any], before: Any, name: str) -> list[str]:
 
 def _listed(fields: list[str]) -> str:
     return ", ".join(f"`{field}`" for field in fields)
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _frozen(inner) for key, inner in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

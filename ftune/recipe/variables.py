@@ -10,7 +10,7 @@ from typing import Any
 
 from ftune.recipe.spelling import closest
 
-__all__ = ["Expanded", "Unexpanded", "expand_variables", "unbraced"]
+__all__ = ["Expanded", "Unexpanded", "expand_variables", "frozen", "unbraced"]
 
 _PART = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^{}]*))?\}|\$\{")
 _UNBRACED = re.compile(r"(?:^|/)(\$([A-Za-z_][A-Za-z0-9_]*))(?=/|$)")
@@ -97,6 +97,15 @@ def unbraced(path: str) -> str | None:
     """The name of a variable that is written without braces as a part of a path, which is not expanded; else None."""
     found = _UNBRACED.search(path)
     return found[2] if found else None
+
+
+def frozen(value: Any) -> Any:
+    """Plain data as the schemas have it: sequences are tuples, and what variables were put into is a string."""
+    if isinstance(value, Expanded):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: frozen(inner) for key, inner in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def _is_utf8(value: str) -> bool:

@@ -21,7 +21,16 @@ from dataclasses import dataclass
 
 from ftune.errors import FtuneError
 
-__all__ = ["Failure", "first_cause", "follow_launcher", "launch", "launched", "leave_error", "require_launchable"]
+__all__ = [
+    "Failure",
+    "end_with_parent",
+    "first_cause",
+    "follow_launcher",
+    "launch",
+    "launched",
+    "leave_error",
+    "require_launchable",
+]
 
 _LAUNCHER = "FTUNE_LAUNCHER_PID"
 # Where torch elastic looks for what a process has to say.
@@ -202,9 +211,15 @@ def follow_launcher() -> None:
     """Get SIGTERM when the launcher dies, on Linux: a run must not go on with nobody who could stop it."""
     if not launched() or sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     if os.getppid() != int(os.environ[_LAUNCHER]):  # it died before
         sys.exit(143)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies, on Linux: a step that is being made is saved."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_error(text: str, code: int) -> None:
