@@ -22,6 +22,14 @@ __all__ = ["compile_kernels"]
 COMPILED = ("norm", "norm_again", "norm_backward", "gate", "gate_backward")
 """Of ``Kernels``: what takes tokens and one more dimension."""
 
+OPTIONS: dict[str, Any] = {
+    # A pool of processes would stay beside the run, each with the memory of a torch.
+    "compile_threads": 1,
+    # The key of this cache lacks the processor's vector width: what was generated for another machine, or under
+    # ATEN_CPU_CAPABILITY, would be compiled for this one and write past the end of its rows.
+    "fx_graph_cache": False,
+}
+
 
 def compile_kernels(calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Kernels:
     """Compile what these calls need: seconds for each function, half a minute for the first of a process.
@@ -50,10 +58,9 @@ class _Compiled:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        # compile_threads: a pool of processes would stay beside the run, each with the memory of a torch.
         self.name = function.__name__.removeprefix("_")
         self._eager, self._failed = function, False
-        self._compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
+        self._compiled = torch.compile(function, dynamic=True, fullgraph=True, options=OPTIONS)
 
     def prepare(self, *arguments: Any) -> None:
         """Compile for such arguments."""

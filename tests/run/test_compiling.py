@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -392,3 +395,23 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(
     train_until(parts, 2)
     train(parts, resume=True)
     assert_equal(weights(tmp_path / "whole", 5), weights(tmp_path / "parts", 5))
+
+
+OTHER_WIDTH = """
+import torch
+from ftune.ops.compiled import compile_kernels
+from ftune.ops.kernels import EAGER
+x = torch.arange(64.0 * 40).reshape(64, 40)
+made = compile_kernels([("norm", (x[:2], torch.ones(40), 1e-6, False))])
+for a, b in zip(made.norm(x, torch.ones(40), 1e-6, False), EAGER.norm(x, torch.ones(40), 1e-6, False)):
+    torch.testing.assert_close(a, b)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_generated_for_another_processor_is_not_compiled_for_this_one(tmp_path: Path) -> None:
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+    for capability in ("avx2", "avx512"):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", OTHER_WIDTH], env=environment, check=True)
