@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
 
     probes: dict[str, Probe] = {}
     model = load_plain(plan)
+    began = time.perf_counter()
     if run is None:
         measured("base", objective_of(model))
     else:
@@ -118,6 +120,7 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
         {"row": item.row, "reference": item.reference.text, **{who: m.answers[i].text for who, m in found.items()}}
         for i, item in enumerate(items[:SAMPLES])
     ]
+    result["seconds"] = time.perf_counter() - began
     if probes:
         result["forgetting"] = forgotten(probes["base"], probes["tuned"])
     if out is None and run is not None:

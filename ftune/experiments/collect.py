@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ftune.artifacts.run_dir import RunDir, package_versions
+from ftune.artifacts.run_dir import RunDir
+from ftune.experiments.drift import environments
 from ftune.experiments.settle import Settled
 from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
 from ftune.experiments.trials import Trials
@@ -25,6 +26,7 @@ def collect(
     settled: Settled,
     outcomes: Mapping[str, tuple[Outcome, Mapping[Setting, Progress]]],
     speeds: Mapping[str, Mapping[str, float]],
+    times: Mapping[str, float],
 ) -> dict[str, Any]:
     """Judge the methods, and write ``compare.json``.
 
@@ -34,6 +36,7 @@ def collect(
         settled: What they have in common.
         outcomes: What tuning found for each method, and how far each of its trials came.
         speeds: Of each method seconds of a step and bytes of its peak.
+        times: Of the study (``ftune.experiments.times``).
 
     Returns:
         What was written. Shares are of 1, times in seconds, sizes in bytes.
@@ -89,8 +92,12 @@ def collect(
             "trials": study.trials,
             "search": {path: list(values) for path, values in study.search.items()},
             "common": settled.common,
-            "versions": package_versions(),
+            "environments": [
+                {"since": one.since[:10], "device": one.device, "versions": one.versions}
+                for one in environments(loaded.root)
+            ],
         },
+        "time": {what: times[what] for what in ("study", "training", "answering")},
     }
     write_json(loaded.root / "compare.json", result)
     return result

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftune.errors import FtuneError
+from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.collect import collect
+from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
-from ftune.experiments.trials import SPEED_STEPS, Trials
+from ftune.experiments.times import Clock, times
+from ftune.experiments.trials import Trials
 from ftune.experiments.tuning import (
     SURVIVORS,
     WIDENED,
@@ -27,13 +33,14 @@ from ftune.experiments.tuning import (
 )
 from ftune.human import time_text
 from ftune.recipe import Loaded, load_recipe
-from ftune.run.lock import RunLock
+from ftune.run.lock import RunLock, is_orphaned
 
 __all__ = ["Forecast", "compare"]
 
-SPEED_ROUNDS = 2
-JOB_SECONDS = 3.0
-"""What a job takes besides steps and answers: its plan, loading the model, saving."""
+SPEED_SHARE = 0.05
+"""Steps that are made to measure time and memory, as a share of those that tuning a method takes."""
+SPEED_STEPS, SPEED_ROUNDS = 4, 2
+"""Of a method, at most."""
 FEWEST_STEPS = 20
 """Steps of a run below which a study is not cut to fit a budget."""
 
@@ -86,54 +93,138 @@ def compare(
         FtuneError: The study cannot be run, or does not fit its budget.
         Interrupted: A signal came; what was done is kept, and the same command goes on.
     """
+    clock = Clock(loaded.root)
     # Checked with each method's settings, and with the rows that are held out: the recipe may have none.
     base = load_recipe(Path(loaded.study.recipe).expanduser())
     loaded.root.mkdir(parents=True, exist_ok=True)
-    with RunLock(loaded.root):
+    with _locked(loaded.root, tell) as lock:
         settled = load_settled(loaded, base)
         begun = settled is not None
         if settled is None:
             settled = settle(loaded, base)
-        made = _Made(loaded, base, settled)
-        pool = Pool(devices, loaded.root / "workers.log")
+        made = _Made(loaded, base, settled, begun, clock)
+        pool = Pool(devices, loaded.root / "workers.log", lock=lock.fileno(), fork=_may_fork())
+        made.require_agreement(pool, Environment.here(devices), tell)
         pool.do(made.first_jobs, made.note(tell))
-        forecast = made.forecast(begun=begun)
+        forecast = made.forecast()
         if not begun:
             fitting = made.fitted(forecast)
             if fitting != settled.steps:
                 settled = settle(loaded, base, steps=fitting)
-                made = _Made(loaded, base, settled)
+                made = _Made(loaded, base, settled, begun, clock)
                 forecast = made.forecast(cut_from=forecast.settled.steps)
         if not agree(forecast):
             return None
         store_settled(loaded, settled)
         pool.do(made.jobs, made.note(tell))
-        return collect(loaded, made.trials, settled, made.outcomes(), made.speeds())
+        return collect(loaded, made.trials, settled, made.outcomes(), made.speeds(), times(loaded.root))
+
+
+@contextlib.contextmanager
+def _locked(root: Path, tell: Callable[[str], None]) -> Iterator[RunLock]:
+    """Hold a study's lock. Its workers hold it too: where they outlived one that was killed, their end is waited for.
+
+    Raises:
+        RunDirError: Another process works on the study.
+    """
+    lock, told = RunLock(root), False
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock)
+                break
+            except RunDirError:
+                if not is_orphaned(root):
+                    raise
+            if not told:
+                tell("waiting for the session that was killed: its runs save the step that they are in")
+            told = True
+            time.sleep(0.2)
+        yield lock
+
+
+def _may_fork() -> bool:
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 class _Made:
     """What a study has made so far, read from its directory."""
 
-    def __init__(self, loaded: LoadedStudy, base: Loaded, settled: Settled) -> None:
-        self.loaded, self.settled = loaded, settled
+    def __init__(self, loaded: LoadedStudy, base: Loaded, settled: Settled, begun: bool, clock: Clock) -> None:
+        self.loaded, self.settled, self.begun, self.clock = loaded, settled, begun, clock
         self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed)
         self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
         self.seeds = settled.seeds(loaded.study.seeds)
+        combinations = math.prod(len(values) for values in loaded.study.search.values())
+        self.tuning_steps = steps_of_tuning(loaded.study.trials, combinations, settled.steps)
+        few = max(2, math.floor(SPEED_SHARE * self.tuning_steps))
+        self.speed_steps = min(few, SPEED_STEPS, settled.steps)
+        self.speed_rounds = max(1, min(few // SPEED_STEPS, SPEED_ROUNDS))
+
+    def require_agreement(self, pool: Pool, now: Environment, tell: Callable[[str], None]) -> None:
+        """Hold that what is computed here and now agrees with what the study has (``ftune.experiments.drift``).
+
+        Raises:
+            RunDirError: It does not.
+        """
+        root, kept = self.trials.root, environments(self.trials.root)
+        then = kept[-1] if kept else None
+        if not self.begun:
+            if then is None or not then.equals(now):
+                for name in ("speed", "tests"):  # of a study that was only planned
+                    shutil.rmtree(root / name, ignore_errors=True)
+                keep_environments(root, [now])
+            return
+        measures = bool(self.first_jobs())
+        if (then is not None and then.holds(now)) or not (measures or self.jobs()):
+            return
+        tell("the study goes on with other versions, elsewhere or on another day: its anchor is computed again")
+        anchor = Anchor(self.trials, self.settled)
+
+        def done(job: Job, result: Mapping[str, Any]) -> None:
+            if why := result.get("failed"):
+                raise refusal(root, then, now, [f"{job.label}: {why}"])
+
+        shutil.rmtree(anchor.root, ignore_errors=True)
+        pool.do(anchor.jobs, done)
+        if differences := anchor.differences():
+            raise refusal(root, then, now, differences)
+        shutil.rmtree(anchor.root, ignore_errors=True)
+        tell("the anchor agrees")
+        if measures or then is None or not then.equals(now):
+            # Time and memory are compared only where all were measured in one place at one time.
+            shutil.rmtree(root / "speed", ignore_errors=True)
+        if then is not None and then.equals(now):
+            keep_environments(root, [*kept[:-1], replace(then, checked=now.checked)])
+        else:
+            keep_environments(root, [*kept, now])
 
     def first_jobs(self) -> list[Job]:
-        """What is measured before the study: a few steps of each method in turns, and the base on the test rows."""
+        """What is measured before the study: a few steps of each method in turns, and the base on the test rows.
+
+        Of a study that has not begun, what was measured of another recipe goes.
+        """
         # One at a time, so that none disturbs another.
-        for number in range(SPEED_ROUNDS):
+        for number in range(self.speed_rounds):
             for candidate in self.candidates:
-                recipe = self._speed_recipe(candidate, number)  # what was measured of another one goes
+                if self.begun and self._speed(candidate, number) is not None:
+                    continue
+                recipe = self._speed_recipe(candidate, number)
                 failed = self.trials.progress(candidate.label, "speed").failed
-                if self.trials.speed(candidate.label, number) is None and not failed:
-                    message = {"kind": "train", "recipe": str(recipe), "until": SPEED_STEPS}
+                if self._speed(candidate, number) is None and not failed:
+                    message = {"kind": "train", "recipe": str(recipe), "until": self.speed_steps}
                     return [Job(candidate.label, f"speed {number}", message, alone=True)]
+        if self.begun and self.trials.tested(BASE, BASE):
+            return []
         recipe = self._base_recipe()
         if not self.trials.tested(BASE, BASE):
             return [self._test_job(BASE, BASE, {"run": None, "recipe": str(recipe), "forgetting": False})]
         return []
+
+    def _speed(self, candidate: Candidate, number: int) -> dict[str, float] | None:
+        return self.trials.speed(candidate.label, number, self.speed_steps)
 
     def jobs(self) -> list[Job]:
         """What can be done now, methods side by side."""
@@ -185,22 +276,21 @@ class _Made:
         """Of each method the seconds of a step, the median of its rounds, and the bytes of its peak."""
         found = {}
         for candidate in self.candidates:
-            rounds = [r for n in range(SPEED_ROUNDS) if (r := self.trials.speed(candidate.label, n)) is not None]
+            rounds = [r for n in range(self.speed_rounds) if (r := self._speed(candidate, n)) is not None]
             if rounds:
                 seconds = sorted(r["seconds"] for r in rounds)
                 middle = (seconds[len(seconds) // 2] + seconds[(len(seconds) - 1) // 2]) / 2
                 found[candidate.label] = {"seconds": middle, "bytes": max(r["bytes"] for r in rounds)}
         return found
 
-    def forecast(self, cut_from: int | None = None, *, begun: bool = False) -> Forecast:
+    def forecast(self, cut_from: int | None = None) -> Forecast:
         """What the study will take."""
         from ftune.experiments.paired import Spread
         from ftune.experiments.power import detectable, needed
 
         study, speeds = self.loaded.study, self.speeds()
         combinations = math.prod(len(values) for values in study.search.values())
-        steps = steps_of_tuning(study.trials, combinations, self.settled.steps)
-        steps += (study.seeds - 1) * self.settled.steps
+        steps = self.tuning_steps + (study.seeds - 1) * self.settled.steps
         labels = tuple(candidate.label for candidate in self.candidates)
         mean = sum(speed["seconds"] for speed in speeds.values()) / max(1, len(speeds))
         training = sum(steps * speeds.get(label, {"seconds": mean})["seconds"] for label in labels)
@@ -214,12 +304,12 @@ class _Made:
             labels=labels,
             runs=len(labels) * (study.trials * combinations + study.seeds - 1),
             steps=len(labels) * steps,
-            seconds=training + answers * reading + jobs * JOB_SECONDS,
+            seconds=training + answers * reading + jobs * times(self.trials.root)["job"],
             speed=speeds,
             detectable=detectable(self.settled.test_items, spread, study.seeds, comparisons=comparisons),
             needed=needed(study.margin / 100, spread, study.seeds, comparisons=comparisons),
             cut_from=cut_from,
-            begun=begun,
+            begun=self.begun,
         )
 
     def fitted(self, forecast: Forecast) -> int:
@@ -253,6 +343,7 @@ class _Made:
         """Keep what became of a job, and tell of it."""
 
         def done(job: Job, result: Mapping[str, Any]) -> None:
+            self.clock.keep(job, result)
             if why := result.get("failed"):
                 if job.label == BASE:
                     raise FtuneError(f"the model before training cannot be measured: {why}")
@@ -266,7 +357,7 @@ class _Made:
     def _said(self, job: Job) -> str:
         kind, progress = job.message["kind"], self.trials.progress(job.label, job.name)
         if job.alone:
-            speed = self.trials.speed(job.label, int(job.name.rpartition(" ")[2]))
+            speed = self.trials.speed(job.label, int(job.name.rpartition(" ")[2]), self.speed_steps)
             return f"{speed['seconds']:.2f} s a step" if speed else "measured"
         if kind == "train":
             until = job.message["until"] or self.settled.steps

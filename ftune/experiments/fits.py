@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftune.artifacts.report import table
 from ftune.errors import FtuneError
-from ftune.experiments.trials import headline, plain, recipe_text
+from ftune.experiments.trials import plain, reason, recipe_text
 from ftune.human import bytes_text, time_text
 from ftune.plan.resolve import resolve
 from ftune.recipe import Loaded, parse_recipe, require
@@ -74,7 +74,7 @@ def _fit(loaded: Loaded, name: str, sizes: Path | None, target: Device | None) -
         require(made)
         summary = resolve(made.recipe, sizes=sizes, target=target).summary()
     except FtuneError as error:
-        return Fit(name, None, headline(error))
+        return Fit(name, None, reason(error))
     verdict: Literal["fits", "may just fit", "does not fit"] = "may just fit" if summary["tight"] else "fits"
     if not summary["fits"]:
         verdict = "does not fit"

@@ -34,6 +34,7 @@ def summary(result: Mapping[str, Any], root: str, width: int) -> str:
         head, rows = head[:4], [row[:4] for row in rows]
     lines = [table(head, rows, right=range(1, len(head))), ""]
     lines += [textwrap.fill(text, width) for text in paragraphs(result)]
+    lines.append(_time(result))
     return "\n".join([*lines, f"written: {root}/compare.html, compare.md, compare.json"])
 
 
@@ -208,8 +209,19 @@ def protocol_lines(result: Mapping[str, Any], command: str) -> Iterator[str]:
         f"within the method; the chosen one by {result['metric']} on the validation rows, then the loss; seeds "
         f"{', '.join(map(str, result['seeds']))}, which share the order of the rows."
     )
-    yield f"- Versions: {', '.join(f'{name} {version}' for name, version in protocol['versions'].items())}."
+    for number, one in enumerate(protocol["environments"]):
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        agreed = ", where the base and the first steps of LoRA came out as before" if number else ""
+        yield f"- Computed from {one['since']} on {one['device']}{agreed}: {versions}."
+    yield f"- {_time(result)}"
     yield f"- Again: `{command}`"
+
+
+def _time(result: Mapping[str, Any]) -> str:
+    """How long it took, and how much of that its runs computed; more than that on several devices."""
+    time = result["time"]
+    computed = time_text(time["training"] + time["answering"])
+    return f"The study took {time_text(time['study'])}; training and answering, {computed}."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

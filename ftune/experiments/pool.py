@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -26,7 +27,8 @@ class Job:
         label: Of which method.
         name: Of which of its runs.
         message: What the worker is told (``ftune.experiments.worker``).
-        alone: Whether it needs a process of its own, for its memory is measured.
+        alone: Whether it needs a process of its own: the peak of its memory is measured, and what an earlier job left
+            (on a CPU, places in the heap that are free and still resident) would count to it.
     """
 
     label: str
@@ -41,12 +43,18 @@ class Pool:
     Args:
         devices: Numbers of GPUs; empty: one worker on whatever there is.
         log: Where the workers' standard error goes.
+        lock: The study's open lock, which the workers hold too: after a kill, until they have saved their step.
+        fork: Whether jobs that must be alone are done in children of one worker, which saves the imports; False: each
+            in a process that is started for it. A child cannot use CUDA that its parent has looked for.
     """
 
-    def __init__(self, devices: Sequence[int], log: Path) -> None:
+    def __init__(self, devices: Sequence[int], log: Path, *, lock: int | None = None, fork: bool = False) -> None:
         self._devices: list[int | None] = list(devices) or [None]
         self._log = log
+        self._inherited = () if lock is None else (lock,)
+        self._fork = fork
         self._workers: dict[int | None, subprocess.Popen[str]] = {}
+        self._used: set[int | None] = set()
 
     def do(self, next_jobs: Callable[[], list[Job]], done: Callable[[Job, Mapping[str, Any]], None]) -> None:
         """Do jobs until there are none.
@@ -80,20 +88,18 @@ class Pool:
 
     def _send(self, device: int | None, job: Job) -> None:
         worker = self._workers.get(device)
-        if job.alone and worker is not None:
+        if job.alone and device in self._used:
             self._end(device)
             worker = None
         if worker is None:
             worker = self._workers[device] = self._start(device)
+        child = job.alone and self._fork
+        if not child:
+            self._used.add(device)
         assert worker.stdin is not None
-        try:
-            worker.stdin.write(json.dumps(job.message) + "\n")
-            if job.alone:
-                worker.stdin.close()
-            else:
-                worker.stdin.flush()
-        except BrokenPipeError:  # it died while it was idle; the next look finds it so
-            pass
+        with contextlib.suppress(BrokenPipeError):  # it died while it was idle; the next look finds it so
+            worker.stdin.write(json.dumps({**job.message, "child": child}) + "\n")
+            worker.stdin.flush()
 
     def _start(self, device: int | None) -> subprocess.Popen[str]:
         environment = dict(os.environ)
@@ -107,6 +113,7 @@ class Pool:
                 stderr=log,
                 text=True,
                 env=environment,
+                pass_fds=self._inherited,
                 start_new_session=True,  # Ctrl-C comes here, and is handed on
             )
 
@@ -123,16 +130,16 @@ class Pool:
         assert worker.stdout is not None
         line = worker.stdout.readline()
         if line:
-            if busy[device].alone:
-                self._end(device)
             return device, json.loads(line)
         code = worker.wait()
         del self._workers[device]
+        self._used.discard(device)
         why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return device, {"failed": f"the process {why}: see {self._log}"}
 
     def _end(self, device: int | None) -> None:
         worker = self._workers.pop(device)
+        self._used.discard(device)
         assert worker.stdin is not None
         assert worker.stdout is not None
         worker.stdin.close()

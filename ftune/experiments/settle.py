@@ -13,7 +13,7 @@ from ftune.data.tokenize import generation_items
 from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.rows import draw
 from ftune.experiments.study import Candidate, LoadedStudy
-from ftune.experiments.trials import Trials, headline, recipe_text
+from ftune.experiments.trials import Trials, reason, recipe_text
 from ftune.plan.defaults import usual_rate
 from ftune.plan.resolve import Plan, resolve
 from ftune.recipe import Loaded, parse_recipe, require
@@ -160,7 +160,7 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
                 raise FtuneError(
                     f"method `{candidate.label}` cannot take part: {error.message}", help=error.help
                 ) from error
-            excluded[candidate.label] = headline(error)
+            excluded[candidate.label] = reason(error)
             continue
         # The middle of its grid is what a recipe would have by default; LoRA's is the recipe's own, if it has one.
         given = made.recipe.optimizer.learning_rate if candidate.label == base.recipe.method.name else None

@@ -46,7 +46,8 @@ class Study(BaseModel):
         None, description="What the study may take: 2h, 90min, 5000 steps, 3M tokens, or $20 at $2.50/h."
     )
     metric: str | None = Field(
-        None, description="What is compared. Default: the recipe's first metric, else the held-out loss of each row."
+        None,
+        description="What is compared. Default: the recipe's first metric, else exact_match; rouge_l for long answers.",
     )
     margin: float = Field(1.0, gt=0, le=50, description="The smallest difference that matters, in points of 100.")
     prefer: Literal["memory", "time", "size"] = Field("memory", description="What is spared among equals.")
@@ -136,12 +137,13 @@ class LoadedStudy:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a file looks like a study: it names a recipe, and no model. What cannot be read is none."""
+    """Whether a file looks like a study: it has a field of one, and names no model. What cannot be read is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")[:100_000]
     except (OSError, UnicodeDecodeError):
         return False
-    return bool(re.search(r"^(recipe|extends)\s*:", text, re.M)) and not re.search(r"^model\s*:", text, re.M)
+    fields = set(re.findall(r"^(\w+)\s*:", text, re.M))
+    return bool(fields & {"recipe", "extends", "methods", "trials", "seeds"}) and "model" not in fields
 
 
 def load_study(path: Path, *, color: bool = False) -> LoadedStudy:

@@ -3,6 +3,8 @@
 ::
 
     STUDY/study.json          what the study began with
+    STUDY/environments.json   what it was computed with: versions, processor, days
+    STUDY/times.jsonl         how long each job took
     STUDY/data/               rows that were drawn, and how
     STUDY/recipes/LABEL/      a recipe for each run; NAME.failed says why one cannot go on
     STUDY/runs/LABEL/NAME/    run directories; NAME is `rate-2e-04`, or `seed-8` of the chosen setting
@@ -33,10 +35,7 @@ from ftune.recipe.other_method import of_another_method
 from ftune.run.files import write_text
 from ftune.run.sinks.jsonl import read_events
 
-__all__ = ["SPEED_STEPS", "Trials", "headline", "item_texts", "plain", "recipe_text"]
-
-SPEED_STEPS = 4
-"""Steps that are measured for time and memory; the first is left out."""
+__all__ = ["Trials", "headline", "item_texts", "plain", "reason", "recipe_text"]
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,11 @@ class Trials:
 
     def scores(self, label: str, name: str) -> dict[int, float]:
         """The score of each test row, by its number."""
-        who = "base" if label == BASE else "tuned"
-        lines = (self.test(label, name) / "predictions.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        return self.scores_in(self.test(label, name), "base" if label == BASE else "tuned")
+
+    def scores_in(self, out: Path, who: str) -> dict[int, float]:
+        """The score of each row that was answered, by its number; who: ``base`` or ``tuned``."""
+        rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
         return {row["row"]: float(row[who]["scores"][self.metric]) for row in rows}
 
     def result(self, label: str, name: str) -> dict[str, Any]:
@@ -154,16 +155,19 @@ class Trials:
         found: dict[str, Any] | None = _json(self.test(label, name) / "eval.json").get("forgetting")
         return found
 
-    def speed(self, label: str, number: int) -> dict[str, float] | None:
-        """Seconds of a step and bytes of the peak, of a run that was made for them."""
+    def speed(self, label: str, number: int, count: int) -> dict[str, float] | None:
+        """Seconds of a step and bytes of the peak, of a run of ``count`` steps that was made for them.
+
+        The first step is left out of the time.
+        """
         steps = [
             event
             for event in read_events(self.root / "speed" / f"{label}-{number}" / "metrics.jsonl")
             if event.get("event") == "step"
         ]
-        if len(steps) < 2:
+        if len(steps) < min(count, 2):
             return None
-        seconds = [event["seconds"] for event in steps[1:SPEED_STEPS]]
+        seconds = [event["seconds"] for event in steps[1:count] or steps]
         return {"seconds": sum(seconds) / len(seconds), "bytes": max(event["peak_bytes"] for event in steps)}
 
     def _failure(self, label: str, name: str) -> Path:
@@ -204,6 +208,13 @@ def recipe_text(raw: Mapping[str, Any]) -> str:
 def headline(error: FtuneError) -> str:
     """What an error says first, for a line among others."""
     return error.message.strip().splitlines()[0].removeprefix("error: ")
+
+
+def reason(error: FtuneError) -> str:
+    """What an error says first, and how to mend it."""
+    inside = [line.strip() for line in error.message.splitlines() if line.strip().startswith("help:")]
+    help = f"help: {error.help}" if error.help else (*inside, "")[0]
+    return f"{headline(error)} ({help})" if help else headline(error)
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,9 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ftune.errors import FtuneError, Interrupted
-from ftune.run.imports import quiet_libraries
+from ftune.run.imports import import_libraries, quiet_libraries
 from ftune.run.launch import end_with_parent
+from ftune.run.sinks.jsonl import read_events
 
 __all__ = ["main"]
 
@@ -30,8 +33,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with quiet_libraries():
+        import_libraries(peft=True)  # LoRA is in every study
         for line in sys.stdin:
-            result = _done(json.loads(line))
+            job = json.loads(line)
+            result = _in_child(job) if job.get("child") else _done(job)
             answers.write(json.dumps(result) + "\n")
             answers.flush()
             if result.get("interrupted"):
@@ -39,9 +44,10 @@ def main() -> None:
 
 
 def _done(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What became of a job: ``{}``, or why it failed."""
+    """What became of a job: its ``seconds``, those of ``training`` and ``answering`` in them; or why it failed."""
+    began = time.perf_counter()
     try:
-        {"train": _train, "evaluate": _evaluate, "test": _test}[job["kind"]](job)
+        spent = {"train": _train, "evaluate": _evaluate, "test": _test}[job["kind"]](job)
     except Interrupted:
         return {"interrupted": True}
     except FtuneError as error:
@@ -51,30 +57,69 @@ def _done(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {error}"}
     finally:
         _let_go()
-    return {}
+    return {"seconds": time.perf_counter() - began, **spent}
 
 
-def _train(job: Mapping[str, Any]) -> None:
+def _in_child(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job in a child of this process, where the memory of no other job is left and no library is imported again.
+
+    This process must have computed nothing yet: threads and CUDA do not survive a fork.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            end_with_parent()
+            os.close(reading)
+            os.write(writing, json.dumps(_done(job)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    before = signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    try:
+        with os.fdopen(reading) as result:
+            text = result.read()
+        _, status = os.waitpid(child, 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if text:
+        found: dict[str, Any] = json.loads(text)
+        return found
+    return {"failed": f"the process was killed by signal {-os.waitstatus_to_exitcode(status)}"}
+
+
+def _train(job: Mapping[str, Any]) -> dict[str, float]:
     """Train a recipe, from where it is, up to a step or to its end."""
     from ftune.artifacts.training import train
     from ftune.recipe import load_checked
-    from ftune.run.imports import import_libraries
 
-    loaded, _ = load_checked(Path(job["recipe"]))
-    import_libraries(peft=loaded.recipe.method.saved_as == "peft")
+    overrides = [f"output_dir={json.dumps(job['out'])}"] if "out" in job else []
+    loaded, _ = load_checked(Path(job["recipe"]), overrides)
+    run = Path(loaded.recipe.output_dir)
+    before = _spent(run)
     train(loaded, resume=True, until=job["until"], progress=False)
+    return {what: max(0.0, seconds - before[what]) for what, seconds in _spent(run).items()}
 
 
-def _evaluate(job: Mapping[str, Any]) -> None:
+def _spent(run: Path) -> dict[str, float]:
+    """Seconds that a run has computed."""
+    spent = {"training": 0.0, "answering": 0.0}
+    for event in read_events(run / "metrics.jsonl"):
+        if event["event"] in ("step", "eval"):
+            spent["training" if event["event"] == "step" else "answering"] += event["seconds"]
+    return spent
+
+
+def _evaluate(job: Mapping[str, Any]) -> dict[str, float]:
     """Measure a run on its validation rows."""
     from ftune.artifacts.evaluate import evaluate
     from ftune.artifacts.tuned import reading
 
     with reading(Path(job["run"]), unfinished=False) as target:
-        evaluate(target, base=False)
+        return {"answering": evaluate(target, base=False)["seconds"]}
 
 
-def _test(job: Mapping[str, Any]) -> None:
+def _test(job: Mapping[str, Any]) -> dict[str, float]:
     """Measure a run, or the model before training, on the test rows; the result is kept apart from the run."""
     from ftune.artifacts.evaluate import evaluate
     from ftune.artifacts.tuned import Target, reading
@@ -89,8 +134,10 @@ def _test(job: Mapping[str, Any]) -> None:
         data = target.recipe.data.model_copy(
             update={"eval": DataSource.model_validate(job["test"]), "eval_fraction": 0.0}
         )
-        target = replace(target, recipe=target.recipe.model_copy(update={"data": data}))
-        evaluate(target, base=False, forgetting=job["forgetting"], out=Path(job["out"]))
+        answered = target.recipe.evaluation.model_copy(update={"max_examples": job.get("rows")})
+        target = replace(target, recipe=target.recipe.model_copy(update={"data": data, "evaluation": answered}))
+        found = evaluate(target, base=False, forgetting=job["forgetting"], out=Path(job["out"]))
+        return {"answering": found["seconds"]}
 
 
 def _let_go() -> None:

@@ -171,14 +171,14 @@ def machine() -> str:
     """Stands for the processor, what the libraries may use of it, torch and its threads in a file's name."""
     import torch
 
-    parts = [_processor(), torch.__version__, str(torch.get_num_threads()), platform.machine()]
+    parts = [processor(), torch.__version__, str(torch.get_num_threads()), platform.machine()]
     parts.append(torch.backends.cpu.get_cpu_capability())
     parts += [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """The processor's name and instructions: virtual machines give several processors one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def _read(path: Path, *, color: bool) -> str:
 
 
 def read_mapping(path: Path, *, color: bool = False) -> tuple[dict[str, Any], Positions]:
-    """The plain data of a YAML file that is no recipe, read as strictly as one, and where each field is written.
+    """The plain data of a study's file, read as strictly as a recipe, and where each field is written.
 
     Raises:
         RecipeError: It cannot be read, or is no mapping; names every mistake.
@@ -117,13 +117,22 @@ def read_mapping(path: Path, *, color: bool = False) -> tuple[dict[str, Any], Po
     source = Source(str(path), _read(path, color=color))
     positions = Positions(source)
     reader = _Builder(positions)
+    raw: dict[str, Any] = {}
+    wrong: Sequence[Mistake]
     try:
         raw = reader.document(source)
+        wrong = reader.mistakes
     except _Refused as refused:
-        raise fail(refused.mistakes, source, color=color) from None
-    if reader.mistakes:
-        raise fail(reader.mistakes, source, color=color)
+        wrong = refused.mistakes
+    if wrong:
+        raise fail([_of_study(mistake) for mistake in wrong], source, color=color)
     return raw, positions
+
+
+def _of_study(mistake: Mistake) -> Mistake:
+    """A mistake in the text of a recipe, as one of a study."""
+    help = mistake.help and mistake.help.replace("recipe", "study")
+    return replace(mistake, message=mistake.message.replace("recipe", "study"), help=help)
 
 
 def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, color: bool = False) -> Loaded:

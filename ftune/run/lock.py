@@ -22,7 +22,7 @@ from ftune.errors import RunDirError
 from ftune.human import now_text
 from ftune.regular import IrregularError, open_regular, read_regular
 
-__all__ = ["LOCK", "RunLock"]
+__all__ = ["LOCK", "RunLock", "is_orphaned"]
 
 LOCK = ".lock"
 
@@ -76,6 +76,11 @@ class RunLock:
             os.close(self._file)  # the file stays: deleting it would let two hold two files of one name
             self._file = None
 
+    def fileno(self) -> int:
+        """The open file, for children that are to hold the lock too; it is free once all of them have ended."""
+        assert self._file is not None
+        return self._file
+
     def _write(self, content: bytes) -> None:
         """Replace what the file says of its holder."""
         assert self._file is not None
@@ -100,6 +105,20 @@ class RunLock:
                 return False
             print(f"warning: {self._root} cannot be locked ({error}): let no second process write it", file=sys.stderr)
         return True
+
+
+def is_orphaned(root: Path) -> bool:
+    """Whether the process that took a directory's lock has ended on this host; its children may hold it still."""
+    try:
+        holder = json.loads(read_regular(root / LOCK, 10_000))
+        if holder["host"] != platform.node():
+            return False
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return False
 
 
 def _holder(path: Path) -> str:

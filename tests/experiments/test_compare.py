@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tiny
 import yaml
 
 from ftune.artifacts.run_dir import RunDir
+from ftune.errors import RunDirError
 from ftune.experiments.compare import Forecast, compare
 from ftune.experiments.markdown import markdown, summary
 from ftune.experiments.page import page
@@ -49,6 +49,7 @@ def make_study(where: Path, **fields: Any) -> Path:
 def without_costs(path: Path) -> dict[str, Any]:
     """What a study found, without what the clock and the allocator say, and so without which of equals is cheapest."""
     result: dict[str, Any] = json.loads(path.read_text())
+    del result["time"]
     for method in result["methods"]:
         del method["costs"]
     for name in ("take", "sentence"):
@@ -142,10 +143,42 @@ def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                time.sleep(1)
         text = json.dumps(without_costs(where / "study/compare.json"))
         results.append(text.replace(str(where), "HERE"))
     assert results[0] == results[1]
+
+
+def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(tmp_path: Path) -> None:
+    loaded, root = load_study(make_study(tmp_path, methods=["lora"], seeds=1)), tmp_path / "study"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        if line.startswith("lora rate-"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        compare(loaded, tell=stop)
+    (here,) = json.loads((root / "environments.json").read_text())
+    here["versions"]["torch"] = "0.1"
+    (root / "environments.json").write_text(json.dumps([here]))
+    (trial,) = root.glob("runs/lora/*/metrics.jsonl")
+    events = [json.loads(line) for line in trial.read_text().splitlines()]
+    for factor in (1.01, 1 / 1.01):
+        for event in events:
+            event["loss"] = event["loss"] * factor if event["event"] == "step" else event.get("loss")
+        trial.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+        if factor > 1:
+            with pytest.raises(RunDirError, match=r"torch 0\.1 then(.|\n)*LoRA's loss at step 1"):
+                compare(loaded)
+    told: list[str] = []
+    result = compare(loaded, tell=told.append)
+    assert result is not None
+    assert [one["versions"]["torch"] == "0.1" for one in result["protocol"]["environments"]] == [True, False]
+    assert "the anchor agrees" in told
+    assert "lora speed 0" in " ".join(told), "time and memory are of one place"
+    assert not (root / "anchor").exists()
 
 
 def test_a_method_that_fails_is_told_and_the_rest_go_on(tmp_path: Path) -> None:

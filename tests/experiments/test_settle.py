@@ -10,9 +10,10 @@ import pytest
 import tiny
 import yaml
 
-from ftune.errors import FtuneError, RunDirError
+from ftune.errors import FtuneError, RecipeError, RunDirError
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import LoadedStudy, study_of
+from ftune.experiments.trials import reason
 from ftune.recipe import Loaded, load_recipe
 
 
@@ -54,6 +55,13 @@ def test_a_method_that_cannot_work_is_left_out_of_all_and_refused_by_name(base: 
     assert "lora" in settled.priors
     with pytest.raises(FtuneError, match="method `ia3` cannot take part"):
         settle(study(base, "ia3", **options), base)
+
+
+def test_why_a_method_is_left_out_is_told_with_what_to_do() -> None:
+    assert reason(FtuneError("no room\nfor it", help="make some")) == "no room (help: make some)"
+    report = "error: unknown field\n  --> recipe\n  help: fields: a, b"
+    assert reason(RecipeError([report])) == "unknown field (help: fields: a, b)"
+    assert reason(FtuneError("no room")) == "no room"
 
 
 def test_methods_and_seeds_may_be_added(base: Loaded) -> None:

@@ -49,6 +49,8 @@ def test_lora_is_compared_where_it_is_not_named_and_blocks_get_labels(tmp_path: 
         ("recipe: r.yaml\nmethods: [{name: dora, label: ../up}]\n", "no name of a directory", 2),
         ("recipe: r.yaml\nmethods: [{name: dora, label: lora}]\n", "is LoRA's", None),
         ("methods: [lora]\n", "has no `recipe`", None),
+        ("recipe: r.yaml\n---\nseeds: 2\n", "a study is one document", 2),
+        ("- recipe: r.yaml\n", "a study is a mapping of fields", 1),
     ],
 )
 def test_a_mistake_is_told_at_its_line(text: str, said: str, line: int | None, tmp_path: Path) -> None:
@@ -97,6 +99,7 @@ def test_what_is_no_budget(text: str) -> None:
 def test_a_recipe_is_no_study(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: m\nmethod: lora\n# recipe: x\n")
     (tmp_path / "s.yaml").write_text("recipe: r.yaml\n")
+    (tmp_path / "t.yaml").write_text("methods: [lora]\n")
     assert not is_study(tmp_path / "r.yaml")
     assert is_study(tmp_path / "s.yaml")
     assert not is_study(tmp_path)

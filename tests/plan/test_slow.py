@@ -105,7 +105,7 @@ def test_of_a_run_it_is_said_without_advice_that_cannot_be_followed(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx512_bf16" not in precision._processor(), reason="no bfloat16 to do without")
+@pytest.mark.skipif("avx512_bf16" not in precision.processor(), reason="no bfloat16 to do without")
 def test_without_its_instructions_bfloat16_is_measured_slow_and_not_chosen(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, model={"dtype": "bfloat16"})
     (tmp_path / "recipe.yaml").write_text(loaded.text)
