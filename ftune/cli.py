@@ -259,8 +259,15 @@ def init(
     from ftune.run.files import write_text
     from ftune.run.outputs import is_standard_output, is_stream, require_output, write_output
 
+    columns = _columns_for(data)
     text = annotated_recipe(
-        method, model=model, data=data, output_dir=f"runs/{method}", schema=SCHEMA_FILE, eval_fraction=0.1
+        method,
+        model=model,
+        data=data,
+        output_dir=f"runs/{method}",
+        schema=SCHEMA_FILE,
+        eval_fraction=0.1,
+        columns=columns,
     )
     if out is not None and is_standard_output(out):
         print(text, end="")
@@ -282,7 +289,22 @@ def init(
             f"cannot write the recipe: {error}", help="--out names a file in a directory that exists"
         ) from error
     if not streamed:
-        print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path}")
+        if columns:
+            said = ", ".join(f"`{name}` is the {field}" for field, name in columns.items())
+            print(f"of {data}: {said}; change data.train.columns in the recipe if that is wrong")
+        print(f"wrote {path}\nnext: ftune validate {path}, then ftune train {path} or ftune compare {path}")
+
+
+def _columns_for(data: str) -> dict[str, str]:
+    """What a recipe has to say of the columns of a file; nothing where it cannot be read, which `validate` tells."""
+    if not Path(data).expanduser().is_file():
+        return {}
+    from ftune.data.read import columns_for
+    from ftune.recipe.schema import DataSource
+
+    with contextlib.suppress(FtuneError):
+        return columns_for(DataSource(path=data))
+    return {}
 
 
 @app.command()

@@ -9,12 +9,12 @@ from typing import Literal
 
 from ftune.data.columns import renamed
 from ftune.data.formats import Format, columns_of, fits, incomplete, resolve_format
-from ftune.data.leftover import empty_note, is_about_the_row, note, refusal, unused_columns
+from ftune.data.leftover import empty_note, is_about_the_row, note, proposal, refusal, unused_columns
 from ftune.data.sources import Rows, load_rows
-from ftune.errors import LocatedDataError
-from ftune.recipe.schema import DataSource
+from ftune.errors import DataError, LocatedDataError
+from ftune.recipe.schema import ColumnMap, DataSource
 
-__all__ = ["read_source"]
+__all__ = ["columns_for", "read_source"]
 
 
 def read_source(
@@ -60,3 +60,24 @@ def read_source(
             raise refusal(content, read, format, used, key, source.path)
     in_text = [name for name in used if any(f"{{{name}" in text for text in rows.named.values())]
     return replace(rows, notes=(*rows.notes, *note(unused, read, key), *empty_note(read, in_text, key))), format
+
+
+def columns_for(source: DataSource) -> dict[str, str]:
+    """What a new recipe has to say of the columns of a file; nothing where they say it themselves.
+
+    A question and its answer make a conversation, in the chat template if there is one.
+
+    Raises:
+        DataError: It cannot be read, or no columns make examples of it.
+    """
+    try:
+        read_source(source)
+        return {}
+    except DataError:
+        rows = load_rows(source, "train")
+    found = proposal(rows)
+    _, first = next(iter(rows))
+    if found.keys() == {"prompt", "completion"} and isinstance(first.get(found["completion"]), str):
+        found = {"instruction": found["prompt"], "output": found["completion"]}
+    read_source(source.model_copy(update={"columns": ColumnMap(**found)}))
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -38,6 +38,7 @@ def annotated_recipe(
     output_dir: str,
     schema: str = "recipe.schema.json",
     eval_fraction: float = 0.0,
+    columns: Mapping[str, str] | None = None,
 ) -> str:
     """A recipe with every field of every block, what is optional commented out with its default.
 
@@ -48,6 +49,7 @@ def annotated_recipe(
         output_dir: Where the run goes.
         schema: Path of the JSON Schema, for the editor's first line.
         eval_fraction: The value of ``data.eval_fraction``; 0 leaves it commented out.
+        columns: The value of ``data.train.columns``.
 
     Returns YAML that parses to the same recipe as these values alone.
 
@@ -66,6 +68,7 @@ def annotated_recipe(
         ("data", "train", "path"): data,
         ("output_dir",): output_dir,
     }
+    given |= {("data", "train", "columns", field): name for field, name in (columns or {}).items()}
     if eval_fraction:
         given[("data", "eval_fraction")] = eval_fraction
     method = METHODS[method_name]

@@ -237,6 +237,17 @@ def test_init_writes_a_recipe_that_validates(
     assert "--force" in err
 
 
+def test_init_says_what_the_columns_are(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    tiny.recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faq.csv").write_text('question,answer\n"What, now?","Wait."\nWho?,Me.\n')
+    code, out, _ = run(capsys, "init", "lora", "--model", "base", "--data", "faq.csv")
+    assert code == 0
+    assert "`question` is the instruction, `answer` is the output" in out
+    code, _, err = run(capsys, "validate", "lora.yaml")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("arguments", [["foo"], ["lora", "--out", "no/such/x.yaml"], ["lora", "--out", ".", "--force"]])
 def test_init_mistakes_are_two(arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
