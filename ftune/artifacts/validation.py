@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftune.data.check import mistakes_in, read_all
 from ftune.data.notes import notes_of_splits
 from ftune.data.show import show_examples, show_row
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.tokenize import Split, Splits, load_splits
 from ftune.errors import DataError, FtuneError, LocatedDataError
 from ftune.plan.base_model import load_tokenizer
 from ftune.plan.tokens import markers_without_token
 from ftune.recipe.schema import Recipe
 
-__all__ = ["Validated", "validated"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Validated", "checked_splits", "validated"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,7 @@ def validated(recipe: Recipe, *, rows: Sequence[int] = (), examples: int = 0, co
             raise _together(errors) from error
         help = f"{error.help}; " if error.help else ""
         raise type(error)(error.message, help=f"{help}--no-data checks the recipe alone") from error
-    try:
-        splits = load_splits(recipe.data, tokenizer, recipe.training.seed)
-    except DataError as error:
-        read, errors = read_all(recipe.data)
-        raise _together([*errors, *mistakes_in(read, recipe.data, tokenizer)] or [error]) from error
+    splits = checked_splits(recipe, tokenizer)
     shown = [show_row(splits, tokenizer, number, color=color) for number in rows]
     if examples:
         shown.append(show_examples(splits.train, tokenizer, examples, color=color))
@@ -78,6 +77,19 @@ def validated(recipe: Recipe, *, rows: Sequence[int] = (), examples: int = 0, co
             "notes": notes,
         },
     )
+
+
+def checked_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The recipe's rows, tokenized.
+
+    Raises:
+        DataError: Anything in the data that cannot be trained on: all that is found, each at its place in the files.
+    """
+    try:
+        return load_splits(recipe.data, tokenizer, recipe.training.seed)
+    except DataError as error:
+        read, errors = read_all(recipe.data)
+        raise _together([*errors, *mistakes_in(read, recipe.data, tokenizer)] or [error]) from error
 
 
 def _counted(key: str, split: Split) -> str:

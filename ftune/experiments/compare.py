@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ftune.artifacts.validation import checked_splits
 from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
@@ -32,6 +33,7 @@ from ftune.experiments.tuning import (
     steps_of_tuning,
 )
 from ftune.human import time_text
+from ftune.plan.base_model import load_tokenizer
 from ftune.recipe import Loaded, load_recipe
 from ftune.run.lock import RunLock, is_orphaned
 
@@ -101,6 +103,8 @@ def compare(
         settled = load_settled(loaded, base)
         begun = settled is not None
         if settled is None:
+            # Told of the user's files, not of those that the study draws from them.
+            checked_splits(base.recipe, load_tokenizer(base.recipe.model, base.recipe.data.chat_template))
             settled = settle(loaded, base)
         made = _Made(loaded, base, settled, begun, clock)
         pool = Pool(devices, loaded.root / "workers.log", lock=lock.fileno(), fork=_may_fork())

@@ -48,13 +48,14 @@ class Drawn:
     drawn: tuple[str, ...]
 
 
-def draw(data: DataSpec, test: str | None, out: Path) -> Drawn:
+def draw(data: DataSpec, test: str | None, out: Path, *, begun: bool = False) -> Drawn:
     """Divide the rows of a recipe, and write what is drawn below ``out``; or find it as it was written.
 
     Args:
         data: The recipe's.
         test: A source of test rows; None: draw them.
         out: The study's directory for data.
+        begun: Whether the study has begun; before, other rows are drawn anew.
 
     Raises:
         DataError: There are too few rows, or they cannot be read.
@@ -83,14 +84,14 @@ def draw(data: DataSpec, test: str | None, out: Path) -> Drawn:
     manifest = out / "split.json"
     files = {name: out / f"{name}.jsonl" for name in ("train", *wanted)} if wanted else {}
     counts: dict[str, int | None]
-    if manifest.is_file():
-        kept = json.loads(manifest.read_text())
-        if kept["fingerprint"] != fingerprint or set(kept["files"]) != {path.name for path in files.values()}:
-            raise RunDirError(
-                f"the data is not what the study in {out.parent} began with",
-                help="restore the files, or begin another study with another output_dir",
-            )
+    kept = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    if kept.get("fingerprint") == fingerprint and set(kept["files"]) == {path.name for path in files.values()}:
         counts = kept["counts"]
+    elif begun:
+        raise RunDirError(
+            f"the data is not what the study in {out.parent} began with",
+            help="restore the files, or begin another study with another output_dir",
+        )
     else:
         parts = _divided([row for _, row in rows], wanted)
         counts = {"train": len(rows), "validation": None, "test": None if test is None else len(tests)} | {

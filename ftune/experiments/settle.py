@@ -118,7 +118,8 @@ def settle(loaded: LoadedStudy, base: Loaded, *, steps: int | None = None) -> Se
         FtuneError: The recipe, the data or a method that the study names cannot work.
     """
     study = loaded.study
-    drawn = draw(base.recipe.data, study.test, loaded.root / "data")
+    begun = (loaded.root / "study.json").is_file()
+    drawn = draw(base.recipe.data, study.test, loaded.root / "data", begun=begun)
     rows = {f"data.{name}": value for name, value in drawn.data.items()}
     # What every run has: events to read losses from, one checkpoint to go on from, no rows but the study's.
     common: dict[str, Any] = {**rows, "tracking": ["jsonl"], "checkpoint": {"keep": 1}}

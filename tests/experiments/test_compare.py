@@ -16,7 +16,7 @@ import tiny
 import yaml
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.errors import RunDirError
+from ftune.errors import DataError, RunDirError
 from ftune.experiments.compare import Forecast, compare
 from ftune.experiments.markdown import markdown, summary
 from ftune.experiments.page import page
@@ -201,6 +201,14 @@ def test_a_method_that_fails_is_told_and_the_rest_go_on(tmp_path: Path) -> None:
     assert broken["score"] is None
     assert "`broken` failed" in markdown(result, "")
     assert next(method for method in result["methods"] if method["label"] == "lora")["score"] is not None
+
+
+def test_a_row_that_does_not_fit_is_named_in_the_users_file(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.write('{"messages": []}\n')
+    with pytest.raises(DataError, match=r"[^/]*/all\.jsonl:41"):
+        compare(load_study(study))
 
 
 def test_a_job_that_breaks_is_a_failure_and_not_the_end(tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ def rows_of(block: dict[str, Any]) -> list[str]:
     return Path(block["path"]).read_text().splitlines()
 
 
-def drawn(tmp_path: Path, test: str | None = None, **data: Any) -> Drawn:
-    return draw(
-        DataSpec.model_validate({"train": {"path": str(tmp_path / "rows.jsonl")}, **data}), test, tmp_path / "out"
-    )
+def drawn(tmp_path: Path, test: str | None = None, *, begun: bool = False, **data: Any) -> Drawn:
+    spec = DataSpec.model_validate({"train": {"path": str(tmp_path / "rows.jsonl")}, **data})
+    return draw(spec, test, tmp_path / "out", begun=begun)
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
@@ -100,4 +99,12 @@ def test_rows_that_changed_are_refused(changed: str, tmp_path: Path) -> None:
     drawn(tmp_path, **held)
     write(tmp_path / changed, pairs(41))
     with pytest.raises(RunDirError, match="not what the study"):
-        drawn(tmp_path, **held)
+        drawn(tmp_path, **held, begun=True)
+
+
+def test_rows_may_change_before_the_study_begins(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    drawn(tmp_path)
+    write(tmp_path / "rows.jsonl", pairs(50))
+    assert drawn(tmp_path).counts == {"train": 35, "validation": 5, "test": 10}
+    assert drawn(tmp_path, begun=True).counts == {"train": 35, "validation": 5, "test": 10}
