@@ -67,7 +67,12 @@ RunOrRecipe = Annotated[
 ]
 Checkpoint = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="step-N", help="Take this checkpoint of the run, also while it goes on."),
+    typer.Option(
+        "--checkpoint", "--step", metavar="N", help="Take the checkpoint of this step, also while the run goes on."
+    ),
+]
+Scale = Annotated[
+    float, typer.Option("--scale", metavar="S", help="Take this share of what training changed: W0 + S (W - W0).")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -693,6 +698,7 @@ def evaluate(
         bool, typer.Option("--forgetting", help="Compare with the base on neutral text and questions, too.")
     ] = False,
     checkpoint: Checkpoint = None,
+    scale: Scale = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out loss, perplexity and task metrics.
@@ -705,9 +711,10 @@ def evaluate(
     with _libraries():
         _import_for(target)
         from ftune.artifacts.evaluate import evaluate as measure
-        from ftune.artifacts.tuned import reading
+        from ftune.artifacts.tuned import reading, scaled
 
         with reading(target, checkpoint, unfinished=True) as found:
+            found = scaled(found, scale)
             if forgetting and found.run is None:
                 raise FtuneError("--forgetting compares a run with its base, and there is no run yet")
             result = measure(found, base=base, forgetting=forgetting)
@@ -761,12 +768,18 @@ def merge(
             "--by-shard/--in-memory", help="One tensor at a time, or all at once; default: what memory allows."
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", "--step", metavar="N", help="Merge the checkpoint of this step, not the end."),
+    ] = None,
+    scale: Scale = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Fold what was trained into the base weights.
 
     The plain model is written, read back from the disk, and compared with the tuned one on real text. A model
-    larger than memory is merged one tensor at a time, and compared layer by layer.
+    larger than memory is merged one tensor at a time, and compared layer by layer. A checkpoint (--step), or a part
+    of the change (--scale), often forgets less than the end.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
@@ -778,7 +791,7 @@ def merge(
         from ftune.artifacts.run_dir import RunDir
 
         with RunDir(run).reading():
-            report = merge_run(RunDir(run), out, dtype, by_shard)
+            report = merge_run(RunDir(run), out, dtype, by_shard, checkpoint=checkpoint, scale=scale)
     _print_json(report) if as_json else print(merge_summary(report))
 
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftune.artifacts.divergence import in_fp32
-from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.stops import saved_stops, write_generation_config
-from ftune.artifacts.stored import put_on
 from ftune.artifacts.tensor_files import check_shards, plan_shards, write_shards
+from ftune.artifacts.tuned import Target, put_target
 from ftune.errors import FtuneError, ModelError, RunFailed
 from ftune.human import bytes_text
 from ftune.methods import Context
 from ftune.methods._layer_by_layer import as_quantized, is_adapted, outputs
+from ftune.methods._scaled import interpolated
 from ftune.methods._shared import list_linears
 from ftune.plan.base_model import choose_device, load_tokenizer
 from ftune.plan.precision import choose_dtype
@@ -104,15 +104,12 @@ class _Verified:
             )
 
 
-def merge_by_shard(
-    run: RunDir, recipe: Recipe, target: Path, dtype: str | None, *, shard_bytes: int = SHARD_BYTES
-) -> dict[str, Any]:
-    """Merge a finished run without ever holding its model.
+def merge_by_shard(target: Target, where: Path, dtype: str | None, *, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+    """Merge a run without ever holding its model.
 
     Args:
-        run: A finished run of a method that merges.
-        recipe: Its recipe, as resolved.
-        target: Where to write, known to be writable.
+        target: A run of a method that merges.
+        where: Where to write, known to be writable.
         dtype: ``float32`` or ``bfloat16``; None: what the run computed in.
         shard_bytes: Largest file written, unless one tensor is larger.
 
@@ -121,28 +118,37 @@ def merge_by_shard(
 
     Raises:
         ModelError: The base's files do not hold the model's parameters one by one.
-        FtuneError: The disk has no room.
+        FtuneError: The disk has no room, or the checkpoint cannot be put onto a model without weights.
         RunFailed: A merged layer does not compute as the trained one, or does not read back from the disk.
     """
+    recipe, run = target.recipe, target.run
+    assert run is not None
     method, device = recipe.method, choose_device()
+    if target.checkpoint is not None and (method.artifact == "model" or method.takes_from_base):
+        raise FtuneError(
+            f"this checkpoint of `{method.name}` cannot be merged shard by shard: it is no adapter to its base",
+            help=IN_MEMORY,
+        )
     computed = choose_dtype(recipe.model.dtype, device)
     saved: torch.dtype = getattr(torch, dtype) if dtype else computed
-    context = replace(context_of(recipe, device, computed), device=torch.device("cpu"))
-    artifact = run.artifact(recipe)
+    steps = run.read()["plan"]["training"]["steps"]
+    context = replace(context_of(recipe, device, computed), device=torch.device("cpu"), total_steps=steps)
     model: Any = hollow_base(recipe.model, method)
     adapter = method.artifact == "adapter"
-    if adapter:
+    if not adapter:
+        artifact = run.artifact(recipe)
+        trained = find_weights(sorted(artifact.glob("*.safetensors")), model, str(artifact))
+    if adapter or target.scale < 1:
         files = base_files(recipe.model, method.base_dtype(computed))
-        stored = find_weights(files, model, f"the checkpoint of `{recipe.model.id}`")
-    else:
-        stored = find_weights(sorted(artifact.glob("*.safetensors")), model, str(artifact))
-    merger = _Merger(recipe, stored, model, artifact if adapter else None, context, device, saved)
+        base = find_weights(files, model, f"the checkpoint of `{recipe.model.id}`")
+    stored = base if adapter else trained
+    merger = _Merger(target, stored, base if target.scale < 1 else None, model, context, device, saved)
     merger.require_weights()
-    _require_room(target, stored.parameters * saved.itemsize)
+    _require_room(where, stored.parameters * saved.itemsize)
     _require_tied(stored)
 
     shards = plan_shards(stored.shapes, saved.itemsize, shard_bytes)
-    with new_directory(target) as aside:
+    with new_directory(where) as aside:
         digests = write_shards(aside, shards, saved, merger.tensor)
         verified = merger.verified
         verified.judge(saved, adapter)
@@ -152,7 +158,9 @@ def merge_by_shard(
         tokenizer.save_pretrained(str(aside))
         write_generation_config(aside, model, tokenizer, saved_stops(run, recipe, tokenizer))
         report = {
-            "out": str(target),
+            "out": str(where),
+            "checkpoint": target.checkpoint.name if target.checkpoint else None,
+            "scale": target.scale,
             "dtype": str(saved).removeprefix("torch."),
             "by_shard": True,
             "shards": len(shards),
@@ -178,24 +186,21 @@ class _Merger:
 
     def __init__(
         self,
-        recipe: Recipe,
+        target: Target,
         stored: StoredWeights,
+        base: StoredWeights | None,
         model: nn.Module,
-        adapter: Path | None,
         context: Context,
         device: torch.device,
         saved: torch.dtype,
     ) -> None:
         self.verified = _Verified()
-        self._method, self._stored, self._saved = recipe.method, stored, saved
-        self._base_dtype, self._computed, self._device = recipe.method.base_dtype(context.dtype), context.dtype, device
-        quantized = list_linears(model) if recipe.method.base_quantization else ()
+        self._method, self._stored, self._base, self._saved = target.recipe.method, stored, base, saved
+        self._base_dtype, self._computed, self._device = self._method.base_dtype(context.dtype), context.dtype, device
+        quantized = list_linears(model) if self._method.base_quantization else ()
         self._quantized = {f"{linear.name}.weight" for linear in quantized if linear.quantizable}
-        self._tuned = (
-            in_fp32(put_on(recipe.method, model, adapter, context, RunDir(adapter.parent).base_names()))
-            if adapter
-            else model
-        )
+        self._scale = target.scale
+        self._tuned = in_fp32(put_target(model, target, context)) if self._method.artifact == "adapter" else model
         self._random = torch.Generator().manual_seed(0)
         self._rest: dict[str, Tensor] = {}
 
@@ -205,8 +210,11 @@ class _Merger:
         Raises:
             ModelError: transformers makes it of other tensors.
         """
-        for name in self._stored.absent if self._method.artifact == "adapter" else ():
-            if self._changes(name.rpartition(".")[0]):
+        adapter = self._method.artifact == "adapter"
+        known = self._base.shapes if self._base is not None else self._stored.shapes
+        unknown = self._stored.absent if adapter else [name for name in self._stored.shapes if name not in known]
+        for name in unknown:
+            if not adapter or self._changes(name.rpartition(".")[0]):
                 raise ModelError(
                     f"the base's files do not hold `{name}` as one tensor: transformers makes it of others as it "
                     "loads them",
@@ -220,10 +228,15 @@ class _Merger:
         module, _, leaf = name.rpartition(".")
         if name in self._stored.converted or not (self._method.artifact == "adapter" and self._changes(module)):
             # As it was trained against: in the dtype of the base.
-            return self._stored.read(name).to(self._base_dtype).to(self._saved)
+            tensor = self._stored.read(name).to(self._base_dtype)
+            if self._base is not None and self._method.artifact == "model":
+                tensor = interpolated(self._base.read(name).to(self._base_dtype), tensor, self._scale)
+            return tensor.to(self._saved)
         leaves = [key for key in self._stored.shapes if key.rpartition(".")[0] == module]
         weights = {key.rpartition(".")[2]: self._as_trained(key) for key in leaves}
         merged = self._method.merge_layer(self._tuned, module, weights)
+        if self._scale < 1:
+            merged = {key: interpolated(weights[key], tensor, self._scale) for key, tensor in merged.items()}
         rounded = {key: tensor.to(self._saved) for key, tensor in merged.items()}
         if is_adapted(self._tuned, module):
             self._compare(module, weights, merged, rounded)
@@ -256,7 +269,7 @@ class _Merger:
         )
         written = {key: tensor.float() for key, tensor in rounded.items()}
         tuned, base, (exact, found) = outputs(self._tuned, module, weights, [merged, written], inputs_BN)
-        self.verified.add(tuned, base, exact, found)
+        self.verified.add(base.lerp(tuned, self._scale) if self._scale < 1 else tuned, base, exact, found)
 
 
 def _require_room(target: Path, needed: int) -> None:

@@ -23,7 +23,7 @@ from ftune.artifacts.divergence import (
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
-from ftune.artifacts.tuned import load_plain
+from ftune.artifacts.tuned import Target, load_plain
 from ftune.errors import FtuneError, RunFailed
 from ftune.methods._shared import load_peft, save_as_lora
 from ftune.plan.resolve import resolve
@@ -62,7 +62,7 @@ def to_lora(run: RunDir, out: Path | None = None, rank: int | None = None) -> di
     plan = resolve(recipe)
     texts = sample_texts(plan)
 
-    model, reference, effect = tuned_reference(plan, run, texts)
+    model, reference, effect = tuned_reference(plan, Target(plan.recipe, run), texts)
     factors = method.to_lora(model, rank)
     del model
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ftune.artifacts.run_dir import RunDir
-from ftune.artifacts.tuned import load_plain, load_tuned
+from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.errors import RunFailed
 from ftune.methods._shared import is_4bit
 from ftune.plan.resolve import Plan
@@ -103,11 +102,11 @@ def sample_texts(plan: Plan) -> list[list[int]]:
     return texts
 
 
-def tuned_reference(plan: Plan, run: RunDir, texts: list[list[int]]) -> tuple[nn.Module, list[Tensor], Divergence]:
-    """The tuned model of a run in fp32, its logits, and how far its base is from it."""
+def tuned_reference(plan: Plan, target: Target, texts: list[list[int]]) -> tuple[nn.Module, list[Tensor], Divergence]:
+    """The tuned model in fp32, its logits, and how far its base is from it."""
     model = in_fp32(load_plain(plan))
     base_logits = logits_of(model, texts)
-    model = in_fp32(load_tuned(model, plan, run))
+    model = in_fp32(load_target(model, target, plan.context))
     reference = logits_of(model, texts)
     return model, reference, divergence(reference, base_logits)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftune.artifacts.forgetting import Probe, forgotten, probe
 from ftune.artifacts.measure import Measured, answerable, measure
@@ -31,7 +31,9 @@ __all__ = ["evaluate"]
 SAMPLES = 5  # generated answers kept for people to read
 
 
-def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    target: Target, *, base: bool, forgetting: bool | Literal["text"] = False, out: Path | None = None
+) -> dict[str, Any]:
     """Measure a run on its held-out split; the base model too when asked, or alone when there is no run.
 
     The base is the tuned model with its adapter switched off. Where a method cannot be switched off (full
@@ -40,7 +42,8 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
     Args:
         target: A run, or a recipe without one.
         base: Measure the base model beside the tuned one.
-        forgetting: Measure too what of its base's knowledge a run has lost (``ftune.artifacts.forgetting``).
+        forgetting: Measure too what of its base's knowledge a run has lost (``ftune.artifacts.forgetting``); ``text``:
+            without the questions, which take longest.
         out: Where to keep the result; None: in the run, if there is one.
 
     Returns:
@@ -71,6 +74,7 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
         "method": recipe.method.name,
         "model": recipe.model.id,
         "checkpoint": target.checkpoint.name if target.checkpoint else None,
+        "scale": target.scale,
         "examples": len(plan.splits.eval.examples) if plan.splits.eval else 0,
         "rows": len(plan.splits.eval.rows) if plan.splits.eval else 0,
         "generated": len(items),
@@ -93,7 +97,7 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
 
     def remember(who: str, model: nn.Module) -> None:
         if forgetting:
-            probes[who] = probe(model, plan.tokenizer, plan.context.dtype)
+            probes[who] = probe(model, plan.tokenizer, plan.context.dtype, questions=forgetting != "text")
 
     probes: dict[str, Probe] = {}
     model = load_plain(plan)
@@ -124,7 +128,7 @@ def evaluate(target: Target, *, base: bool, forgetting: bool = False, out: Path 
     if probes:
         result["forgetting"] = forgotten(probes["base"], probes["tuned"])
     if out is None and run is not None:
-        out = run.evaluation(target.checkpoint)
+        out = run.evaluation(target.checkpoint, target.scale)
     if out is not None:
         result["predictions"] = _keep(out, result, plan, items, found)
     return result

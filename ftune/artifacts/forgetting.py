@@ -44,7 +44,7 @@ class Probe:
         losses: (texts,) mean cross-entropy of a text's tokens, in nats.
         tokens: (texts,) how many that are.
         log_probs: (positions, vocabulary) log-probabilities at some positions, fp32.
-        right: (questions,) whether the right continuation is the likeliest.
+        right: (questions,) whether the right continuation is the likeliest; none where they were not asked.
     """
 
     losses: np.ndarray[Any, np.dtype[np.float64]]
@@ -54,13 +54,14 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Probe:
+def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, questions: bool = True) -> Probe:
     """Read the texts and answer the questions.
 
     Args:
         model: A causal model, in evaluation mode; base and tuned model must have one vocabulary.
         tokenizer: Its tokenizer.
         dtype: What it computes in.
+        questions: Whether to ask them: they take longest.
     """
     neutral = _neutral()
     texts = [_ids(tokenizer, text) for text in neutral["texts"]]
@@ -75,9 +76,10 @@ def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dty
             stride = max(1, math.ceil(positions * log_probs_TV.shape[1] * 4 / KL_BYTES))
         kept.append(log_probs_TV[start::stride].cpu())
         start = (start - len(ids) + 1) % stride
-    right = [_is_right(model, tokenizer, question, dtype) for question in neutral["choices"]]
+    asked = neutral["choices"] if questions else []
+    right = [_is_right(model, tokenizer, question, dtype) for question in asked]
     tokens = np.array([len(ids) - 1 for ids in texts])
-    return Probe(np.array(losses), tokens, torch.cat(kept), np.array(right))
+    return Probe(np.array(losses), tokens, torch.cat(kept), np.array(right, dtype=bool))
 
 
 def forgotten(base: Probe, tuned: Probe) -> dict[str, Any]:
@@ -86,19 +88,22 @@ def forgotten(base: Probe, tuned: Probe) -> dict[str, Any]:
     Returns:
         ``base`` and ``tuned``, each with ``loss`` (nats a token of neutral text) and ``choices`` (share of questions
         answered right); ``loss`` and ``choices``: tuned less base, as ``[d, lo, hi]`` at 95 %, paired; ``kl``: mean
-        KL(base || tuned) in nats a token; ``texts``, ``tokens`` and ``questions`` that were read.
+        KL(base || tuned) in nats a token; ``texts``, ``tokens`` and ``questions`` that were read. Without questions
+        there is nothing of ``choices``.
     """
-    found: dict[str, Any] = {
-        who: {"loss": float(np.average(one.losses, weights=one.tokens)), "choices": float(one.right.mean())}
-        for who, one in (("base", base), ("tuned", tuned))
-    }
+    found: dict[str, Any] = {}
+    for who, one in (("base", base), ("tuned", tuned)):
+        found[who] = {"loss": float(np.average(one.losses, weights=one.tokens))}
+        if len(one.right):
+            found[who]["choices"] = float(one.right.mean())
     kl = F.kl_div(tuned.log_probs, base.log_probs, log_target=True, reduction="none").sum(-1)
     changed = tuned.right.astype(float) - base.right
-    return found | {
-        "loss": _interval((tuned.losses - base.losses) * base.tokens / base.tokens.mean()),
+    if len(changed):
         # Two more questions, one won and one lost: few change, and then a normal interval is too short (Bonett and
         # Price 2012, J. Educ. Behav. Stat. 37:479).
-        "choices": [float(changed.mean()), *_interval(np.append(changed, [1.0, -1.0]))[1:]],
+        found["choices"] = [float(changed.mean()), *_interval(np.append(changed, [1.0, -1.0]))[1:]]
+    return found | {
+        "loss": _interval((tuned.losses - base.losses) * base.tokens / base.tokens.mean()),
         "kl": max(0.0, float(kl.mean())),
         "texts": len(base.losses),
         "tokens": int(base.tokens.sum()),

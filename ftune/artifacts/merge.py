@@ -6,7 +6,7 @@ loaded again from the disk and must give the reference's logits on real text; el
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,8 +24,10 @@ from ftune.artifacts.divergence import (
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
+from ftune.artifacts.tuned import at_checkpoint, scaled
 from ftune.available import available_bytes
 from ftune.errors import DataError, FtuneError, RunFailed
+from ftune.methods._scaled import base_weights, interpolated
 from ftune.methods._whole import without_generation_config
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
@@ -44,27 +46,37 @@ MAX_KL_ROUNDED = 0.02
 
 BYTES_A_PARAMETER = 6
 """What a merge in memory takes at its peak for each parameter: the model in fp32, and half of it on the way."""
+BYTES_SCALED = 4
+"""What it takes besides where the change is scaled: the weights before training."""
 RUNTIME_BYTES = 2**30
 """What the libraries take, and the logits that are compared."""
 
 
 def merge(
-    run: RunDir, out: Path | None = None, dtype: str | None = None, by_shard: bool | None = None
+    run: RunDir,
+    out: Path | None = None,
+    dtype: str | None = None,
+    by_shard: bool | None = None,
+    *,
+    checkpoint: str | None = None,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Merge a finished run into a plain transformers model.
+    """Merge a run into a plain transformers model.
 
     Args:
-        run: A finished run.
+        run: A finished run, or one with the checkpoint.
         out: Where to write; default ``RUN/merged``. An older merge there is replaced.
         dtype: ``float32`` or ``bfloat16``; default: what the run computed in.
         by_shard: Never hold the whole model; None: only where it would not fit comfortably, or the
             run's data are not there any more.
+        checkpoint: One of the run's checkpoints in place of its end: ``step-40`` or ``40``.
+        scale: How much of the change is merged, above 0 and at most 1: each weight is W0 + scale (W - W0), in fp32.
 
     Returns:
         The report: where, in which dtype, and the divergence from the adapter model and from the base.
 
     Raises:
-        FtuneError: The method cannot be merged, or ``out`` holds something else.
+        FtuneError: The method cannot be merged, there is no such checkpoint, or ``out`` holds something else.
         RunFailed: The merged model is not the one that was trained; nothing is left at ``out``.
     """
     recipe = run.recipe()
@@ -75,30 +87,37 @@ def merge(
             help=method.not_mergeable_because,
         )
     usual = run.root / "merged"
-    target = out or usual
-    run.artifact(recipe)
+    where = out or usual
+    target = scaled(at_checkpoint(run, recipe, checkpoint), scale)
+    if checkpoint is None:
+        run.artifact(recipe)
     require_same_base(run, recipe)
-    require_elsewhere(target, run, recipe, "--out", usual)
-    require_writable(target, "merge.json", "merged model")
-    if by_shard if by_shard is not None else not _fits(recipe):
-        return merge_by_shard(run, recipe, target, dtype)
+    require_elsewhere(where, run, recipe, "--out", usual)
+    require_writable(where, "merge.json", "merged model")
+    if by_shard if by_shard is not None else not _fits(recipe, scale):
+        return merge_by_shard(target, where, dtype)
     try:
         plan = resolve(recipe)
     except DataError:
         if by_shard is not None:
             raise
         # A run that was handed on without its data: that way compares layers, not logits on them.
-        return merge_by_shard(run, recipe, target, dtype)
+        return merge_by_shard(target, where, dtype)
     texts = sample_texts(plan)
     saved_dtype: torch.dtype = getattr(torch, dtype or str(plan.context.dtype).removeprefix("torch."))
 
-    model, reference, effect = tuned_reference(plan, run, texts)
+    model, reference, effect = tuned_reference(plan, replace(target, recipe=plan.recipe), texts)
+    before = base_weights(model) if scale < 1 and method.artifact == "adapter" else {}
     merged = cast(Any, method.merge(model, plan.context))
     merged.eval()
+    for name, weight in before.items():
+        parameter = merged.get_parameter(name)
+        parameter.data.copy_(interpolated(weight.to(parameter.device), parameter, scale))
+    del before
     in_memory = divergence(reference, logits_of(merged, texts))
     require_exact(in_memory, "the merged weights")
 
-    with new_directory(target) as aside:
+    with new_directory(where) as aside:
         merged.to(saved_dtype)
         merged.config.use_cache = True
         with without_generation_config(merged, aside):
@@ -108,7 +127,9 @@ def merge(
         del merged, model
         found = divergence(reference, logits_of(_reload(aside, plan), texts))
         report = {
-            "out": str(target),
+            "out": str(where),
+            "checkpoint": target.checkpoint.name if target.checkpoint else None,
+            "scale": scale,
             "dtype": str(saved_dtype).removeprefix("torch."),
             "tokens_compared": sum(len(text) for text in texts),
             "merge_error": in_memory.max_error,
@@ -123,11 +144,11 @@ def merge(
     return report
 
 
-def _fits(recipe: Recipe) -> bool:
+def _fits(recipe: Recipe, scale: float) -> bool:
     """Whether the model can be merged in memory, with room to spare."""
     spec = recipe.model
     shape = read_shape(configured(spec, recipe.method), trust_remote_code=spec.trust_remote_code)
-    needed = BYTES_A_PARAMETER * shape.parameters + RUNTIME_BYTES
+    needed = (BYTES_A_PARAMETER + BYTES_SCALED * (scale < 1)) * shape.parameters + RUNTIME_BYTES
     return needed <= available_bytes(choose_device().type)
 
 

@@ -169,17 +169,24 @@ def merge_summary(report: dict[str, Any]) -> str:
         return _by_shard_summary(report)
     found, effect = report["merged_vs_adapter"], report["base_vs_adapter"]
     return (
-        f"merged: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])})\n"
+        f"merged{_what(report)}: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])})\n"
         f"in fp32, before rounding, the largest difference of a logit is {report['merge_error']:.2g}\n\n"
         + _divergence_table((("merged, from disk", found), ("base model", effect)))
         + f"\n\n{report['tokens_compared']} tokens of real text compared"
     )
 
 
+def _what(report: dict[str, Any]) -> str:
+    """Which checkpoint was merged, and how much of the change, where it is not all of the end."""
+    step = f" {report['checkpoint']}" if report["checkpoint"] else ""
+    return step + (f" at scale {report['scale']:g}" if report["scale"] < 1 else "")
+
+
 def _by_shard_summary(report: dict[str, Any]) -> str:
     """What was compared where the model was never whole, and what was not."""
     files = f"{report['shards']} file{'s' * (report['shards'] != 1)}"
-    lines = [f"merged shard by shard: {report['out']} ({report['dtype']}, {bytes_text(report['bytes'])} in {files})"]
+    size = f"{report['dtype']}, {bytes_text(report['bytes'])} in {files}"
+    lines = [f"merged{_what(report)} shard by shard: {report['out']} ({size})"]
     if report["layers_compared"]:
         rows = [("written", report["written_vs_adapter"]), ("base model", report["base_vs_adapter"])]
         body = [

@@ -8,7 +8,7 @@
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
     RUN/eval.json         what `ftune eval` measured
     RUN/predictions.jsonl every answer and its scores, of `ftune eval`
-    RUN/evaluations/      both of checkpoints: step-N/eval.json, step-N/predictions.jsonl
+    RUN/evaluations/      both of checkpoints and of scaled changes: step-N/eval.json, step-N-scale-0.5/eval.json
     RUN/merged/           what `ftune merge` made
     RUN/lora/             what `ftune convert` made
     RUN/.lock             held by whoever writes here (``ftune.run.lock``)
@@ -126,9 +126,11 @@ class RunDir:
         """``eval.json``."""
         return self.root / "eval.json"
 
-    def evaluation(self, checkpoint: Path | None = None) -> Path:
-        """Where the evaluation of the run, or of one of its checkpoints, is kept."""
-        return self.root if checkpoint is None else self.root / "evaluations" / checkpoint.name
+    def evaluation(self, checkpoint: Path | None = None, scale: float = 1.0) -> Path:
+        """Where the evaluation of the run, of one of its checkpoints, or of a scaled change is kept."""
+        parts = [checkpoint.name] if checkpoint is not None else []
+        parts += [f"scale-{scale:g}"] if scale < 1 else []
+        return self.root / "evaluations" / "-".join(parts) if parts else self.root
 
     def owns(self, path: Path) -> bool:
         """Whether a path is of the run's own files, or of a name that they may have."""

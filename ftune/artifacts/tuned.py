@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import is_moved, require_same_base
 from ftune.artifacts.stored import put_on
-from ftune.errors import RunDirError
+from ftune.errors import FtuneError, RunDirError
 from ftune.methods import Context
+from ftune.methods._scaled import interpolated, scale_adapter
 from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
@@ -24,7 +25,17 @@ from ftune.recipe.schema import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Target", "find_target", "load_plain", "load_target", "load_tuned", "reading"]
+__all__ = [
+    "Target",
+    "at_checkpoint",
+    "find_target",
+    "load_plain",
+    "load_target",
+    "load_tuned",
+    "put_target",
+    "reading",
+    "scaled",
+]
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,37 @@ class Target:
         run: A finished run, or one with a checkpoint.
         checkpoint: What to take in place of the run's result.
         notes: What to say of that.
+        scale: How much to take of what the run changed: every weight is W0 + scale (W - W0).
     """
 
     recipe: Recipe
     run: RunDir | None
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+def scaled(target: Target, scale: float) -> Target:
+    """A target that takes ``scale`` of what its run changed.
+
+    Raises:
+        FtuneError: The scale is none, or what was trained is no change of weights.
+    """
+    if scale == 1:
+        return target
+    if not 0 < scale < 1:
+        raise FtuneError(f"--scale {scale:g}: not above 0 and at most 1", help="--scale 0.5 takes half of the change")
+    method = target.recipe.method
+    if target.run is None:
+        raise FtuneError("--scale: there is no run yet, so nothing to scale")
+    if not method.mergeable:
+        raise FtuneError(f"a run of `{method.name}` has no scale", help=method.not_mergeable_because)
+    if method.takes_from_base and target.checkpoint is not None:
+        raise FtuneError(
+            f"a checkpoint of `init: {getattr(method, 'init', '')}` has no scale: its base is not the untouched one",
+            help="scale the run's end, or take the checkpoint as it is",
+        )
+    return replace(target, scale=scale, notes=(*target.notes, f"of what was trained {scale:g} is taken"))
 
 
 def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Target:
@@ -49,7 +85,7 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
 
     Args:
         path: RUN_OR_RECIPE.
-        checkpoint: The name of one of the run's checkpoints, ``step-40``.
+        checkpoint: One of the run's checkpoints, ``step-40`` or ``40``.
         unfinished: Whether the newest checkpoint of a run that has not ended will do.
 
     Raises:
@@ -60,7 +96,7 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
         run = RunDir(path)
         trained = run.recipe()
         require_same_base(run, trained)
-        return _at(run, trained, checkpoint, unfinished)
+        return at_checkpoint(run, trained, checkpoint, unfinished=unfinished)
     if not path.exists():
         raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
     recipe = load_checked(path)[0].recipe
@@ -70,7 +106,7 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
             raise RunDirError(f"there is no run in {run.root}, so no checkpoint {checkpoint}")
         return Target(recipe, None)
     trained = run.recipe()
-    found = _at(run, trained, checkpoint, unfinished)
+    found = at_checkpoint(run, trained, checkpoint, unfinished=unfinished)
     if found.checkpoint is None:
         run.artifact(trained)
     recipe = run.as_begun(recipe)
@@ -89,8 +125,14 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
     return replace(found, recipe=trained.model_copy(update={"evaluation": recipe.evaluation}))
 
 
-def _at(run: RunDir, recipe: Recipe, name: str | None, unfinished: bool) -> Target:
+def at_checkpoint(run: RunDir, recipe: Recipe, name: str | None, *, unfinished: bool = False) -> Target:
     """A run at its end, at a checkpoint, or at its newest where it has not ended.
+
+    Args:
+        run: The run.
+        recipe: As it resolved it.
+        name: As ``find_target`` takes it.
+        unfinished: Likewise.
 
     Raises:
         RunDirError: There is no such checkpoint, or it is damaged.
@@ -154,20 +196,34 @@ def load_plain(plan: Plan) -> nn.Module:
 
 def load_tuned(base: nn.Module, plan: Plan, run: RunDir) -> nn.Module:
     """Put what a run trained onto its base model, in evaluation mode."""
-    recipe = plan.recipe
-    tuned = put_on(recipe.method, base, run.artifact(recipe), plan.context, run.base_names())
-    return tuned.to(plan.context.device).eval()
+    return load_target(base, Target(plan.recipe, run), plan.context)
 
 
-def load_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
-    """Put what a run trained, up to its end or to a checkpoint, onto its base model, in evaluation mode."""
+def put_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
+    """Put what a run trained, up to its end or to a checkpoint, onto its base model, all of it."""
     method, run = target.recipe.method, target.run
     assert run is not None
     if target.checkpoint is None:
-        tuned = put_on(method, base, run.artifact(target.recipe), context, run.base_names())
-    else:
-        from ftune.run.checkpoint import Checkpoints
+        return put_on(method, base, run.artifact(target.recipe), context, run.base_names())
+    from ftune.run.checkpoint import Checkpoints
 
-        tuned = method.adapt(base, context)
-        Checkpoints.load_model(target.checkpoint, tuned, method)
+    tuned = method.adapt(base, context)
+    Checkpoints.load_model(target.checkpoint, tuned, method)
+    return tuned
+
+
+def load_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
+    """Put what a run trained, or a part of it, onto its base model, in evaluation mode.
+
+    Scaled, a layer computes with the scaled weights, and holds them only where it was trained whole
+    (``ftune.methods._scaled``).
+    """
+    whole = target.scale < 1 and target.recipe.method.artifact == "model"
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()} if whole else {}
+    tuned = put_target(base, target, context)
+    if whole:
+        for name, parameter in tuned.named_parameters():
+            parameter.data.copy_(interpolated(before[name], parameter, target.scale))
+    elif target.scale < 1:
+        scale_adapter(tuned, target.scale)
     return tuned.to(context.device).eval()

@@ -243,6 +243,11 @@ class Method(BaseModel):
         """The recipe's ``quantization`` block, where the method has that field and the recipe gives it."""
         return getattr(self, "quantization", None)
 
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether ``adapt`` takes what it trains out of the base weights (PiSSA), so that it needs them."""
+        return False
+
     def quantization_config(self, dtype: torch.dtype) -> Any | None:
         """The ``BitsAndBytesConfig`` with which the base weights are quantized, or None."""
         return self.base_quantization.config(dtype) if self.base_quantization else None

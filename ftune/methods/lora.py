@@ -54,7 +54,7 @@ class Lora(LowRank):
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield initialisations that cannot work on 4-bit weights or at an odd rank."""
         yield from super().problems(recipe)
-        if self._takes_from_base and self.quantization:
+        if self.takes_from_base and self.quantization:
             yield Problem(
                 ("method", "init"),
                 f"`init: {self.init}` decomposes the base weights, which are quantized here",
@@ -64,7 +64,8 @@ class Lora(LowRank):
             yield Problem(("method", "rank"), "`init: orthogonal` needs an even rank", f"use {self.rank + 1}")
 
     @property
-    def _takes_from_base(self) -> bool:
+    def takes_from_base(self) -> bool:
+        """PiSSA and OLoRA do."""
         return self.init in ("pissa", "olora")
 
     def lora_settings(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Lora(LowRank):
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Attach A and B; remember where they started when they were taken out of the base."""
         adapted = super().adapt(model, context)
-        if self._takes_from_base:
+        if self.takes_from_base:
             # Buffers of the Python object, not of the module: they are no part of any state_dict.
             object.__setattr__(adapted, "_ftune_initial", _shared.adapter_state(adapted))
         return adapted
@@ -111,7 +112,7 @@ class Lora(LowRank):
 
     def stored_settings(self, config: Any) -> dict[str, Any]:
         """Of rank 2r where A and B were taken out of the base."""
-        return _shared.difference_settings(config) if self._takes_from_base else {}
+        return _shared.difference_settings(config) if self.takes_from_base else {}
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter that fits the untouched base."""

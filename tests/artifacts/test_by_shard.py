@@ -18,6 +18,7 @@ from ftune.artifacts.by_shard import merge_by_shard
 from ftune.artifacts.merge import merge
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
+from ftune.artifacts.tuned import Target
 from ftune.errors import DataError, FtuneError, ModelError, RunFailed
 from ftune.methods.lora import Lora
 
@@ -81,7 +82,7 @@ def test_biases_are_scaled_with_their_weights(tmp_path: Path) -> None:
     run = run_of(tmp_path, "ia3")
     merge(run, tmp_path / "whole")
     # Each tensor in a file of its own, so that no bias is beside its weight.
-    merge_by_shard(run, run.recipe(), tmp_path / "parts", None, shard_bytes=1)
+    merge_by_shard(Target(run.recipe(), run), tmp_path / "parts", None, shard_bytes=1)
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     base = tensors(tmp_path / "base")

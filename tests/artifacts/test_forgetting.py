@@ -62,6 +62,9 @@ def test_a_model_has_forgotten_nothing_of_itself_and_another_has() -> None:
     same = forgotten(base, base)
     assert same["kl"] == 0
     assert same["loss"] == [0, 0, 0]
+    unasked = probe(model, tokenizer, torch.float32, questions=False)
+    assert forgotten(unasked, unasked)["loss"] == [0, 0, 0]
+    assert "choices" not in forgotten(unasked, unasked)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
