@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import Target
 from ftune.errors import FtuneError
-from ftune.plan.resolve import resolve
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(tiny.tokenizer()),
@@ -268,9 +268,9 @@ def recipe(base: Path, method: str, where: Path, /, **blocks: Any) -> Any:
     return tiny.recipe(where, method, **own)
 
 
-def run(loaded: Any) -> RunDir:
+def run(loaded: Any, show_plan: Callable[[dict[str, Any]], None] = lambda summary: None) -> RunDir:
     """Train, read back, evaluate and merge; hold that each finds the model that was trained."""
-    record = train(loaded, progress=False)
+    record = train(loaded, progress=False, show_plan=show_plan)
     run = RunDir(Path(loaded.recipe.output_dir))
     tuned = evaluate(Target(run.recipe(), run), base=False)["tuned"]
     trained = record["measured"]["held_out_loss"]
@@ -299,15 +299,11 @@ def outcome(base: Path, method: str, where: Path, **blocks: Any) -> tuple[str, s
     Returns:
         ``works`` and what the plan says of it; ``refused``, by the plan, in its words; or ``fails``, and how.
     """
-    loaded = recipe(base, method, where, **blocks)
+    planned: list[dict[str, Any]] = []
     try:
-        notes = resolve(loaded.recipe).summary()["warnings"]
-    except FtuneError as error:
-        return "refused", f"{error} ({error.help})"
+        run(recipe(base, method, where, **blocks), planned.append)
     except Exception as error:
-        return "fails", f"plan: {type(error).__name__}: {error}"
-    try:
-        run(loaded)
-    except Exception as error:
+        if isinstance(error, FtuneError) and not planned:
+            return "refused", f"{error} ({error.help})"
         return "fails", f"{type(error).__name__}: {error}"
-    return "works", "; ".join(notes)
+    return "works", "; ".join(planned[0]["warnings"])
