@@ -79,6 +79,21 @@ class Toy(Method):
         return shape.layers * shape.hidden
 '''
 
+# In one process: importing the libraries takes longer than the rest.
+EVERY = """
+import json, sys
+from typer.testing import CliRunner
+from ftune.cli import app
+from ftune.errors import FtuneError
+
+said = []
+for command in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, command)
+    failed = isinstance(error := result.exception, FtuneError)
+    said.append((error.exit_code, error.render()) if failed else (result.exit_code, result.stdout))
+print(json.dumps(said))
+"""
+
 
 @pytest.mark.slow
 def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
@@ -91,15 +106,6 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
         ",\n    | Toy,", "\n    | Toy,"
     )
     union.write_text(line.replace("\nAnyMethod = ", "\nfrom ftune.methods.toy import Toy\n\nAnyMethod = "))
-    environment = os.environ | {"PYTHONPATH": f"{package.parent}"}
-
-    def run(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ftune", *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
-
     tiny.recipe(tmp_path)  # writes the model and the data
     recipe = {
         "model": {"id": str(tmp_path / "base"), "dtype": "float32"},
@@ -110,16 +116,34 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "toy"),
     }
     (tmp_path / "toy.yaml").write_text(json.dumps(recipe))
-    assert "arXiv:2106.10199" in run("methods", "toy")
-    assert "`strat` for method `toy`" in run("validate", "toy.yaml", "--set", "method={name: toy, strat: 1}", code=2)
-    assert "start" in run("init", "toy", "--out", "-")
-    assert "at work: largest" in run("train", "toy.yaml")
+    idle = ["--set", "optimizer.learning_rate=1e-30", "--set", f"output_dir={tmp_path}/idle"]
+    commands = [
+        ["methods", "toy"],
+        ["validate", "toy.yaml", "--set", "method={name: toy, strat: 1}"],
+        ["init", "toy", "--out", "-"],
+        ["train", "toy.yaml"],
+        ["eval", "toy", "--json"],
+        ["merge", "toy"],
+        ["train", "toy.yaml", *idle],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY, json.dumps(commands)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{package.parent}"},
+    )
+    assert done.returncode == 0, done.stderr
+    codes, (methods, validate, init, train, evaluated, merge, failed) = zip(*json.loads(done.stdout), strict=True)
+    assert codes == (0, 2, 0, 0, 0, 2, 1)
+    assert "arXiv:2106.10199" in methods
+    assert "`strat` for method `toy`" in validate
+    assert "start" in init
+    assert "at work: largest" in train
     record = json.loads((tmp_path / "toy/run.json").read_text())
     assert record["plan"]["method"]["trainable"] == 2 * 64
-    result = json.loads(run("eval", "toy", "--json"))
-    assert abs(result["tuned"]["loss"] - record["measured"]["held_out_loss"]) < 1e-5
-    assert "no bias to add to" in run("merge", "toy", code=2)
+    assert abs(json.loads(evaluated)["tuned"]["loss"] - record["measured"]["held_out_loss"]) < 1e-5
+    assert "no bias to add to" in merge
     # A method that does nothing fails the run.
-    failed = run("train", "toy.yaml", "--overwrite", "--set", "optimizer.learning_rate=1e-30", code=1)
     assert "`toy` was not at work: every vector is zero" in failed
-    assert not (tmp_path / "toy/adapter").exists()
+    assert not (tmp_path / "idle/adapter").exists()
