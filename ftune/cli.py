@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,10 @@ def _home(path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()
     except RuntimeError as error:
         raise FtuneError(f"`{path}`: {error}", help="write the path out") from error
+
+
+def _homes(paths: list[Path]) -> list[Path]:
+    return [path for path in map(_home, paths) if path is not None]
 
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", callback=_home, help="A recipe (YAML).")]
@@ -622,7 +627,7 @@ def compare(
         )
         if result is None:
             return
-        command = " ".join(["ftune", *map(shlex.quote, sys.argv[1:])])
+        command = _command()
         write_text(loaded.root / "compare.md", markdown(result, command))
         write_text(loaded.root / "compare.html", page(result, loaded.root, command))
     _print_json(result) if as_json else print(summary(result, str(loaded.root), _width()))
@@ -634,6 +639,68 @@ def _numbers(devices: str | None) -> list[int]:
     if wrong := [part for part in parts if not part.strip().isdigit()]:
         raise FtuneError(f"--devices: `{wrong[0]}` is no number of a GPU", help="--devices 0,1")
     return [int(part) for part in parts]
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", callback=_homes, help="Run directories; all are compared with the first."),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", callback=_home, help="Where report.html, .md and .json go.")
+    ] = Path("report"),
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side on one page: settings, losses, scores with intervals, memory, time and size.
+
+    Scores are compared row by row where `ftune eval` kept them for the same rows. Runs are not tuned alike: which
+    method is better, `ftune compare` finds out.
+    """
+    with _libraries():
+        from ftune.artifacts.report import table
+        from ftune.experiments.report import costs, overview, statements, write_report
+
+        result = write_report(runs, output_dir, _command())
+    if as_json:
+        _print_json(result)
+        return
+    for head, rows in (overview(result), costs(result)):
+        print(table(head, rows, right=range(2, len(head))), end="\n\n")
+    for said in statements(result):
+        print(textwrap.fill(said, _width(), break_on_hyphens=False))
+    print(f"written: {output_dir}/report.html, report.md, report.json")
+
+
+@app.command()
+def leaderboard(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", callback=_home, help="Studies are looked for below it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=_home, help="Write a page here, too: studies.html.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every study below a directory: its verdict, and its methods with their differences from LoRA.
+
+    Numbers of different studies are not comparable, and are not ranked against each other.
+    """
+    from ftune.run.outputs import require_output, write_output
+
+    if out is not None:
+        require_output(out, "--out", [])
+    with _libraries():
+        from ftune.experiments.leaderboard import leaderboard as gather
+        from ftune.experiments.leaderboard import leaderboard_page, leaderboard_text
+
+        found = gather(directory)
+        if out is not None:
+            write_output(out, leaderboard_page(found, out.parent), "--out")
+    _print_json(found) if as_json else print(leaderboard_text(found, _width()))
+
+
+def _command() -> str:
+    """The command as it was given."""
+    return " ".join(["ftune", *map(shlex.quote, sys.argv[1:])])
 
 
 @app.command()

@@ -38,7 +38,7 @@ from ftune.run.files import new_directory, require_writable
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["merge"]
+__all__ = ["fits_in_memory", "merge", "reload"]
 
 MAX_KL_ROUNDED = 0.02
 """Largest mean divergence, in nats a token, that rounding the weights to 16 bits explains (measured: 2e-3)."""
@@ -94,7 +94,7 @@ def merge(
     require_same_base(run, recipe)
     require_elsewhere(where, run, recipe, "--out", usual)
     require_writable(where, "merge.json", "merged model")
-    if by_shard if by_shard is not None else not _fits(recipe, scale):
+    if by_shard if by_shard is not None else not fits_in_memory(recipe, scale):
         return merge_by_shard(target, where, dtype)
     try:
         plan = resolve(recipe)
@@ -125,7 +125,7 @@ def merge(
         plan.tokenizer.save_pretrained(str(aside))
         write_generation_config(aside, merged, plan.tokenizer, stops_of_run(run, plan))
         del merged, model
-        found = divergence(reference, logits_of(_reload(aside, plan), texts))
+        found = divergence(reference, logits_of(reload(aside, plan), texts))
         report = {
             "out": str(where),
             "checkpoint": target.checkpoint.name if target.checkpoint else None,
@@ -144,7 +144,7 @@ def merge(
     return report
 
 
-def _fits(recipe: Recipe, scale: float) -> bool:
+def fits_in_memory(recipe: Recipe, scale: float) -> bool:
     """Whether the model can be merged in memory, with room to spare."""
     spec = recipe.model
     shape = read_shape(configured(spec, recipe.method), trust_remote_code=spec.trust_remote_code)
@@ -171,7 +171,8 @@ def _judge(found: Divergence, effect: Divergence, dtype: torch.dtype) -> None:
         )
 
 
-def _reload(directory: Path, plan: Plan) -> nn.Module:
+def reload(directory: Path, plan: Plan) -> nn.Module:
+    """A whole model as transformers loads it from a directory, in fp32, in evaluation mode."""
     recipe = plan.recipe
     model = auto_class(configured(recipe.model, recipe.method)).from_pretrained(
         str(directory),

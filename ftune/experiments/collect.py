@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.experiments.drift import environments
+from ftune.experiments.serving import served
 from ftune.experiments.settle import Settled
 from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
 from ftune.experiments.trials import Trials
@@ -47,7 +50,10 @@ def collect(
     for candidate in (c for c in loaded.candidates if c.label in outcomes):
         outcome, progress = outcomes[candidate.label]
         method, found = _method(loaded, trials, settled, candidate, outcome, progress)
-        method["costs"] = _costs(trials, settled, method, speeds.get(candidate.label))
+        speed = speeds.get(candidate.label)
+        method["costs"] = _costs(trials, settled, method, speed)
+        method["tokens_per_second"] = settled.tokens_a_step / speed["seconds"] if speed else None
+        method |= _first_run(trials, method)
         methods.append(method)
         if method["runs"]:
             scores[candidate.label] = found
@@ -92,6 +98,7 @@ def collect(
             "trials": study.trials,
             "search": {path: list(values) for path, values in study.search.items()},
             "common": settled.common,
+            "data": trials.base.recipe.data.train.path,
             "environments": [
                 {"since": one.since[:10], "device": one.device, "versions": one.versions}
                 for one in environments(loaded.root)
@@ -133,6 +140,7 @@ def _method(
                 "recipe": _below(recipe, loaded.root),
                 "loss": measured["loss"],
                 "metrics": measured.get("metrics", {}),
+                **_at_work(trials, label, name),
             }
         )
     tried = [
@@ -175,6 +183,28 @@ def _costs(
         "memory": speed["bytes"] if speed else None,
         "time": speed["seconds"] * settled.steps if speed else None,
         "size": size,
+    }
+
+
+def _at_work(trials: Trials, label: str, name: str) -> dict[str, Any]:
+    """What a run says of itself: whether its method was at work, and whether the model got better."""
+    record = RunDir(trials.run(label, name)).read()
+    effect = record.get("effect") or {"verdict": "unknown", "advice": []}
+    return {"vitals": record.get("vitals_line", ""), "effect": effect["verdict"], "advice": effect["advice"]}
+
+
+def _first_run(trials: Trials, method: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that a method trains, and what its first run can be merged into, loaded and served by."""
+    if not method["runs"]:
+        return {"parameters": None, "exports": {}}
+    run = RunDir(trials.root / method["runs"][0]["run"])
+    recipe, settings = run.recipe(), None
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads((run.artifact(recipe) / "adapter_config.json").read_text(encoding="utf-8"))
+    checked = trials.exports(method["label"], run.root.name)
+    return {
+        "parameters": run.read()["plan"]["method"]["trainable"],
+        "exports": {**checked, "served": served(type(recipe.method), settings)},
     }
 
 

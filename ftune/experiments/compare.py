@@ -253,9 +253,10 @@ class _Made:
                     jobs.append(self._train_job(label, name, recipe, self.settled.steps))
                 elif not self.trials.tested(label, name):
                     # Of one run of each method: it takes as long as hundreds of answers.
-                    forgetting = self.loaded.study.forgetting and seed == self.settled.seed
+                    first = seed == self.settled.seed
+                    what = {"forgetting": self.loaded.study.forgetting and first, "exports": first}
                     run = str(self.trials.run(label, name))
-                    jobs.append(self._test_job(label, name, {"run": run, "forgetting": forgetting}))
+                    jobs.append(self._test_job(label, name, {"run": run, **what}))
         return jobs
 
     def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:

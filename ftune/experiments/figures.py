@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftune.experiments.markdown import best_first, is_chosen
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COSTS", "against_cost", "differences", "losses", "rates"]
+__all__ = ["COSTS", "against_cost", "curves", "differences", "forest", "losses", "rates"]
 
 INK, ACCENT, MUTED = "#010203", "#040506", "#070809"
 """Colours that nothing else has: each is replaced by one of the page's."""
@@ -33,20 +33,29 @@ PANEL = (3.4, 2.3)
 
 def differences(result: Mapping[str, Any]) -> str:
     """Paired differences from LoRA with their intervals, best first, and the margin (a forest plot)."""
-    compared = best_first(result)
-    names = [name for name, _ in compared]
-    figure, axes = _figure(5.2, 0.9 + 0.3 * len(names))
-    margin = 100 * result["margin"]
-    axes.axvspan(-margin, margin, color=MUTED, alpha=0.25, lw=0)
+    rows = [(name, one["difference"], one["relation"] is not None) for name, one in best_first(result)]
+    return forest(rows, f"{result['metric']}, points more than LoRA (95 %)", result["margin"])
+
+
+def forest(rows: Sequence[tuple[str, Mapping[str, float], bool]], label: str, margin: float = 0.0) -> str:
+    """Differences with their intervals, one under the other.
+
+    Args:
+        rows: Of each its name, ``d``, ``lo`` and ``hi`` as shares of 1, and whether it is filled.
+        label: Below the axis.
+        margin: Half the width of the grey band around 0, a share of 1.
+    """
+    figure, axes = _figure(5.2, 0.9 + 0.3 * len(rows))
+    axes.axvspan(-100 * margin, 100 * margin, color=MUTED, alpha=0.25, lw=0)
     axes.axvline(0, color=INK, lw=0.8)
-    for place, (_, one) in enumerate(compared):
-        d, lo, hi = (100 * one["difference"][end] for end in ("d", "lo", "hi"))
-        ranked = one["relation"] is not None
-        axes.plot([lo, hi], [place, place], color=ACCENT if ranked else MUTED, lw=1.5, solid_capstyle="butt")
-        axes.plot([d], [place], "o", color=ACCENT if ranked else MUTED, ms=5, mfc=ACCENT if ranked else "none")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(f"{result['metric']}, points more than LoRA (95 %)")
+    for place, (_, one, filled) in enumerate(rows):
+        d, lo, hi = (100 * one[end] for end in ("d", "lo", "hi"))
+        color = ACCENT if filled else MUTED
+        axes.plot([lo, hi], [place, place], color=color, lw=1.5, solid_capstyle="butt")
+        axes.plot([d], [place], "o", color=color, ms=5, mfc=ACCENT if filled else "none")
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(label)
     return _svg(figure)
 
 
@@ -84,27 +93,55 @@ def losses(result: Mapping[str, Any]) -> list[str]:
 def _for_each_method(
     result: Mapping[str, Any], label: str, draw: Callable[[Axes, Mapping[str, Any]], None]
 ) -> list[str]:
-    """Small pictures of held-out losses with one scale; what diverged may be above it."""
-    measured = sorted(
-        loss
-        for method in result["methods"]
-        for trial in method["trials"]
-        for loss in trial["losses"].values()
-        if math.isfinite(loss)
-    )
-    pictures = []
-    for method in result["methods"]:
+    """Small pictures of held-out losses of each method's trials."""
+    measured = [loss for method in result["methods"] for trial in method["trials"] for loss in trial["losses"].values()]
+    return _panels([(m["label"], m) for m in result["methods"]], measured, (label, "held-out loss"), draw)
+
+
+def curves(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Training loss by step, thin, and held-out loss, thick, a picture for each run.
+
+    Args:
+        runs: Each with its ``label``, and with ``curves``: ``train`` and ``held_out``, lists of steps with a loss.
+    """
+
+    def draw(axes: Axes, run: Mapping[str, Any]) -> None:
+        styles: dict[str, dict[str, Any]] = {
+            "train": {"color": MUTED, "lw": 1},
+            "held_out": {"color": ACCENT, "lw": 2, "marker": "."},
+        }
+        for name, style in styles.items():
+            points = [(step, math.nan if loss is None else loss) for step, loss in run["curves"][name]]
+            marker = {"marker": "."} if len(points) == 1 else {}
+            axes.plot([step for step, _ in points], [loss for _, loss in points], **{**style, **marker})
+
+    measured = [loss for run in runs for name in run["curves"] for _, loss in run["curves"][name] if loss is not None]
+    return _panels([(run["label"], run) for run in runs], measured, ("step", "loss"), draw)
+
+
+def _panels(
+    named: Sequence[tuple[str, Mapping[str, Any]]],
+    measured: Sequence[float],
+    labels: tuple[str, str],
+    draw: Callable[[Axes, Mapping[str, Any]], None],
+) -> list[str]:
+    """Small pictures of losses with one scale; what diverged may be above it."""
+    finite = sorted(filter(math.isfinite, measured))
+    drawn = []
+    for name, shown in named:
         figure, axes = _figure(*PANEL)
-        draw(axes, method)
-        if measured:
-            low, high = measured[0], measured[int(0.9 * (len(measured) - 1))]
+        draw(axes, shown)
+        if finite:
+            low, high = finite[0], finite[int(0.9 * (len(finite) - 1))]
             room = 0.1 * (high - low) or 0.1
             axes.set_ylim(low - room, high + room)
-        axes.set_title(method["label"], color=INK, fontsize=10)
-        axes.set_xlabel(label)
-        axes.set_ylabel("held-out loss")
-        pictures.append(_svg(figure))
-    return pictures
+        axes.set_title(name, color=INK, fontsize=10)
+        axes.set_xlabel(labels[0])
+        if labels[0] == "step":
+            axes.xaxis.set_major_locator(need("matplotlib.ticker").MaxNLocator(nbins=6, integer=True))
+        axes.set_ylabel(labels[1])
+        drawn.append(_svg(figure))
+    return drawn
 
 
 def against_cost(result: Mapping[str, Any], cost: str) -> str | None:
@@ -131,6 +168,8 @@ def against_cost(result: Mapping[str, Any], cost: str) -> str | None:
     axes.set_xticks(shown, [text(value) for value in shown])
     axes.set_xticks([], minor=True)
     axes.margins(x=0.2, y=0.12)
+    if {score for _, scores, _ in points for score in scores} == {100 * result["base"]["score"]}:
+        axes.set_ylim(scores[0] - 1, scores[0] + 1)  # or the axis would show rounding
     axes.set_xlabel(name)
     axes.set_ylabel(f"{result['metric']} %")
     return _svg(figure)
@@ -172,6 +211,7 @@ def _svg(figure: Figure) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every picture
     for color, name in _IN_PAGE.items():
         text = text.replace(color, name)
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ftune.artifacts.report import table
+from ftune.experiments.document import Table
+from ftune.experiments.serving import RULES
 from ftune.experiments.study import BASE, REFERENCE
 from ftune.human import bytes_text, time_text
 
 __all__ = [
+    "against",
     "best_first",
+    "details",
     "differences_table",
+    "export_lines",
     "forecast_text",
     "is_chosen",
     "markdown",
+    "markdown_table",
     "overview",
     "paragraphs",
     "protocol_lines",
+    "runs_table",
+    "shown",
     "summary",
     "tuning_table",
+    "vitals_lines",
 ]
 
 
+EFFECTS = {"better": "better", "hardly_moved": "hardly better", "worse": "worse"}
+"""Of a run: its model by held-out loss, against the model before training (``ftune.artifacts.effect``)."""
 USES = {"train": "to train on", "validation": "to choose by", "test": "for the report alone"}
 
 
@@ -40,16 +51,17 @@ def summary(result: Mapping[str, Any], root: str, width: int) -> str:
 
 def markdown(result: Mapping[str, Any], command: str) -> str:
     """``compare.md``: verdict, table, differences, tuning, runs, protocol."""
-    head, rows = overview(result)
-    parts = ["# Comparison of methods", "", *(f"{text}\n" for text in paragraphs(result)), *_table(head, rows)]
+    parts = ["# Comparison of methods", "", *(f"{text}\n" for text in paragraphs(result))]
+    parts += [*markdown_table(overview(result)), "", "## Details", "", *markdown_table(details(result)), ""]
+    parts += [f"- {line}" for line in (*export_lines(result), *vitals_lines(result))]
     parts += ["", "## Against LoRA", ""]
     parts += ["Paired by test row, 95 % intervals, in points; p by Holm over all methods (docs/statistics.md).\n"]
-    parts += _table(*differences_table(result))
+    parts += markdown_table(differences_table(result))
     parts += ["", "## Tuning: held-out loss by learning rate", ""]
     parts += ["The same number of rates for each method, around its own prior; `*` is the chosen one.\n"]
-    parts += _table(*tuning_table(result))
+    parts += markdown_table(tuning_table(result))
     parts += ["", "## Runs", ""]
-    parts += _table(("method", "seed", result["metric"], "loss", "run"), list(_runs(result)))
+    parts += markdown_table(runs_table(result))
     parts += ["", "## Protocol", "", *protocol_lines(result, command), ""]
     return "\n".join(parts)
 
@@ -84,9 +96,6 @@ def forecast_text(forecast: Any, width: int) -> str:
     return "\n".join([head, "", *(textwrap.fill(text, width) for text in texts)])
 
 
-Table = tuple[Sequence[str], list[list[str]]]
-
-
 def paragraphs(result: Mapping[str, Any]) -> list[str]:
     """The verdict and what else must be known, a paragraph each."""
     verdict = result["verdict"]
@@ -107,34 +116,101 @@ def paragraphs(result: Mapping[str, Any]) -> list[str]:
 
 
 def overview(result: Mapping[str, Any]) -> Table:
-    """The table of methods, best first, with the base."""
+    """What decides: the methods, best first, with the base."""
     verdict = result["verdict"] or {"ties": [], "comparisons": {}}
-    groups = verdict["ties"]
+    groups, compared = verdict["ties"], verdict["comparisons"]
     base = result["base"]["score"]
-    rows = [(base, [BASE, _points(base), "", _letters(BASE, groups), *["-"] * 5])]
+    rows = [(base, [BASE, _points(base), against(compared.get(BASE)), _letters(BASE, groups), *["-"] * 4])]
     for method in result["methods"]:
         label, score, costs = method["label"], method["score"], method["costs"]
-        scores = [run["score"] for run in method["runs"] if "score" in run]
-        spread = f"{100 * min(scores):.1f} to {100 * max(scores):.1f}" if len(scores) > 1 else ""
         mark = "failed" if score is None else "not tuned" if method["at_edge"] else _letters(label, groups)
         rows.append(
             (
                 -1.0 if score is None else score,
                 [
                     label,
-                    "-" if score is None else _points(score),
-                    spread,
+                    shown(score, _points),
+                    against(compared.get(label)),
                     mark,
-                    "-" if costs["memory"] is None else bytes_text(costs["memory"]),
-                    "-" if costs["time"] is None else time_text(costs["time"]),
-                    "-" if costs["size"] is None else bytes_text(costs["size"]),
+                    shown(costs["memory"], bytes_text),
+                    shown(costs["time"], time_text),
+                    shown(costs["size"], bytes_text),
                     "-" if method["forgetting"] is None else f"{method['forgetting']['loss'][0]:+.3f}",
-                    "-" if method["rate"] is None else f"{method['rate']:g}",
                 ],
             )
         )
-    head = ("method", f"{result['metric']} %", "seeds", "ties", "memory", "time", "size", "forgets", "rate")
+    head = ("method", f"{result['metric']} %", "against LoRA", "ties", "memory", "time", "size", "forgets")
     return head, [row for _, row in sorted(rows, key=lambda row: (-row[0], row[1][0]))]
+
+
+def details(result: Mapping[str, Any]) -> Table:
+    """The rest of each method: seeds, rate, what it trains, and what becomes of it."""
+    rows = []
+    for method in result["methods"]:
+        scores = [run["score"] for run in method["runs"] if "score" in run]
+        exports = method.get("exports", {})
+        engines = exports.get("served", {})
+        rows.append(
+            [
+                method["label"],
+                f"{_points(min(scores))} to {_points(max(scores))}" if len(scores) > 1 else "-",
+                shown(method["rate"], "{:g}".format),
+                shown(method.get("parameters"), "{:,}".format),
+                shown(method.get("tokens_per_second"), "{:,.0f}".format),
+                _exported(exports.get("merge")),
+                _exported(exports.get("load")),
+                engines.get("vllm", "-"),
+                engines.get("llama.cpp", "-"),
+            ]
+        )
+    head = ("method", "seeds", "rate", "trained", "tokens/s", "merges", "loads", "vLLM", "llama.cpp")
+    return head, rows
+
+
+def export_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the table of details means, and why something does not merge or load."""
+    yield (
+        "merges, loads: the largest difference of a logit from the tuned model, in fp32, of the first run of each "
+        "method: merged as by `ftune merge`, or loaded by plain PEFT or transformers. Up to 0.001 is rounding."
+    )
+    yield RULES
+    for method in result["methods"]:
+        for name, what in (("merge", "cannot be merged"), ("load", "cannot be loaded without ftune")):
+            found = method.get("exports", {}).get(name) or {}
+            if found.get("why"):
+                unsure = found["error"] is not None or found["why"].startswith("not checked")
+                yield (
+                    f"`{method['label']}`, {name}: {found['why']}"
+                    if unsure
+                    else (f"`{method['label']}` {what}: {found['why']}")
+                )
+
+
+def vitals_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """What each method's first run says of itself."""
+    for method in result["methods"]:
+        for run in method["runs"][:1]:
+            if run.get("vitals"):
+                yield f"`{method['label']}`: {run['vitals']} ({_to_run(run['run'])})"
+
+
+def _exported(found: Mapping[str, Any] | None) -> str:
+    if not found or (found["error"] is None and found["why"].startswith("not checked")):
+        return "-"
+    return "no" if found["why"] else f"{found['error']:.1g}"
+
+
+def against(one: Mapping[str, Any] | None) -> str:
+    """A difference in points, with its interval."""
+    if one is None:
+        return "-"
+    d, lo, hi = (100 * one["difference"][end] for end in ("d", "lo", "hi"))
+    return f"{d:+.1f} [{lo:+.1f}, {hi:+.1f}]"
+
+
+def shown(value: Any, text: Callable[[Any], str]) -> str:
+    """A value as text; ``-`` where there is none."""
+    return "-" if value is None else text(value)
 
 
 def _letters(label: str, groups: Sequence[Sequence[str]]) -> str:
@@ -178,23 +254,38 @@ def _tuning(result: Mapping[str, Any]) -> Iterator[list[str]]:
     for method in result["methods"]:
         for trial in method["trials"]:
             steps = max(map(int, trial["losses"]), default=0)
+            rate = f"{trial['rate']:g}"
+            if steps:
+                rate = f"[{rate}]({trial['run']}/run.json)"
             chosen = "*" if is_chosen(trial, method) else ""
             fields = "".join(f", {path} {value}" for path, value in trial["fields"].items())
             yield [
                 method["label"],
-                f"{trial['rate']:g}{fields} {chosen}".strip(),
+                f"{rate}{fields} {chosen}".strip(),
                 f"{steps} steps" if steps else "-",
                 trial["failed"] or (f"{trial['losses'][str(steps)]:.4f}" if steps else "-"),
                 "" if trial["quality"] is None else f"{100 * trial['quality']:.1f} %",
             ]
 
 
+def runs_table(result: Mapping[str, Any]) -> Table:
+    """Every run that is reported, with links to it and to its answers."""
+    return ("method", "seed", f"{result['metric']} %", "loss", "model is", "run", "answers"), list(_runs(result))
+
+
 def _runs(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    yield ["base", "-", f"{_points(result['base']['score'])} %", f"{result['base']['loss']:.4f}", "-"]
+    base, answers = result["base"], f"[answers](tests/{BASE}/predictions.jsonl)"
+    yield [BASE, "-", _points(base["score"]), f"{base['loss']:.4f}", "-", "-", answers]
     for method in result["methods"]:
         for run in method["runs"]:
-            score = f"{_points(run['score'])} %"
-            yield [method["label"], str(run["seed"]), score, f"{run['loss']:.4f}", f"`{run['run']}`"]
+            answers = f"[answers]({run['run'].replace('runs/', 'tests/', 1)}/predictions.jsonl)"
+            effect = EFFECTS.get(run.get("effect", ""), "-")
+            to = _to_run(run["run"])
+            yield [method["label"], str(run["seed"]), _points(run["score"]), f"{run['loss']:.4f}", effect, to, answers]
+
+
+def _to_run(run: str) -> str:
+    return f"[{run}]({run}/run.json)"
 
 
 def protocol_lines(result: Mapping[str, Any], command: str) -> Iterator[str]:
@@ -224,7 +315,9 @@ def _time(result: Mapping[str, Any]) -> str:
     return f"The study took {time_text(time['study'])}; training and answering, {computed}."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(made: Table) -> list[str]:
+    """A table as lines of Markdown."""
+    head, rows = made
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 

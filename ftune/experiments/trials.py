@@ -8,9 +8,10 @@
     STUDY/data/               rows that were drawn, and how
     STUDY/recipes/LABEL/      a recipe for each run; NAME.failed says why one cannot go on
     STUDY/runs/LABEL/NAME/    run directories; NAME is `rate-2e-04`, or `seed-8` of the chosen setting
-    STUDY/tests/LABEL/NAME/   eval.json and predictions.jsonl on the test rows; those of the base in tests/base/
+    STUDY/tests/LABEL/NAME/   eval.json and predictions.jsonl on the test rows; those of the base in tests/base/;
+                              exports.json of each method's first run
     STUDY/speed/LABEL-N/      a few steps in a process of their own, for time and memory
-    STUDY/compare.json, compare.md
+    STUDY/compare.json, compare.md, compare.html
 
 Every run is an ordinary one: ``ftune train STUDY/recipes/LABEL/NAME.yaml`` repeats it.
 """
@@ -154,6 +155,10 @@ class Trials:
         """What a run lost of its base's knowledge (``ftune.artifacts.forgetting``), where that was measured."""
         found: dict[str, Any] | None = _json(self.test(label, name) / "eval.json").get("forgetting")
         return found
+
+    def exports(self, label: str, name: str) -> dict[str, Any]:
+        """Whether a run can be merged and loaded (``ftune.artifacts.exports``); empty where that was not checked."""
+        return _json(self.test(label, name) / "exports.json")
 
     def speed(self, label: str, number: int, count: int) -> dict[str, float] | None:
         """Seconds of a step and bytes of the peak, of a run of ``count`` steps that was made for them.

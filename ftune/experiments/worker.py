@@ -19,7 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, Interrupted
+from ftune.experiments.trials import headline
+from ftune.run.files import write_json
 from ftune.run.imports import import_libraries, quiet_libraries
 from ftune.run.launch import end_with_parent
 from ftune.run.sinks.jsonl import read_events
@@ -134,10 +137,28 @@ def _test(job: Mapping[str, Any]) -> dict[str, float]:
         data = target.recipe.data.model_copy(
             update={"eval": DataSource.model_validate(job["test"]), "eval_fraction": 0.0}
         )
+        if target.run is not None and job.get("exports"):
+            # first, since predictions.jsonl says that all was measured
+            Path(job["out"]).mkdir(parents=True, exist_ok=True)
+            write_json(Path(job["out"], "exports.json"), _exports(target.run))
         answered = target.recipe.evaluation.model_copy(update={"max_examples": job.get("rows")})
         target = replace(target, recipe=target.recipe.model_copy(update={"data": data, "evaluation": answered}))
         found = evaluate(target, base=False, forgetting=job["forgetting"], out=Path(job["out"]))
         return {"answering": found["seconds"]}
+
+
+def _exports(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Whether a run can be merged and loaded; what goes wrong there is no failure of the run."""
+    from ftune.artifacts.exports import check_exports
+
+    try:
+        return check_exports(run)
+    except Interrupted:
+        raise
+    except Exception as error:
+        said = headline(error) if isinstance(error, FtuneError) else f"{type(error).__name__}: {error}"
+        failed = {"error": None, "why": f"not checked: {said}"}
+        return {"merge": failed, "load": failed}
 
 
 def _let_go() -> None:

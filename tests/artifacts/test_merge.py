@@ -81,7 +81,7 @@ def test_a_file_that_reads_back_differently_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path)
-    reload = merging._reload
+    reload = merging.reload
 
     def damaged(directory: Path, plan: Any) -> torch.nn.Module:
         model = reload(directory, plan)
@@ -89,7 +89,7 @@ def test_a_file_that_reads_back_differently_leaves_nothing_behind(
             next(model.parameters()).add_(0.01)
         return model
 
-    monkeypatch.setattr(merging, "_reload", damaged)
+    monkeypatch.setattr(merging, "reload", damaged)
     with pytest.raises(RunFailed, match="read back from the disk"):
         merge(run)
     assert not (run.root / "merged").exists()

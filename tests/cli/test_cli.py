@@ -21,7 +21,21 @@ from ftune.artifacts.method_table import method_table
 from ftune.artifacts.report import training_summary
 from ftune.methods import METHODS
 
-COMMANDS = ["init", "validate", "plan", "train", "eval", "predict", "merge", "convert", "chat", "methods", "schema"]
+COMMANDS = [
+    "init",
+    "validate",
+    "plan",
+    "train",
+    "eval",
+    "predict",
+    "merge",
+    "convert",
+    "chat",
+    "methods",
+    "schema",
+    "report",
+    "leaderboard",
+]
 GOLDEN = Path(__file__).parent / "golden"
 
 

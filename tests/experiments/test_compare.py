@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import yaml
+from experiments_pages import check_page
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import DataError, RunDirError
@@ -51,49 +51,10 @@ def without_costs(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text())
     del result["time"]
     for method in result["methods"]:
-        del method["costs"]
+        del method["costs"], method["tokens_per_second"]
     for name in ("take", "sentence"):
         del result["verdict"][name]
     return result
-
-
-class Tags(HTMLParser):
-    """Holds that every tag is closed, and collects what a page would load."""
-
-    VOID = ("meta", "input", "br", "path", "use")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loaded: list[str] = []
-        self.seen: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-
-def check_page(text: str, result: Any) -> None:
-    tags = Tags()
-    tags.feed(text)
-    assert not [tag for tag in tags.open if tag not in ("option", "li")]
-    assert all(target.startswith("#") for target in tags.loaded), "it needs no network"
-    assert len(text) < 2_000_000
-    # Against LoRA, four costs, and two pictures for each method.
-    assert tags.seen.count("svg") == 1 + 4 + 2 * len(result["methods"])
-    assert tags.seen.count("details") >= result["rows"]["test"]
-    for color in ("#010203", "#040506", "#070809"):
-        assert color not in text
 
 
 def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
@@ -107,9 +68,15 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
         assert len(method["runs"]) == 2
         assert method["score"] is not None
         assert all(method["costs"].values())
+        assert method["parameters"] > 0
+        assert method["tokens_per_second"] > 0
+        assert method["exports"]["merge"]["error"] <= 1e-3
+        assert method["exports"]["load"]["error"] <= 1e-3
         assert sum(trial["quality"] is not None for trial in method["trials"]) >= 2
         for run in method["runs"]:
-            assert RunDir(tmp_path / "study" / run["run"]).read()["status"] == "finished"
+            record = RunDir(tmp_path / "study" / run["run"]).read()
+            assert record["status"] == "finished"
+            assert run["vitals"] == record["vitals_line"]
     # No step twice: what was halved stopped where it was told to, and the chosen one is the first seed's run.
     steps = [len(tiny.events(run, "step")) for run in sorted((tmp_path / "study/runs/lora").iterdir())]
     assert sorted(steps)[:1] == [1]
@@ -121,7 +88,10 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
     assert (tmp_path / "study/compare.json").read_bytes() == written
     assert str(result["verdict"]["sentence"]) in markdown(result, "ftune compare study.yaml")
     assert "lora" in summary(result, "study", 80)
-    check_page(page(result, tmp_path / "study", "ftune compare study.yaml"), result)
+    tags = check_page(page(result, tmp_path / "study", "ftune compare study.yaml"), tmp_path / "study")
+    # Against LoRA, four costs, and two pictures for each method.
+    assert tags.seen.count("svg") == 1 + 4 + 2 * len(result["methods"])
+    assert tags.seen.count("details") >= result["rows"]["test"]
     assert page(result, tmp_path / "study", "x") == page(result, tmp_path / "study", "x")
 
 

@@ -75,7 +75,7 @@ def test_a_merge_whose_directory_vanishes_or_is_full(
             shutil.rmtree(run.root)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.safetensors")
 
-    monkeypatch.setattr(merge_module, "_reload", away)
+    monkeypatch.setattr(merge_module, "reload", away)
     with pytest.raises(RunFailed, match="is not there any more" if gone else "No space left"), run.reading():
         merge(run)
     assert not list(tmp_path.rglob(".tmp-*"))
