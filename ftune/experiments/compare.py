@@ -107,21 +107,21 @@ def compare(
             checked_splits(base.recipe, load_tokenizer(base.recipe.model, base.recipe.data.chat_template))
             settled = settle(loaded, base)
         made = _Made(loaded, base, settled, begun, clock)
-        pool = Pool(devices, loaded.root / "workers.log", lock=lock.fileno(), fork=_may_fork())
-        made.require_agreement(pool, Environment.here(devices), tell)
-        pool.do(made.first_jobs, made.note(tell))
-        forecast = made.forecast()
-        if not begun:
-            fitting = made.fitted(forecast)
-            if fitting != settled.steps:
-                settled = settle(loaded, base, steps=fitting)
-                made = _Made(loaded, base, settled, begun, clock)
-                forecast = made.forecast(cut_from=forecast.settled.steps)
-        if not agree(forecast):
-            return None
-        store_settled(loaded, settled)
-        pool.do(made.jobs, made.note(tell))
-        return collect(loaded, made.trials, settled, made.outcomes(), made.speeds(), times(loaded.root))
+        with Pool(devices, loaded.root / "workers.log", lock=lock.fileno(), fork=_may_fork()) as pool:
+            made.require_agreement(pool, Environment.here(devices), tell)
+            pool.do(made.first_jobs, made.note(tell))
+            forecast = made.forecast()
+            if not begun:
+                fitting = made.fitted(forecast)
+                if fitting != settled.steps:
+                    settled = settle(loaded, base, steps=fitting)
+                    made = _Made(loaded, base, settled, begun, clock)
+                    forecast = made.forecast(cut_from=forecast.settled.steps)
+            if not agree(forecast):
+                return None
+            store_settled(loaded, settled)
+            pool.do(made.jobs, made.note(tell))
+            return collect(loaded, made.trials, settled, made.outcomes(), made.speeds(), times(loaded.root))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from ftune.errors import Interrupted
 
@@ -38,7 +39,7 @@ class Job:
 
 
 class Pool:
-    """Workers on devices.
+    """Workers on devices, from their first job until the pool is left: a context manager.
 
     Args:
         devices: Numbers of GPUs; empty: one worker on whatever there is.
@@ -55,6 +56,14 @@ class Pool:
         self._fork = fork
         self._workers: dict[int | None, subprocess.Popen[str]] = {}
         self._used: set[int | None] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop(at_work=False)
 
     def do(self, next_jobs: Callable[[], list[Job]], done: Callable[[Job, Mapping[str, Any]], None]) -> None:
         """Do jobs until there are none.
@@ -83,8 +92,9 @@ class Pool:
                         "the study was stopped", signal_number=signal.SIGINT, help="the same command goes on with it"
                     )
                 done(busy.pop(device), result)
-        finally:
-            self._stop(bool(busy))
+        except BaseException:
+            self._stop(at_work=bool(busy))
+            raise
 
     def _send(self, device: int | None, job: Job) -> None:
         worker = self._workers.get(device)

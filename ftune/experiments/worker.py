@@ -37,6 +37,10 @@ def main() -> None:
     os.dup2(2, 1)
     with quiet_libraries():
         import_libraries(peft=True)  # LoRA is in every study
+        # What jobs use, here and not in each child.
+        import ftune.artifacts.evaluate
+        import ftune.artifacts.training  # noqa: F401
+
         for line in sys.stdin:
             job = json.loads(line)
             result = _in_child(job) if job.get("child") else _done(job)

@@ -189,6 +189,7 @@ def test_a_job_that_breaks_is_a_failure_and_not_the_end(tmp_path: Path) -> None:
         waiting.remove(job)
         results[job.label] = result["failed"]
 
-    Pool((), tmp_path / "log").do(lambda: list(waiting), done)
+    with Pool((), tmp_path / "log") as pool:
+        pool.do(lambda: list(waiting), done)
     assert "unknown" in results["a"]
     assert "no such recipe" in results["b"]
