@@ -764,17 +764,31 @@ def evaluate(
     forgetting: Annotated[
         bool, typer.Option("--forgetting", help="Compare with the base on neutral text and questions, too.")
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Run tasks of lm-evaluation-harness on both: hellaswag,my_task.yaml."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Of each task the first N items.")] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Solved examples before each item; default: the task's.")
+    ] = None,
     checkpoint: Checkpoint = None,
     scale: Scale = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out loss, perplexity and task metrics.
 
-    Every answer and its scores are kept in RUN/predictions.jsonl. Of a run that has not ended, the newest checkpoint
-    is measured; of a recipe that was not trained yet, its base model.
+    Every answer and its scores are kept in RUN/predictions.jsonl, those of --tasks in RUN/tasks.jsonl. Of a run that
+    has not ended, the newest checkpoint is measured; of a recipe that was not trained yet, its base model.
     """
     from ftune.artifacts.report import evaluation_table
+    from ftune.artifacts.tasks import check_names, load_tasks
 
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    if tasks is not None:
+        check_names(names)
+    elif limit is not None or shots is not None:
+        raise FtuneError(f"{'--limit' if limit is not None else '--shots'} is of --tasks, and there are none")
     with _libraries():
         _import_for(target)
         from ftune.artifacts.evaluate import evaluate as measure
@@ -784,7 +798,8 @@ def evaluate(
             found = scaled(found, scale)
             if forgetting and found.run is None:
                 raise FtuneError("--forgetting compares a run with its base, and there is no run yet")
-            result = measure(found, base=base, forgetting=forgetting)
+            ready = load_tasks(names, limit=limit, shots=shots) if names else None
+            result = measure(found, base=base, forgetting=forgetting, tasks=ready)
     _print_json(result) if as_json else print(evaluation_table(result, _width()))
 
 

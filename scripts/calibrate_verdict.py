@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from experiments_studies import study
 
+from ftune.artifacts.paired import Scores, checked, difference, paired
 from ftune.experiments.against import compare, related
-from ftune.experiments.paired import Scores, checked, difference, paired
 from ftune.experiments.power import needed
 from ftune.experiments.ties import holm
 

@@ -15,6 +15,7 @@ from ftune.artifacts.objective import loss_of, make_objective
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.scores import check_references
 from ftune.artifacts.stops import stops_of_run, text_stop, until
+from ftune.artifacts.tasks import Tasks
 from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.tokenize import GenerationItem, generation_items
 from ftune.errors import DataError
@@ -24,6 +25,7 @@ from ftune.run.files import write_json, write_text
 if TYPE_CHECKING:
     from torch import nn
 
+    from ftune.artifacts.task_scores import TaskRun
     from ftune.run.objective import Objective
 
 __all__ = ["evaluate"]
@@ -32,7 +34,12 @@ SAMPLES = 5  # generated answers kept for people to read
 
 
 def evaluate(
-    target: Target, *, base: bool, forgetting: bool | Literal["text"] = False, out: Path | None = None
+    target: Target,
+    *,
+    base: bool,
+    forgetting: bool | Literal["text"] = False,
+    tasks: Tasks | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a run on its held-out split; the base model too when asked, or alone when there is no run.
 
@@ -44,14 +51,16 @@ def evaluate(
         base: Measure the base model beside the tuned one.
         forgetting: Measure too what of its base's knowledge a run has lost (``ftune.artifacts.forgetting``); ``text``:
             without the questions, which take longest.
+        tasks: Tasks of lm-evaluation-harness, run on the base too.
         out: Where to keep the result; None: in the run, if there is one.
 
     Returns:
-        ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``, and every answer
-        with its scores in ``predictions.jsonl``. Where they cannot be written, the notes say why.
+        ``{"tuned": {...}, "base": {...}, "samples": [...], ...}``; a run keeps it in ``eval.json``, every answer with
+        its scores in ``predictions.jsonl``, and those of tasks in ``tasks.jsonl``. Where they cannot be written, the
+        notes say why.
 
     Raises:
-        DataError: The recipe holds nothing out.
+        DataError: The recipe holds nothing out, and nothing else is asked for.
     """
     import torch
     from accelerate import Accelerator
@@ -59,16 +68,18 @@ def evaluate(
     from ftune.run.objective import Objective
 
     recipe, run = target.recipe, target.run
-    if recipe.data.eval is None and not recipe.data.eval_fraction:
+    held_out = recipe.data.eval is not None or bool(recipe.data.eval_fraction)
+    if not (held_out or forgetting or tasks):
         raise DataError(
             "the recipe holds no data out, so there is nothing to evaluate on",
             help="add `data.eval: FILE` or `data.eval_fraction: 0.1`",
         )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     plan = resolve(recipe)
-    notes = [*target.notes, *(_changed_data(plan, run) if run else [])]
-    items, too_long = _generation_items(plan)
-    notes += check_references(recipe.evaluation.metrics, [item.reference for item in items])
+    notes = [*target.notes, *(_changed_data(plan, run) if run and held_out else [])]
+    items, too_long = _generation_items(plan) if held_out else ([], 0)
+    if held_out:
+        notes += check_references(recipe.evaluation.metrics, [item.reference for item in items])
     result: dict[str, Any] = {
         "run": str(run.root) if run else None,
         "method": recipe.method.name,
@@ -92,18 +103,26 @@ def evaluate(
         return Objective(model, torch.float32) if exact else make_objective(model, plan, accelerator, loss)[0]
 
     def measured(who: str, objective: Objective) -> None:
+        if not held_out:
+            return
         found[who] = measure(objective, plan, items, stops, accelerator)
         result[who] = found[who].numbers
 
     def remember(who: str, model: nn.Module) -> None:
         if forgetting:
             probes[who] = probe(model, plan.tokenizer, plan.context.dtype, questions=forgetting != "text")
+        if tasks:
+            from ftune.artifacts.task_scores import run_tasks
+
+            task_runs[who] = run_tasks(tasks, model, plan, stops)
 
     probes: dict[str, Probe] = {}
+    task_runs: dict[str, TaskRun] = {}
     model = load_plain(plan)
     began = time.perf_counter()
     if run is None:
         measured("base", objective_of(model))
+        remember("base", model)
     else:
         switchable = recipe.method.artifact == "adapter"
         if not switchable:
@@ -113,7 +132,7 @@ def evaluate(
         objective = objective_of(load_target(model, replace(target, recipe=plan.recipe), plan.context))
         measured("tuned", objective)
         remember("tuned", objective.model)
-        if (base or forgetting) and switchable:
+        if (base or forgetting or tasks) and switchable:
             switched_off = recipe.method.switched_off(objective.model)
             assert switched_off is not None
             with switched_off:
@@ -125,19 +144,29 @@ def evaluate(
         for i, item in enumerate(items[:SAMPLES])
     ]
     result["seconds"] = time.perf_counter() - began
-    if probes:
+    if len(probes) == 2:
         result["forgetting"] = forgotten(probes["base"], probes["tuned"])
+    if tasks:
+        from ftune.artifacts.task_scores import tasks_result
+
+        task_runs = dict(sorted(task_runs.items()))  # base, tuned
+        result["tasks"] = tasks_result(tasks, task_runs)
     if out is None and run is not None:
         out = run.evaluation(target.checkpoint, target.scale)
     if out is not None:
-        result["predictions"] = _keep(out, result, plan, items, found)
+        result["predictions"] = _keep(out, result, plan, items, found, task_runs)
     return result
 
 
 def _keep(
-    out: Path, result: dict[str, Any], plan: Plan, items: Sequence[GenerationItem], found: dict[str, Measured]
+    out: Path,
+    result: dict[str, Any],
+    plan: Plan,
+    items: Sequence[GenerationItem],
+    found: dict[str, Measured],
+    task_runs: dict[str, TaskRun],
 ) -> str | None:
-    """Write ``eval.json`` and ``predictions.jsonl``; returns where the latter is.
+    """Write ``eval.json``, ``predictions.jsonl`` and ``tasks.jsonl``; returns where the answers are.
 
     What cannot be written is noted: the result is there, and is not lost for that.
     """
@@ -154,9 +183,15 @@ def _keep(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "eval.json", result)
         write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        if task_runs:
+            from ftune.artifacts.task_scores import item_lines
+
+            write_text(out / "tasks.jsonl", "".join(f"{line}\n" for line in item_lines(task_runs)))
     except OSError as error:
         result["notes"].append(f"the result could not be kept in {out}: {error}")
         return None
+    if task_runs:
+        result["task_items"] = str(out / "tasks.jsonl")
     return str(out / "predictions.jsonl") if items else None
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftune.artifacts.terminal import clip, width_of
 from ftune.human import bytes_text, time_text
 
-__all__ = ["convert_summary", "evaluation_table", "merge_summary", "table", "training_summary"]
+__all__ = [
+    "convert_summary",
+    "evaluation_table",
+    "merge_summary",
+    "table",
+    "task_score",
+    "task_table",
+    "training_summary",
+]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -69,7 +77,7 @@ def _effect(effect: dict[str, Any]) -> list[str]:
 def evaluation_table(result: dict[str, Any], width: int) -> str:
     """Base and tuned side by side, with the difference; then a few answers."""
     who = [name for name in ("base", "tuned") if name in result]
-    names = ["held-out loss", "perplexity", *result[who[0]].get("metrics", {})]
+    names = ["held-out loss", "perplexity", *result[who[0]].get("metrics", {})] if who else []
 
     def value(model: str, name: str) -> float:
         numbers = result[model]
@@ -89,15 +97,17 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
             row.append(show(value("tuned", name) - value("base", name), name, "+"))
         rows.append(row)
     head = ["", *who, *(["change"] if len(who) == 2 else [])]
-    text = table(head, rows, right=range(1, len(head)))
-    lines = [_counts(result)]
+    parts = [table(head, rows, right=range(1, len(head)))] if who else []
+    lines = [_counts(result)] if who else []
     if result.get("predictions"):
         lines.append(f"every answer and its scores: {result['predictions']}")
     lines += [f"warning: {note}" for note in result["notes"]]
-    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    text += "\n\n" + "\n".join(map(wrap.fill, lines))
+    parts += [_wrapped(lines, width)] if lines else []
+    if "tasks" in result:
+        parts.append(_tasks(result, width))
     if "forgetting" in result:
-        text += f"\n\n{_forgetting(result['forgetting'])}"
+        parts.append(_forgetting(result["forgetting"]))
+    text = "\n\n".join(parts)
     for name in who:
         if "classes" in result[name]:
             text += f"\n\n{_confusion(name, result[name]['classes'], width)}"
@@ -106,6 +116,75 @@ def evaluation_table(result: dict[str, Any], width: int) -> str:
         for name in who:
             text += f"\n  {name:9}  {clip(sample[name], width - 13)}"
     return text
+
+
+def _wrapped(lines: Sequence[str], width: int) -> str:
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))
+
+
+def _tasks(result: dict[str, Any], width: int) -> str:
+    """Scores on tasks of lm-evaluation-harness, and how they were made."""
+    found = result["tasks"]
+    shown = [row for row in found["rows"] if row["shown"]]
+    head, rows = task_table(shown)
+    room = width - max(map(width_of, table(head, [["", *row[1:]] for row in rows]).splitlines())) + len(head[0])
+    rows = [[clip(row[0], max(8, room)), *row[1:]] for row in rows]
+    shots = sorted({row["shots"] for row in shown})
+    lines = [
+        f"lm-evaluation-harness {found['harness']}: "
+        + ("all items" if found["limit"] is None else f"the first {found['limit']:,} items of each task")
+        + f", {' to '.join(map(str, dict.fromkeys((shots[0], shots[-1]))))} solved examples before each, prompts "
+        + ("in the run's chat template" if found["chat_template"] else "as the task has them, without a chat template")
+    ]
+    if parts := len(found["rows"]) - len(shown):
+        lines.append(f"{parts} scores of the groups' parts: in eval.json, and with --json")
+    if worse := sorted({f"{row['task']} {row['metric']}" for row in shown if row["lower_is_better"]}):
+        lines.append(f"lower is better: {', '.join(worse)}")
+    if found["prompts_cut"]:
+        lines.append(
+            f"warning: {found['prompts_cut']:,} prompts lost their beginning: the model's context is "
+            f"{found['context']:,} tokens"
+        )
+    if "task_items" in result:
+        lines.append(f"every item and its scores: {result['task_items']}")
+    return table(head, rows, right=range(2, len(head))) + "\n\n" + _wrapped(lines, width)
+
+
+def task_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of scores on tasks: base and tuned where they are there, and the difference of the two."""
+    who = [name for name in ("base", "tuned") if name in rows[0]]
+    head = ["task", "metric", "n", *who, *(["difference [95 %]"] if len(who) == 2 else [])]
+    return head, [
+        [
+            row["task"],
+            row["metric"],
+            f"{row['n']:,}",
+            *(task_score(row, name) for name in who),
+            *([_task_difference(row)] if len(who) == 2 else []),
+        ]
+        for row in rows
+    ]
+
+
+def task_score(row: Mapping[str, Any], who: str) -> str:
+    """A score on a task: in percent where it is a share."""
+    value = row[who]
+    return "-" if value is None else f"{100 * value:.1f} %" if row["share"] else _number(value)
+
+
+def _task_difference(row: Mapping[str, Any]) -> str:
+    d, lo, hi = row["difference"]
+    if d is None:
+        return "-"
+    shown = [_number(x, "+") if not row["share"] else f"{100 * x:+.1f}" for x in (d, lo, hi) if x is not None]
+    unit = " pt" if row["share"] else ""
+    return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]" if lo is not None else f"{shown[0]}{unit}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Three decimals; of a perplexity that is far off, three digits."""
+    return f"{value:{sign}.3f}" if abs(value) < 1e5 else f"{value:{sign}.3g}"
 
 
 def _forgetting(found: dict[str, Any]) -> str:

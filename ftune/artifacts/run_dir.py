@@ -8,6 +8,7 @@
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
     RUN/eval.json         what `ftune eval` measured
     RUN/predictions.jsonl every answer and its scores, of `ftune eval`
+    RUN/tasks.jsonl       every item of a task and its scores, of `ftune eval --tasks`
     RUN/evaluations/      both of checkpoints and of scaled changes: step-N/eval.json, step-N-scale-0.5/eval.json
     RUN/merged/           what `ftune merge` made
     RUN/lora/             what `ftune convert` made
@@ -53,6 +54,7 @@ _OURS = (
     "lora",
     "eval.json",
     "predictions.jsonl",
+    "tasks.jsonl",
     "evaluations",
     "tracking",
 )

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ftune.experiments.paired import Difference, Scores, stable
+from ftune.artifacts.paired import Difference, Scores, stable
 from ftune.experiments.seeds import differences
 from ftune.experiments.ties import holm
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.task_scores import compared
 from ftune.experiments.drift import environments
 from ftune.experiments.serving import served
 from ftune.experiments.settle import Settled
@@ -90,6 +91,7 @@ def collect(
         "seeds": settled.seeds(study.seeds),
         "rows": {**settled.counts, "compared": len(rows), "drawn": list(settled.drawn)},
         "base": {"score": round(float(matrices[BASE].mean()), 6), "loss": trials.result(BASE, BASE)["loss"]},
+        "tasks_failed": trials.progress(BASE, "tasks").failed if study.tasks else None,
         "methods": methods,
         "left_out": settled.excluded,
         "protocol": {
@@ -99,6 +101,7 @@ def collect(
             "search": {path: list(values) for path, values in study.search.items()},
             "common": settled.common,
             "data": trials.base.recipe.data.train.path,
+            "tasks": list(study.tasks),
             "environments": [
                 {"since": one.since[:10], "device": one.device, "versions": one.versions}
                 for one in environments(loaded.root)
@@ -155,6 +158,11 @@ def _method(
         for setting in outcome.tried
     ]
     lost = trials.forgotten(label, best.name) if best is not None else None
+    tasks = loaded.study.tasks
+    of_base = trials.task_scores(BASE, BASE, tasks) if tasks else None
+    of_run = trials.task_scores(label, best.name, tasks) if tasks and best is not None else None
+    if tasks and (why := trials.progress(label, "tasks").failed):
+        failures.append(f"tasks: {why}")
     method = {
         "label": label,
         "method": candidate.method,
@@ -165,6 +173,7 @@ def _method(
         "at_edge": outcome.at_edge,
         "failures": failures,
         "forgetting": lost,
+        "tasks": compared({"base": of_base, "tuned": of_run}) if of_base and of_run else [],
         "trials": tried,
         "runs": runs,
     }

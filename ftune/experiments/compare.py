@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ftune.artifacts.tasks import load_tasks
 from ftune.artifacts.validation import checked_splits
 from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.collect import collect
@@ -62,6 +63,7 @@ class Forecast:
         needed: Test rows with which the margin could be shown; None: not with any number, for these seeds.
         cut_from: Steps of a run as the recipe has it, where the budget allows fewer.
         begun: Whether the study has begun before.
+        tasks: Tasks that are run besides; their time is not known.
     """
 
     settled: Settled
@@ -74,6 +76,7 @@ class Forecast:
     needed: int | None
     cut_from: int | None
     begun: bool
+    tasks: tuple[str, ...] = ()
 
 
 def compare(
@@ -103,6 +106,8 @@ def compare(
         settled = load_settled(loaded, base)
         begun = settled is not None
         if settled is None:
+            if loaded.study.tasks:
+                load_tasks(loaded.study.tasks)  # what is wrong with them is told before hours of training
             # Told of the user's files, not of those that the study draws from them.
             checked_splits(base.recipe, load_tokenizer(base.recipe.model, base.recipe.data.chat_template))
             settled = settle(loaded, base)
@@ -232,7 +237,8 @@ class _Made:
 
     def jobs(self) -> list[Job]:
         """What can be done now, methods side by side."""
-        return [job for candidate in self.candidates for job in self._jobs_of(candidate)]
+        of_base = self._task_jobs(BASE, BASE, {"run": None, "recipe": str(self._base_recipe())})
+        return [*of_base, *(job for candidate in self.candidates for job in self._jobs_of(candidate))]
 
     def _jobs_of(self, candidate: Candidate) -> list[Job]:
         label = candidate.label
@@ -257,6 +263,8 @@ class _Made:
                     what = {"forgetting": self.loaded.study.forgetting and first, "exports": first}
                     run = str(self.trials.run(label, name))
                     jobs.append(self._test_job(label, name, {"run": run, **what}))
+                elif seed == self.settled.seed:
+                    jobs += self._task_jobs(label, name, {"run": str(self.trials.run(label, name))})
         return jobs
 
     def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:
@@ -290,7 +298,7 @@ class _Made:
 
     def forecast(self, cut_from: int | None = None) -> Forecast:
         """What the study will take."""
-        from ftune.experiments.paired import Spread
+        from ftune.artifacts.paired import Spread
         from ftune.experiments.power import detectable, needed
 
         study, speeds = self.loaded.study, self.speeds()
@@ -315,6 +323,7 @@ class _Made:
             needed=needed(study.margin / 100, spread, study.seeds, comparisons=comparisons),
             cut_from=cut_from,
             begun=self.begun,
+            tasks=study.tasks,
         )
 
     def fitted(self, forecast: Forecast) -> int:
@@ -350,9 +359,12 @@ class _Made:
         def done(job: Job, result: Mapping[str, Any]) -> None:
             self.clock.keep(job, result)
             if why := result.get("failed"):
-                if job.label == BASE:
+                tasks = job.message["kind"] == "tasks"
+                if job.label == BASE and not tasks:
                     raise FtuneError(f"the model before training cannot be measured: {why}")
-                self.trials.fail(job.label, "speed" if job.alone else job.name, str(why))
+                # A run that fails at a task has its other results.
+                what = "speed" if job.alone else "tasks" if tasks else job.name
+                self.trials.fail(job.label, what, str(why))
                 tell(f"{job.label} {job.name}: failed: {str(why).splitlines()[0]}")
             else:
                 tell(f"{job.label} {job.name}: {self._said(job)}")
@@ -370,7 +382,7 @@ class _Made:
             return f"{until} of {self.settled.steps} steps" + ("" if loss is None else f", held-out loss {loss:.4f}")
         if kind == "evaluate":
             return f"{self.settled.metric} {100 * (progress.quality or 0):.1f} % on the validation rows"
-        return "measured on the test rows"
+        return "tasks done" if kind == "tasks" else "measured on the test rows"
 
     def _base_recipe(self) -> Path:
         reference = self.candidates[0]
@@ -392,3 +404,10 @@ class _Made:
     def _test_job(self, label: str, name: str, what: Mapping[str, Any]) -> Job:
         out = self.trials.test(label, name)
         return Job(label, name, {"kind": "test", "test": self.settled.test, "out": str(out), **what})
+
+    def _task_jobs(self, label: str, name: str, what: Mapping[str, Any]) -> list[Job]:
+        tasks = self.loaded.study.tasks
+        done = not tasks or self.trials.task_scores(label, name, tasks) is not None
+        if done or any(self.trials.progress(one, "tasks").failed for one in (BASE, label)):
+            return []
+        return [Job(label, name, {"kind": "tasks", "tasks": tasks, "out": str(self.trials.test(label, name)), **what})]

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ftune.artifacts.need import need
 from ftune.experiments.markdown import best_first, is_chosen
-from ftune.experiments.need import need
 from ftune.human import bytes_text, time_text
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ftune.artifacts.report import table
+from ftune.artifacts.report import table, task_score, task_table
 from ftune.experiments.document import Table
 from ftune.experiments.serving import RULES
 from ftune.experiments.study import BASE, REFERENCE
@@ -28,6 +28,7 @@ __all__ = [
     "runs_table",
     "shown",
     "summary",
+    "tasks_table",
     "tuning_table",
     "vitals_lines",
 ]
@@ -57,6 +58,9 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     parts += ["", "## Against LoRA", ""]
     parts += ["Paired by test row, 95 % intervals, in points; p by Holm over all methods (docs/statistics.md).\n"]
     parts += markdown_table(differences_table(result))
+    if (tasks := tasks_table(result))[1]:
+        parts += ["", "## Tasks of lm-evaluation-harness", "", "One run of each method; differences paired by item.\n"]
+        parts += markdown_table(tasks)
     parts += ["", "## Tuning: held-out loss by learning rate", ""]
     parts += ["The same number of rates for each method, around its own prior; `*` is the chosen one.\n"]
     parts += markdown_table(tuning_table(result))
@@ -88,6 +92,8 @@ def forecast_text(forecast: Any, width: int) -> str:
         f"power; to show the margin: {needed}",
         *(f"left out: {label}: {why}" for label, why in settled.excluded.items()),
     ]
+    if forecast.tasks:
+        texts.append(f"besides: {', '.join(forecast.tasks)} on the base and on one run of each method")
     if forecast.cut_from is not None:
         texts.append(
             f"so that it fits the budget, a run makes {settled.steps} of the recipe's {forecast.cut_from} steps"
@@ -112,6 +118,8 @@ def paragraphs(result: Mapping[str, Any]) -> list[str]:
                 f"`{method['label']}` is not tuned and not ranked: its best rate is still at the edge of its grid"
             )
     said += [f"`{label}` was left out: {why}" for label, why in result["left_out"].items()]
+    if why := result.get("tasks_failed"):
+        said.append(f"The tasks failed on the model before training: {why}")
     return said
 
 
@@ -120,7 +128,10 @@ def overview(result: Mapping[str, Any]) -> Table:
     verdict = result["verdict"] or {"ties": [], "comparisons": {}}
     groups, compared = verdict["ties"], verdict["comparisons"]
     base = result["base"]["score"]
-    rows = [(base, [BASE, _points(base), against(compared.get(BASE)), _letters(BASE, groups), *["-"] * 4])]
+    tasks = _task_columns(result)
+    of_base = [task_score(row, "base") for row in tasks]
+    base_row = [BASE, _points(base), against(compared.get(BASE)), _letters(BASE, groups), *["-"] * 4, *of_base]
+    rows = [(base, base_row)]
     for method in result["methods"]:
         label, score, costs = method["label"], method["score"], method["costs"]
         mark = "failed" if score is None else "not tuned" if method["at_edge"] else _letters(label, groups)
@@ -136,10 +147,12 @@ def overview(result: Mapping[str, Any]) -> Table:
                     shown(costs["time"], time_text),
                     shown(costs["size"], bytes_text),
                     "-" if method["forgetting"] is None else f"{method['forgetting']['loss'][0]:+.3f}",
+                    *(_task_cell(method, row) for row in tasks),
                 ],
             )
         )
-    head = ("method", f"{result['metric']} %", "against LoRA", "ties", "memory", "time", "size", "forgets")
+    head = ["method", f"{result['metric']} %", "against LoRA", "ties", "memory", "time", "size", "forgets"]
+    head += [row["task"] for row in tasks]
     return head, [row for _, row in sorted(rows, key=lambda row: (-row[0], row[1][0]))]
 
 
@@ -211,6 +224,30 @@ def against(one: Mapping[str, Any] | None) -> str:
 def shown(value: Any, text: Callable[[Any], str]) -> str:
     """A value as text; ``-`` where there is none."""
     return "-" if value is None else text(value)
+
+
+def _task_columns(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of each task the first score, as the first method that was measured on it has it."""
+    rows: list[dict[str, Any]] = next((method["tasks"] for method in result["methods"] if method.get("tasks")), [])
+    return list({row["task"]: row for row in reversed(rows) if row["shown"]}.values())[::-1]
+
+
+def _task_cell(method: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    wanted = (column["task"], column["metric"])
+    return next(
+        (task_score(row, "tuned") for row in method.get("tasks", ()) if (row["task"], row["metric"]) == wanted), "-"
+    )
+
+
+def tasks_table(result: Mapping[str, Any]) -> Table:
+    """Every method's scores on tasks beside the base's."""
+    head: Sequence[str] = ()
+    rows: list[list[str]] = []
+    for method in result["methods"]:
+        if asked := [row for row in method.get("tasks", ()) if row["shown"]]:
+            head, of_method = task_table(asked)
+            rows += [[method["label"], *row] for row in of_method]
+    return ("method", *head), rows
 
 
 def _letters(label: str, groups: Sequence[Sequence[str]]) -> str:

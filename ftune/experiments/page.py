@@ -28,6 +28,7 @@ from ftune.experiments.markdown import (
     paragraphs,
     protocol_lines,
     runs_table,
+    tasks_table,
     tuning_table,
     vitals_lines,
 )
@@ -55,6 +56,8 @@ def page(result: Mapping[str, Any], root: Path, command: str) -> str:
         parts += section("Against LoRA", figure(figures.differences(result), caption, numbers))
     explained = bullets([*export_lines(result), *vitals_lines(result)])
     parts += section("Details", table("details", _to_runs(details(result), result)), explained)
+    if (tasks := tasks_table(result))[1]:
+        parts += section("Tasks of lm-evaluation-harness", table("tasks", tasks))
     caption = "Held-out loss by learning rate: filled where trained to the end, large where chosen"
     parts += section("Tuning", pictures(figures.rates(result), caption, table("tuning", tuning_table(result))))
     drawn = [

@@ -8,8 +8,8 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.experiments.need import need
-from ftune.experiments.paired import Spread, freedom
+from ftune.artifacts.need import need
+from ftune.artifacts.paired import Spread, freedom
 from ftune.experiments.seeds import moderated, of_pairs
 
 __all__ = ["detectable", "needed", "needed_seeds", "power_of"]

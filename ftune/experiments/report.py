@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ftune.artifacts.paired import Difference, difference
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
 from ftune.experiments import figures
@@ -28,7 +29,6 @@ from ftune.experiments.document import (
 )
 from ftune.experiments.items import items_part
 from ftune.experiments.markdown import EFFECTS, against, markdown_table, shown
-from ftune.experiments.paired import Difference, difference
 from ftune.experiments.ties import holm
 from ftune.human import bytes_text, time_text
 from ftune.run.files import write_json, write_text

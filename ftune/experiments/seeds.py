@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ftune.experiments.need import need
-from ftune.experiments.paired import Difference, Pair, Scores, difference, paired
+from ftune.artifacts.need import need
+from ftune.artifacts.paired import Difference, Pair, Scores, difference, paired
 
 __all__ = ["SeedNoise", "differences", "moderated", "of_pairs"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ftune.artifacts.paired import Difference
 from ftune.experiments.against import related
-from ftune.experiments.paired import Difference
 
 if TYPE_CHECKING:
     from ftune.experiments.verdict import Verdict

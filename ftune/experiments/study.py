@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ftune.artifacts.tasks import check_names
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
 from ftune.recipe.diagnose import Mistake, Positions, Source, fail
@@ -55,6 +56,10 @@ class Study(BaseModel):
         None, description="Rows for the report alone, as data.train. Default: drawn from the training rows."
     )
     forgetting: bool = Field(True, description="Measure of each method what it lost of the base's knowledge.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="Tasks of lm-evaluation-harness, by name or YAML file, run on the base and one run of each method.",
+    )
     output_dir: str | None = Field(None, min_length=1, description="Default: studies/NAME, of the study's file.")
 
     @field_validator("budget")
@@ -63,6 +68,16 @@ class Study(BaseModel):
         if text is not None:
             Budget.read(text)
         return text
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names:
+            try:
+                check_names(names)
+            except FtuneError as error:
+                raise ValueError(f"{error.message}; {error.help}" if error.help else error.message) from None
+        return names
 
 
 @dataclass(frozen=True)

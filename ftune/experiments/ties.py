@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ftune.experiments.paired import checked, stable
+from ftune.artifacts.paired import checked, stable
 from ftune.experiments.seeds import differences
 
 __all__ = ["holm", "tie_groups"]

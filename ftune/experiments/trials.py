@@ -9,7 +9,7 @@
     STUDY/recipes/LABEL/      a recipe for each run; NAME.failed says why one cannot go on
     STUDY/runs/LABEL/NAME/    run directories; NAME is `rate-2e-04`, or `seed-8` of the chosen setting
     STUDY/tests/LABEL/NAME/   eval.json and predictions.jsonl on the test rows; those of the base in tests/base/;
-                              exports.json of each method's first run
+                              tasks.json and tasks.jsonl of tasks; exports.json of each method's first run
     STUDY/speed/LABEL-N/      a few steps in a process of their own, for time and memory
     STUDY/compare.json, compare.md, compare.html
 
@@ -21,13 +21,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ftune.artifacts.task_scores import Score
 from ftune.errors import FtuneError
 from ftune.experiments.study import BASE, Candidate
 from ftune.experiments.tuning import Progress, Setting
@@ -159,6 +160,11 @@ class Trials:
     def exports(self, label: str, name: str) -> dict[str, Any]:
         """Whether a run can be merged and loaded (``ftune.artifacts.exports``); empty where that was not checked."""
         return _json(self.test(label, name) / "exports.json")
+
+    def task_scores(self, label: str, name: str, tasks: Sequence[str]) -> list[Score] | None:
+        """What a run, or the base, scored on tasks; None where it was not measured on these."""
+        found = _json(self.test(label, name) / "tasks.json")
+        return [Score(**score) for score in found["scores"]] if found.get("tasks") == list(tasks) else None
 
     def speed(self, label: str, number: int, count: int) -> dict[str, float] | None:
         """Seconds of a step and bytes of the peak, of a run of ``count`` steps that was made for them.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from numpy.typing import ArrayLike
 
+from ftune.artifacts.paired import Difference, checked
 from ftune.experiments.against import Comparison, beat, compare, related
-from ftune.experiments.paired import Difference, checked
 from ftune.experiments.power import detectable, needed, needed_seeds
 from ftune.experiments.sentence import sentence
 from ftune.experiments.ties import tie_groups

@@ -14,10 +14,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, Interrupted
@@ -26,6 +26,9 @@ from ftune.run.files import write_json
 from ftune.run.imports import import_libraries, quiet_libraries
 from ftune.run.launch import end_with_parent
 from ftune.run.sinks.jsonl import read_events
+
+if TYPE_CHECKING:
+    from ftune.artifacts.tuned import Target
 
 __all__ = ["main"]
 
@@ -54,7 +57,7 @@ def _done(job: Mapping[str, Any]) -> dict[str, Any]:
     """What became of a job: its ``seconds``, those of ``training`` and ``answering`` in them; or why it failed."""
     began = time.perf_counter()
     try:
-        spent = {"train": _train, "evaluate": _evaluate, "test": _test}[job["kind"]](job)
+        spent = {"train": _train, "evaluate": _evaluate, "test": _test, "tasks": _tasks}[job["kind"]](job)
     except Interrupted:
         return {"interrupted": True}
     except FtuneError as error:
@@ -129,15 +132,9 @@ def _evaluate(job: Mapping[str, Any]) -> dict[str, float]:
 def _test(job: Mapping[str, Any]) -> dict[str, float]:
     """Measure a run, or the model before training, on the test rows; the result is kept apart from the run."""
     from ftune.artifacts.evaluate import evaluate
-    from ftune.artifacts.tuned import Target, reading
-    from ftune.recipe import load_checked
     from ftune.recipe.schema import DataSource
 
-    with contextlib.ExitStack() as held:
-        if job["run"] is None:
-            target = Target(load_checked(Path(job["recipe"]))[0].recipe, None)
-        else:
-            target = held.enter_context(reading(Path(job["run"]), unfinished=False))
+    with _target(job) as target:
         data = target.recipe.data.model_copy(
             update={"eval": DataSource.model_validate(job["test"]), "eval_fraction": 0.0}
         )
@@ -163,6 +160,43 @@ def _exports(run: RunDir) -> dict[str, dict[str, Any]]:
         said = headline(error) if isinstance(error, FtuneError) else f"{type(error).__name__}: {error}"
         failed = {"error": None, "why": f"not checked: {said}"}
         return {"merge": failed, "load": failed}
+
+
+def _tasks(job: Mapping[str, Any]) -> dict[str, float]:
+    """Run tasks on a run, or on the model before training; the result is kept beside that of the test rows."""
+    from ftune.artifacts.stops import stops_of_run
+    from ftune.artifacts.task_scores import item_lines, run_tasks
+    from ftune.artifacts.tasks import load_tasks
+    from ftune.artifacts.tuned import load_plain, load_target
+    from ftune.plan.resolve import resolve
+    from ftune.run.files import write_text
+
+    with _target(job) as target:
+        tasks = load_tasks(job["tasks"])
+        plan = resolve(target.recipe)
+        model = load_plain(plan)
+        if target.run is not None:
+            model = load_target(model, replace(target, recipe=plan.recipe), plan.context)
+        began = time.perf_counter()
+        found = run_tasks(tasks, model, plan, stops_of_run(target.run, plan))
+        spent = time.perf_counter() - began
+        out, who = Path(job["out"]), "base" if target.run is None else "tuned"
+        write_text(out / "tasks.jsonl", "".join(f"{line}\n" for line in item_lines({who: found})))
+        write_json(out / "tasks.json", {"tasks": job["tasks"], "scores": [asdict(score) for score in found.scores]})
+    return {"answering": spent}
+
+
+@contextlib.contextmanager
+def _target(job: Mapping[str, Any]) -> Iterator[Target]:
+    """The run of a job, kept from being written, or the model before training."""
+    from ftune.artifacts.tuned import Target, reading
+    from ftune.recipe import load_checked
+
+    if job["run"] is None:
+        yield Target(load_checked(Path(job["recipe"]))[0].recipe, None)
+    else:
+        with reading(Path(job["run"]), unfinished=False) as target:
+            yield target
 
 
 def _let_go() -> None:

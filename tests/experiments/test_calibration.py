@@ -7,8 +7,8 @@ import pytest
 from experiments_studies import study
 from scipy import stats
 
+from ftune.artifacts.paired import checked, difference, paired
 from ftune.experiments.against import compare, related
-from ftune.experiments.paired import checked, difference, paired
 from ftune.experiments.power import detectable, needed
 from ftune.experiments.verdict import judge
 

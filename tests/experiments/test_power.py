@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftune.experiments.paired import Spread
+from ftune.artifacts.paired import Spread
 from ftune.experiments.power import detectable, needed, needed_seeds, power_of
 
 ASSUMED = Spread.assumed()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ftune.experiments.paired import difference, paired
+from ftune.artifacts.paired import difference, paired
 from ftune.experiments.seeds import SeedNoise, differences
 
 

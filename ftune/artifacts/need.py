@@ -1,4 +1,4 @@
-"""Packages that only a study needs."""
+"""Packages that only comparisons need."""
 
 from __future__ import annotations
 

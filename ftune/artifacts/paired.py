@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ftune.experiments.need import need
+from ftune.artifacts.need import need
 
 __all__ = ["Difference", "Pair", "Scores", "Spread", "checked", "difference", "paired", "stable"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ftune.artifacts.paired import Spread, checked, difference, paired
 from ftune.errors import FtuneError
-from ftune.experiments.paired import Spread, checked, difference, paired
 
 
 def right_wrong(won: int, lost: int, same: int) -> np.ndarray:
