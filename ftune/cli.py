@@ -574,6 +574,9 @@ def compare(
         str | None, typer.Option("--prefer", help="What is spared among equals: memory, time or size.")
     ] = None,
     test: Annotated[str | None, typer.Option("--test", help="Rows for the report alone.")] = None,
+    rewind: Annotated[
+        bool | None, typer.Option("--rewind", help="Measure where each method forgets less: earlier, or scaled.")
+    ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", help="The study's directory.")] = None,
     devices: Annotated[str | None, typer.Option("--devices", help="GPUs to use, a run on each: 0,1,2.")] = None,
     plan: Annotated[
@@ -598,6 +601,7 @@ def compare(
         "margin": margin,
         "prefer": prefer,
         "test": test,
+        "rewind": rewind,
         "output_dir": output_dir,
     }
     if is_study(target):

@@ -77,7 +77,7 @@ def scaled(target: Target, scale: float) -> Target:
             f"a checkpoint of `init: {getattr(method, 'init', '')}` has no scale: its base is not the untouched one",
             help="scale the run's end, or take the checkpoint as it is",
         )
-    return replace(target, scale=scale, notes=(*target.notes, f"of what was trained {scale:g} is taken"))
+    return replace(target, scale=scale, notes=(*target.notes, f"the trained change is applied at scale {scale:g}"))
 
 
 def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Target:

@@ -13,6 +13,7 @@ import numpy as np
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.task_scores import compared
 from ftune.experiments.drift import environments
+from ftune.experiments.rewind import curve
 from ftune.experiments.serving import served
 from ftune.experiments.settle import Settled
 from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
@@ -55,6 +56,9 @@ def collect(
         method["costs"] = _costs(trials, settled, method, speed)
         method["tokens_per_second"] = settled.tokens_a_step / speed["seconds"] if speed else None
         method |= _first_run(trials, method)
+        if study.rewind and outcome.best is not None:
+            run, margin = outcome.best.name, study.margin / 100
+            method["rewind"] = curve(trials, candidate.label, candidate.method, run, settled.steps, margin)
         methods.append(method)
         if method["runs"]:
             scores[candidate.label] = found

@@ -18,6 +18,7 @@ from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
 from ftune.experiments.pool import Job, Pool
+from ftune.experiments.rewind import MOST_POINTS, rewind_jobs
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
 from ftune.experiments.times import Clock, times
@@ -44,6 +45,8 @@ SPEED_SHARE = 0.05
 """Steps that are made to measure time and memory, as a share of those that tuning a method takes."""
 SPEED_STEPS, SPEED_ROUNDS = 4, 2
 """Of a method, at most."""
+KEPT_TO_REWIND = 6
+"""Checkpoints of a trial that stay where runs are rewound: of both pauses, of the end, and of a few interruptions."""
 FEWEST_STEPS = 20
 """Steps of a run below which a study is not cut to fit a budget."""
 
@@ -163,7 +166,8 @@ class _Made:
 
     def __init__(self, loaded: LoadedStudy, base: Loaded, settled: Settled, begun: bool, clock: Clock) -> None:
         self.loaded, self.settled, self.begun, self.clock = loaded, settled, begun, clock
-        self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed)
+        keep = KEPT_TO_REWIND if loaded.study.rewind else 1
+        self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed, keep)
         self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
         self.seeds = settled.seeds(loaded.study.seeds)
         combinations = math.prod(len(values) for values in loaded.study.search.values())
@@ -265,6 +269,9 @@ class _Made:
                     jobs.append(self._test_job(label, name, {"run": run, **what}))
                 elif seed == self.settled.seed:
                     jobs += self._task_jobs(label, name, {"run": str(self.trials.run(label, name))})
+            tested = self.trials.tested(label, outcome.best.name)  # which may measure the end's forgetting
+            if self.loaded.study.rewind and tested:
+                jobs += rewind_jobs(self.trials, label, candidate.method, outcome.best.name, self.settled.steps)
         return jobs
 
     def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:
@@ -311,6 +318,9 @@ class _Made:
         reading = self.trials.result(BASE, BASE).get("seconds", 0.0) / max(1, self.settled.test_items)
         jobs = len(labels) * (2 * study.trials * combinations + 2 * SURVIVORS + 2 * study.seeds)
         answers = len(labels) * (2 * validation + study.seeds * self.settled.test_items)
+        if study.rewind:
+            jobs += len(labels) * MOST_POINTS
+            answers += len(labels) * MOST_POINTS * validation
         spread, comparisons = Spread.assumed(), max(1, len(labels))  # the others and the base against LoRA
         return Forecast(
             settled=self.settled,
@@ -382,7 +392,8 @@ class _Made:
             return f"{until} of {self.settled.steps} steps" + ("" if loss is None else f", held-out loss {loss:.4f}")
         if kind == "evaluate":
             return f"{self.settled.metric} {100 * (progress.quality or 0):.1f} % on the validation rows"
-        return "tasks done" if kind == "tasks" else "measured on the test rows"
+        said = {"tasks": "tasks done", "rewind": "measured on the validation rows and neutral text"}
+        return said.get(kind, "measured on the test rows")
 
     def _base_recipe(self) -> Path:
         reference = self.candidates[0]

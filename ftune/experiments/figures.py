@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COSTS", "against_cost", "curves", "differences", "forest", "losses", "rates"]
+__all__ = ["COSTS", "against_cost", "curves", "differences", "forest", "losses", "rates", "rewound"]
 
 INK, ACCENT, MUTED = "#010203", "#040506", "#070809"
 """Colours that nothing else has: each is replaced by one of the page's."""
@@ -88,6 +88,27 @@ def losses(result: Mapping[str, Any]) -> list[str]:
             axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", **style)
 
     return _for_each_method(result, "step", draw)
+
+
+def rewound(result: Mapping[str, Any]) -> list[str]:
+    """Quality against forgetting along each run (thin) and along the scale of its end (thick); the best is large."""
+    pictures = []
+    for method in result["methods"]:
+        found = method.get("rewind")
+        if not found or not found["points"]:
+            continue
+        figure, axes = _figure(*PANEL)
+        along_run = [point for point in found["points"] if point["scale"] == 1]
+        along_scale = [point for point in found["points"] if point["step"] == result["steps"]]
+        for points, color, width in ((along_run, MUTED, 1), (along_scale, ACCENT, 2)):
+            places = [(point["forgetting"], 100 * point["quality"]) for point in points]
+            axes.plot(*zip(*places, strict=True), marker="o", ms=4, color=color, lw=width)
+        axes.plot([found["best"]["forgetting"]], [100 * found["best"]["quality"]], "o", ms=9, color=INK, mfc="none")
+        axes.set_title(method["label"], color=INK, fontsize=10)
+        axes.set_xlabel(COSTS["forgetting"][0])
+        axes.set_ylabel(f"{result['metric']} %")
+        pictures.append(_svg(figure))
+    return pictures
 
 
 def _for_each_method(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ftune.artifacts.report import table, task_score, task_table
 from ftune.experiments.document import Table
+from ftune.experiments.rewind import rewind_lines
 from ftune.experiments.serving import RULES
 from ftune.experiments.study import BASE, REFERENCE
 from ftune.human import bytes_text, time_text
@@ -64,6 +65,9 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     parts += ["", "## Tuning: held-out loss by learning rate", ""]
     parts += ["The same number of rates for each method, around its own prior; `*` is the chosen one.\n"]
     parts += markdown_table(tuning_table(result))
+    if lines := list(rewind_lines(result)):
+        parts += ["", "## Rewind: where each method forgets least within the margin of its best quality", ""]
+        parts += ["On validation rows and neutral text; the seed that was tuned.\n", *(f"- {line}" for line in lines)]
     parts += ["", "## Runs", ""]
     parts += markdown_table(runs_table(result))
     parts += ["", "## Protocol", "", *protocol_lines(result, command), ""]

@@ -32,6 +32,7 @@ from ftune.experiments.markdown import (
     tuning_table,
     vitals_lines,
 )
+from ftune.experiments.rewind import rewind_lines, rewind_table
 from ftune.experiments.study import BASE, REFERENCE
 from ftune.experiments.trials import item_texts
 
@@ -66,6 +67,13 @@ def page(result: Mapping[str, Any], root: Path, command: str) -> str:
         if (svg := figures.against_cost(result, cost)) is not None
     ]
     parts += section("Quality and cost", f'<div class="grid">{"".join(drawn)}</div>')
+    if rewound := figures.rewound(result):
+        caption = (
+            "Quality on the validation rows against forgetting: thin along the run, thick along the scale of its end; "
+            "large: the least forgetting within the margin of the best quality"
+        )
+        shown = pictures(rewound, caption, table("rewind", rewind_table(result)))
+        parts += section("Rewind", shown, bullets(list(rewind_lines(result))))
     caption = "Held-out loss by step; thick: the chosen setting"
     parts += section("Loss", pictures(figures.losses(result), caption))
     parts += section("Runs", table("runs", runs_table(result), anchor="run-"))

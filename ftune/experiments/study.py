@@ -60,6 +60,9 @@ class Study(BaseModel):
         (),
         description="Tasks of lm-evaluation-harness, by name or YAML file, run on the base and one run of each method.",
     )
+    rewind: bool = Field(
+        False, description="Measure of each method's chosen run where it forgets less: earlier, and at a smaller scale."
+    )
     output_dir: str | None = Field(None, min_length=1, description="Default: studies/NAME, of the study's file.")
 
     @field_validator("budget")

@@ -10,6 +10,7 @@
     STUDY/runs/LABEL/NAME/    run directories; NAME is `rate-2e-04`, or `seed-8` of the chosen setting
     STUDY/tests/LABEL/NAME/   eval.json and predictions.jsonl on the test rows; those of the base in tests/base/;
                               tasks.json and tasks.jsonl of tasks; exports.json of each method's first run
+    STUDY/rewind/LABEL/       the same on the validation rows, of checkpoints and of scaled changes
     STUDY/speed/LABEL-N/      a few steps in a process of their own, for time and memory
     STUDY/compare.json, compare.md, compare.html
 
@@ -37,7 +38,7 @@ from ftune.recipe.other_method import of_another_method
 from ftune.run.files import write_text
 from ftune.run.sinks.jsonl import read_events
 
-__all__ = ["Trials", "headline", "item_texts", "plain", "reason", "recipe_text"]
+__all__ = ["Trials", "headline", "item_texts", "plain", "read_json", "reason", "recipe_text"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Trials:
         own: What a method has in place of it, by its label.
         metric: What is compared.
         seed: Of training while tuning.
+        keep: Checkpoints of a trial that stay.
     """
 
     root: Path
@@ -59,6 +61,7 @@ class Trials:
     own: Mapping[str, Mapping[str, Any]]
     metric: str
     seed: int
+    keep: int = 1
 
     def raw(self, candidate: Candidate, changes: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe of a method as plain data."""
@@ -103,6 +106,8 @@ class Trials:
         """Name and recipe of a trial, or of a chosen setting's run with another seed."""
         name = setting.name if seed in (None, self.seed) else f"seed-{seed}"
         changes = {"optimizer.learning_rate": setting.rate, **dict(setting.fields)}
+        if self.keep > 1 and name == setting.name:
+            changes["checkpoint.keep"] = self.keep
         return name, self.write(candidate, name, {**changes, "training.seed": self.seed if seed is None else seed})
 
     def run(self, label: str, name: str) -> Path:
@@ -125,13 +130,13 @@ class Trials:
             for event in read_events(run / "metrics.jsonl")
             if event.get("event") == "eval" and event.get("step")
         }
-        measured = _json(run / "eval.json").get("tuned", {}).get("metrics", {}).get(self.metric)
+        measured = read_json(run / "eval.json").get("tuned", {}).get("metrics", {}).get(self.metric)
         why = failure.read_text().strip() if failure.is_file() else None
         return Progress(losses, why, measured)
 
     def finished(self, label: str, name: str) -> bool:
         """Whether a run was trained to its end."""
-        return bool(_json(self.run(label, name) / "run.json").get("status") == "finished")
+        return bool(read_json(self.run(label, name) / "run.json").get("status") == "finished")
 
     def tested(self, label: str, name: str) -> bool:
         """Whether a run was measured on the test rows."""
@@ -149,21 +154,21 @@ class Trials:
     def result(self, label: str, name: str) -> dict[str, Any]:
         """What was measured on the test rows: ``loss``, ``metrics``, ``seconds``; empty where it was not."""
         who = "base" if label == BASE else "tuned"
-        found: dict[str, Any] = _json(self.test(label, name) / "eval.json").get(who, {})
+        found: dict[str, Any] = read_json(self.test(label, name) / "eval.json").get(who, {})
         return found
 
     def forgotten(self, label: str, name: str) -> dict[str, Any] | None:
         """What a run lost of its base's knowledge (``ftune.artifacts.forgetting``), where that was measured."""
-        found: dict[str, Any] | None = _json(self.test(label, name) / "eval.json").get("forgetting")
+        found: dict[str, Any] | None = read_json(self.test(label, name) / "eval.json").get("forgetting")
         return found
 
     def exports(self, label: str, name: str) -> dict[str, Any]:
         """Whether a run can be merged and loaded (``ftune.artifacts.exports``); empty where that was not checked."""
-        return _json(self.test(label, name) / "exports.json")
+        return read_json(self.test(label, name) / "exports.json")
 
     def task_scores(self, label: str, name: str, tasks: Sequence[str]) -> list[Score] | None:
         """What a run, or the base, scored on tasks; None where it was not measured on these."""
-        found = _json(self.test(label, name) / "tasks.json")
+        found = read_json(self.test(label, name) / "tasks.json")
         return [Score(**score) for score in found["scores"]] if found.get("tasks") == list(tasks) else None
 
     def speed(self, label: str, number: int, count: int) -> dict[str, float] | None:
@@ -237,7 +242,8 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, str) else copy.copy(value)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none, or it is no object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

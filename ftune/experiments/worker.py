@@ -57,7 +57,8 @@ def _done(job: Mapping[str, Any]) -> dict[str, Any]:
     """What became of a job: its ``seconds``, those of ``training`` and ``answering`` in them; or why it failed."""
     began = time.perf_counter()
     try:
-        spent = {"train": _train, "evaluate": _evaluate, "test": _test, "tasks": _tasks}[job["kind"]](job)
+        do = {"train": _train, "evaluate": _evaluate, "test": _test, "tasks": _tasks, "rewind": _rewind}
+        spent = do[job["kind"]](job)
     except Interrupted:
         return {"interrupted": True}
     except FtuneError as error:
@@ -197,6 +198,16 @@ def _target(job: Mapping[str, Any]) -> Iterator[Target]:
     else:
         with reading(Path(job["run"]), unfinished=False) as target:
             yield target
+
+
+def _rewind(job: Mapping[str, Any]) -> dict[str, float]:
+    """Measure a checkpoint of a run, or a part of its change, on validation rows and neutral text; kept apart."""
+    from ftune.artifacts.evaluate import evaluate
+    from ftune.artifacts.tuned import reading, scaled
+
+    with reading(Path(job["run"]), job["checkpoint"]) as target:
+        found = evaluate(scaled(target, job["scale"]), base=False, forgetting="text", out=Path(job["out"]))
+        return {"answering": found["seconds"]}
 
 
 def _let_go() -> None:

@@ -189,4 +189,4 @@ def test_the_commands_take_a_step_and_a_scale(tmp_path: Path) -> None:
     assert f"merged step-2 at scale 0.5 shard by shard: {run.root}/merged" in said.output
     assert json.loads((run.root / "merged/merge.json").read_text())["checkpoint"] == "step-2"
     said = CliRunner().invoke(app, ["eval", str(run.root), "--step", "2", "--scale", "0.5"])
-    assert "of what was trained 0.5 is taken" in said.output
+    assert "the trained change is applied at scale 0.5" in said.output
