@@ -27,6 +27,8 @@ COSTS = {
     "size": ("size", bytes_text),
     "forgetting": ("loss gained on neutral text, nats a token", "{:+.3f}".format),
 }
+OUTLIER = 3.0
+"""A scale ends above nine tenths of the losses where the largest is so many times as far from the smallest."""
 PANEL = (3.4, 2.3)
 """Inches of one small picture of several."""
 
@@ -154,6 +156,8 @@ def _panels(
         draw(axes, shown)
         if finite:
             low, high = finite[0], finite[int(0.9 * (len(finite) - 1))]
+            if finite[-1] - low <= OUTLIER * (high - low):
+                high = finite[-1]
             room = 0.1 * (high - low) or 0.1
             axes.set_ylim(low - room, high + room)
         axes.set_title(name, color=INK, fontsize=10)

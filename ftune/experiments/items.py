@@ -31,9 +31,13 @@ def items_part(items: Sequence[Mapping[str, Any]], reference: str, called: str, 
     if len(items) > len(shown):
         yield f"<p class=note>{len(shown)} of {len(items)} rows: those on which the models differ most.</p>"
     options = "".join(f"<option>{text(name)} {kind}</option>" for name in others for kind in ("won", "lost"))
+    against = (
+        f'<label>Against {text(called)} <select data-won><option value="">all</option>{options}</select></label> '
+        if others
+        else ""
+    )
     yield (
-        f'<p class=find><label>Search <input type="search" data-items></label> <label>Against {text(called)} '
-        f'<select data-won><option value="">all</option>{options}</select></label> '
+        f'<p class=find><label>Search <input type="search" data-items></label> {against}'
         '<span role="status" data-count></span></p>'
     )
     yield from (_item(item, reference) for item in shown)

@@ -199,7 +199,7 @@ def export_lines(result: Mapping[str, Any]) -> Iterator[str]:
                 yield (
                     f"`{method['label']}`, {name}: {found['why']}"
                     if unsure
-                    else (f"`{method['label']}` {what}: {found['why']}")
+                    else f"`{method['label']}` {what}: {found['why']}"
                 )
 
 
@@ -221,7 +221,8 @@ def against(one: Mapping[str, Any] | None) -> str:
     """A difference in points, with its interval."""
     if one is None:
         return "-"
-    d, lo, hi = (100 * one["difference"][end] for end in ("d", "lo", "hi"))
+    # 0.0 is added since a minus before a rounded zero says nothing
+    d, lo, hi = (round(100 * one["difference"][end], 1) + 0.0 for end in ("d", "lo", "hi"))
     return f"{d:+.1f} [{lo:+.1f}, {hi:+.1f}]"
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from experiments_pages import check_page
+from typer.testing import CliRunner
 
+from ftune.cli import app
 from ftune.errors import RunDirError
 from ftune.experiments.leaderboard import leaderboard, leaderboard_page, leaderboard_text
 
@@ -89,6 +91,17 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path: Path) -> No
     assert sorted(Path(path).parent.name for path in found["unreadable"]) == ["cut", "torn"]
     assert "cannot be read" in leaderboard_text(found, 80)
     assert "cannot be read" in leaderboard_page(found, tmp_path)
+
+
+def test_the_command_prints_writes_and_gives_json(tmp_path: Path) -> None:
+    write(tmp_path / "a", study("dora", 0.5))
+    out = tmp_path / "studies.html"
+    done = CliRunner().invoke(app, ["leaderboard", str(tmp_path), "--out", str(out)])
+    assert done.exit_code == 0
+    assert "dora is better" in done.stdout
+    check_page(out.read_text(), tmp_path)
+    done = CliRunner().invoke(app, ["leaderboard", str(tmp_path), "--json"])
+    assert json.loads(done.stdout) == leaderboard(tmp_path)
 
 
 def test_no_study_is_an_error(tmp_path: Path) -> None:

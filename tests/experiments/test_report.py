@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tiny
 from experiments_pages import check_page
+from typer.testing import CliRunner
 
 from ftune.artifacts.evaluate import evaluate
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import reading
+from ftune.cli import app
 from ftune.errors import RunDirError
 from ftune.experiments.report import (
     collect_runs,
@@ -84,6 +86,16 @@ def test_two_runs_side_by_side(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert (tmp_path / "out/report.html").read_bytes() == first
 
 
+def test_the_command_prints_writes_and_gives_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ["report", *map(str, runs), "--output-dir", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert "not tuned alike" in " ".join(done.stdout.split())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json", "report.md"}
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out/report.json").read_text())
+
+
 def test_one_run_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
     result, items = collect_runs(runs[:1])
     assert result["differences"] == []
@@ -91,7 +103,8 @@ def test_one_run_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert statements(result)[0].startswith("`a`: lora on")
     assert len(items) == 6
     tmp_path.joinpath("out").mkdir()
-    check_page(report_page(result, items, tmp_path / "out", "x"), tmp_path / "out")
+    tags = check_page(report_page(result, items, tmp_path / "out", "x"), tmp_path / "out")
+    assert "select" not in tags.seen, "there is nothing to win against"
 
 
 def test_a_difference_is_paired_and_never_called_better(runs: tuple[Path, Path], tmp_path: Path) -> None:
