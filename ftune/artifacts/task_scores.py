@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def run_tasks(tasks: Tasks, model: nn.Module, plan: Plan, stops: Sequence[int]) 
         raise
     except Exception as error:
         names = ", ".join(f"`{name}`" for name in tasks.names)
-        raise FtuneError(f"{names} failed: {type(error).__name__}: {error}") from error
+        raise FtuneError(f"{names} failed at an item: {type(error).__name__}: {error}") from error
     of_tasks = list(_of_tasks(tasks, found))
     scores = sorted([*_of_groups(tasks, found, of_tasks), *of_tasks], key=lambda score: not score.shown)
     return TaskRun(scores, _items(found["samples"]), chat, lm.cut, lm.max_length)
@@ -131,12 +132,23 @@ def _language_model(model: nn.Module, plan: Plan, stops: Sequence[int], chat: bo
     alone = recipe.method.virtual_positions and getattr(config.get_text_config(), "sliding_window", None)
     template = load_template(plan.tokenizer, recipe.data.chat_template) if chat else None
 
+    quiet = not sys.stderr.isatty()
+
     class Loaded(HFLM):  # type: ignore[misc]
         cut = 0
 
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
             self.cut += sum(len(before or ()) + len(answer) > self.max_length + 1 for _, before, answer in requests)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=quiet, **kwargs)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=quiet)
 
         def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
             room = kwargs.get("left_truncate_len") or self.max_length

@@ -25,6 +25,8 @@ __all__ = ["Tasks", "check_names", "load_tasks"]
 MAX_FILE_BYTES = 1_000_000
 SEED = 1234
 """Of the draw of solved examples: the harness's own, so that numbers are those that others publish."""
+_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+"""What `datasets` calls files of these formats: not the name of a data set."""
 _NETWORK = ("Offline", "Connection", "LocalEntryNotFound", "HfHubHTTP", "DatasetNotFound", "Timeout", "ConnectError")
 """In the names of what is raised where a data set is not here and cannot be had."""
 
@@ -136,7 +138,9 @@ def _read_file(name: str) -> dict[str, Any]:
     except OSError as error:
         raise FtuneError(f"the task file {name} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FtuneError(f"the task file {name} is not YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark is not None else name
+        raise FtuneError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
     if isinstance(block, dict) and isinstance(block.get("group", block.get("task")), str):
         return block
     what = "a recipe of ftune" if isinstance(block, dict) and "method" in block else "no task"
@@ -153,14 +157,18 @@ def _spec(path: Path, block: dict[str, Any]) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     spec: dict[str, Any] = load_yaml(path)
+    local = spec.get("dataset_path") in _FORMATS
 
     def beside(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: beside(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [beside(inner) for inner in value]
-        there = path.parent / value if isinstance(value, str) and value else None
-        return str(there.absolute()) if there is not None and there.exists() else value
+        if not isinstance(value, str) or "://" in value:
+            return value
+        there = path.parent / value
+        # The harness itself looks in the working directory.
+        return str(there.absolute()) if there.exists() or (local and not Path(value).exists()) else value
 
     options = dict(spec.get("dataset_kwargs") or {})
     for name in options.keys() & {"data_files", "data_dir"}:
@@ -192,6 +200,8 @@ def _stand_for(group: Any) -> set[str]:
 
 
 def _unknown(name: str, known: Sequence[str]) -> FtuneError:
+    if Path(name).exists():
+        return FtuneError(f"{name} is no task file: its name must end in .yaml")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
     return FtuneError(
         f"lm-evaluation-harness {version_of('lm_eval')} knows no task `{name}`",
@@ -216,4 +226,12 @@ def _refused(name: str, error: Exception) -> FtuneError:
             f"the data of task `{name}` are not on this machine and cannot be had: {said}",
             help="run it once where there is a network (without HF_HUB_OFFLINE), or write a task file with local data",
         )
+    if isinstance(error, StopIteration) or "dataset of size 0" in said:
+        said = "its data have no items"
+    elif isinstance(error, KeyError):
+        said = f"its data have no split or column {error}"
+    elif "must have valid or test docs" in said:
+        said = "it has neither a `test_split` nor a `validation_split`"
+    elif "larger than population" in said:
+        said = "its data have fewer solved examples than --shots asks for"
     return FtuneError(f"task `{name}` cannot be run: {said}")

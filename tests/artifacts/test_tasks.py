@@ -278,12 +278,12 @@ def wrong(where: Path, name: str) -> str:
     ("name", "said"),
     [
         ("list.yaml", "is no task"),
-        ("broken.yaml", "is not YAML"),
+        ("broken.yaml", "broken.yaml:2 is not YAML"),
         ("recipe.yaml", "is a recipe of ftune"),
-        ("no split", "must have valid or test docs"),
-        ("other split", "tests"),
-        ("no rows", "no_rows"),
-        ("no data", "nowhere.jsonl"),
+        ("no split", "neither a `test_split`"),
+        ("other split", "no split or column 'tests'"),
+        ("no rows", "have no items"),
+        ("no data", "tasks/nowhere.jsonl"),
         ("metric", "accuracyy"),
         ("template", "Template"),
         ("field", "UndefinedError"),
@@ -309,7 +309,7 @@ def test_near_names_are_told(tmp_path: Path) -> None:
 
 
 def test_more_examples_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FtuneError, match="`.*capitals.yaml` cannot be run"):
+    with pytest.raises(FtuneError, match="fewer solved examples than --shots asks for"):
         load_tasks([task(tmp_path, fewshot_split="train")], shots=50)
 
 
