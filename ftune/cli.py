@@ -579,6 +579,9 @@ def compare(
     ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", help="The study's directory.")] = None,
     devices: Annotated[str | None, typer.Option("--devices", help="GPUs to use, a run on each: 0,1,2.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="ray: a run on each GPU of a Ray cluster (RAY_ADDRESS, or here).")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the study takes and can show, and train nothing but a few steps.")
     ] = False,
@@ -611,6 +614,8 @@ def compare(
     else:
         loaded = study_of(target, **options)
     numbers = _numbers(devices)
+    if engine not in (None, "ray") or (engine and devices):
+        raise FtuneError(f"--engine {engine}: not an engine of a study, or not with --devices", help="--engine ray")
     with _libraries():
         from ftune.experiments.compare import Forecast
         from ftune.experiments.compare import compare as run_study
@@ -627,7 +632,11 @@ def compare(
             return typer.confirm("begin?")
 
         result = run_study(
-            loaded, devices=numbers, agree=agreed, tell=lambda line: print(line, file=sys.stderr, flush=True)
+            loaded,
+            devices=numbers,
+            ray=engine == "ray",
+            agree=agreed,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
         if result is None:
             return

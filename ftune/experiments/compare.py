@@ -18,6 +18,7 @@ from ftune.errors import FtuneError, RunDirError
 from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
 from ftune.experiments.pool import Job, Pool
+from ftune.experiments.ray_pool import RayPool
 from ftune.experiments.rewind import MOST_POINTS, rewind_jobs
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
@@ -86,6 +87,7 @@ def compare(
     loaded: LoadedStudy,
     *,
     devices: Sequence[int] = (),
+    ray: bool = False,
     agree: Callable[[Forecast], bool] = lambda forecast: True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
@@ -94,6 +96,7 @@ def compare(
     Args:
         loaded: The study.
         devices: Numbers of the GPUs to use, a run at a time on each; none: one run at a time.
+        ray: Run on a Ray cluster, a run on each of its devices.
         agree: Asked before anything but a few steps is trained.
         tell: Called with a line for each thing that is done.
 
@@ -115,7 +118,8 @@ def compare(
             checked_splits(base.recipe, load_tokenizer(base.recipe.model, base.recipe.data.chat_template))
             settled = settle(loaded, base)
         made = _Made(loaded, base, settled, begun, clock)
-        with Pool(devices, loaded.root / "workers.log", lock=lock.fileno(), fork=_may_fork()) as pool:
+        log = loaded.root / "workers.log"
+        with RayPool(log) if ray else Pool(devices, log, lock=lock.fileno(), fork=_may_fork()) as pool:
             made.require_agreement(pool, Environment.here(devices), tell)
             pool.do(made.first_jobs, made.note(tell))
             forecast = made.forecast()
@@ -176,7 +180,7 @@ class _Made:
         self.speed_steps = min(few, SPEED_STEPS, settled.steps)
         self.speed_rounds = max(1, min(few // SPEED_STEPS, SPEED_ROUNDS))
 
-    def require_agreement(self, pool: Pool, now: Environment, tell: Callable[[str], None]) -> None:
+    def require_agreement(self, pool: Pool | RayPool, now: Environment, tell: Callable[[str], None]) -> None:
         """Hold that what is computed here and now agrees with what the study has (``ftune.experiments.drift``).
 
         Raises:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ftune.errors import Interrupted
 
-__all__ = ["Job", "Pool"]
+__all__ = ["Job", "Pool", "same"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Pool:
         busy: dict[int | None, Job] = {}
         try:
             while True:
-                waiting = [job for job in next_jobs() if not any(_same(job, other) for other in busy.values())]
+                waiting = [job for job in next_jobs() if not any(same(job, other) for other in busy.values())]
                 for device in self._devices:
                     if device not in busy and waiting:
                         job = waiting.pop(0)
@@ -165,5 +165,6 @@ class Pool:
             self._end(device)
 
 
-def _same(one: Job, other: Job) -> bool:
+def same(one: Job, other: Job) -> bool:
+    """Whether both are of one run, which one process at a time may change."""
     return (one.label, one.name) == (other.label, other.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -149,6 +150,19 @@ def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(tmp_path: Path) 
     assert "the anchor agrees" in told
     assert "lora speed 0" in " ".join(told), "time and memory are of one place"
     assert not (root / "anchor").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`: pip install 'ftune[ray]'")
+def test_a_study_on_ray_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    results = []
+    for name in ("here", "ray"):
+        where = tmp_path / name
+        where.mkdir()
+        assert compare(load_study(make_study(where, methods=["lora"])), ray=name == "ray")
+        text = json.dumps(without_costs(where / "study/compare.json"))
+        results.append(text.replace(str(where), "HERE"))
+    assert results[0] == results[1]
 
 
 def test_a_method_that_fails_is_told_and_the_rest_go_on(tmp_path: Path) -> None:
