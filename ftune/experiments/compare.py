@@ -62,6 +62,7 @@ class Forecast:
         runs: Runs that are trained, whole or in part.
         steps: Steps of all of them.
         seconds: The time of all of them, on one device, by steps that were measured.
+        besides: What of it is not steps, so that shorter runs do not save it: answers, loading, saving.
         speed: Of each method seconds of a step and bytes of its peak.
         detectable: The difference that can be shown with 80 % power, a share of 1.
         needed: Test rows with which the margin could be shown; None: not with any number, for these seeds.
@@ -75,6 +76,7 @@ class Forecast:
     runs: int
     steps: int
     seconds: float
+    besides: float
     speed: dict[str, dict[str, float]]
     detectable: float
     needed: int | None
@@ -326,12 +328,14 @@ class _Made:
             jobs += len(labels) * MOST_POINTS
             answers += len(labels) * MOST_POINTS * validation
         spread, comparisons = Spread.assumed(), max(1, len(labels))  # the others and the base against LoRA
+        besides = answers * reading + jobs * times(self.trials.root)["job"]
         return Forecast(
             settled=self.settled,
             labels=labels,
             runs=len(labels) * (study.trials * combinations + study.seeds - 1),
             steps=len(labels) * steps,
-            seconds=training + answers * reading + jobs * times(self.trials.root)["job"],
+            seconds=training + besides,
+            besides=besides,
             speed=speeds,
             detectable=detectable(self.settled.test_items, spread, study.seeds, comparisons=comparisons),
             needed=needed(study.margin / 100, spread, study.seeds, comparisons=comparisons),
@@ -354,7 +358,8 @@ class _Made:
         needs = {"seconds": forecast.seconds, "steps": forecast.steps, "tokens": tokens}[budget.unit]
         if needs <= budget.amount:
             return now
-        steps = math.floor(now * budget.amount / needs)
+        besides = forecast.besides if budget.unit == "seconds" else 0.0
+        steps = max(0, math.floor(now * (budget.amount - besides) / (needs - besides)))
         if steps < min(FEWEST_STEPS, now):
             count = len(forecast.labels)
             fits = max(0, math.floor(count * budget.amount / needs))

@@ -1,4 +1,4 @@
-"""A study's jobs on a Ray cluster: Ray's scheduler places each on a free device, and starts it again when a node is lost.
+"""A study's jobs on a Ray cluster: Ray places each on a free device, and starts it again when a node is lost.
 
 The study's directory is on storage that every node sees: a job reads and writes there alone, and goes on from what is
 there, so that one that is started again makes no step twice.
