@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ __all__ = ["items_part"]
 
 MOST_ITEMS = 300
 """Items that are shown; those on which the models differ come first."""
+MOST_BYTES = 1_000_000
+"""Bytes of all items together: a page stays small enough to be sent."""
 LONGEST = 600
 """Characters of an item's text that are shown."""
 
@@ -27,7 +30,10 @@ def items_part(items: Sequence[Mapping[str, Any]], reference: str, called: str, 
         called: How it is called in a sentence.
         others: Labels of the models that won or lost against it.
     """
-    shown = sorted(items, key=lambda item: (-_spread(item), item["row"]))[:MOST_ITEMS]
+    best = sorted(items, key=lambda item: (-_spread(item), item["row"]))[:MOST_ITEMS]
+    drawn = [_item(item, reference) for item in best]
+    sizes = itertools.accumulate(len(item.encode()) for item in drawn)
+    shown = [item for item, size in zip(drawn, sizes, strict=True) if size <= MOST_BYTES]
     if len(items) > len(shown):
         yield f"<p class=note>{len(shown)} of {len(items)} rows: those on which the models differ most.</p>"
     options = "".join(f"<option>{text(name)} {kind}</option>" for name in others for kind in ("won", "lost"))
@@ -40,7 +46,7 @@ def items_part(items: Sequence[Mapping[str, Any]], reference: str, called: str, 
         f'<p class=find><label>Search <input type="search" data-items></label> {against}'
         '<span role="status" data-count></span></p>'
     )
-    yield from (_item(item, reference) for item in shown)
+    yield from shown
 
 
 def _item(item: Mapping[str, Any], reference: str) -> str:

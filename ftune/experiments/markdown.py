@@ -208,7 +208,8 @@ def vitals_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for method in result["methods"]:
         for run in method["runs"][:1]:
             if run.get("vitals"):
-                yield f"`{method['label']}`: {run['vitals']} ({_to_run(run['run'])})"
+                advice = "".join(f"; {line}" for line in run["advice"])
+                yield f"`{method['label']}`: {run['vitals']} ({_to_run(run['run'])}){advice}"
 
 
 def _exported(found: Mapping[str, Any] | None) -> str:
