@@ -47,9 +47,9 @@ fix: $(STAMP) ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 # The slow ones train the real model or start processes. Those of a file stay in one process, which makes what they
-# share (runs of several processes, the real model) once; files of many tests begin first.
+# share (runs of several processes, the real model) once.
 test: test-fast ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## the tests that need no real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS)
