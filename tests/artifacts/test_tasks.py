@@ -23,7 +23,11 @@ from ftune.artifacts.tasks import check_names, load_tasks
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import reading
 from ftune.cli import app
-from ftune.errors import FtuneError
+from ftune.errors import FtuneError, RecipeError
+from ftune.experiments.compare import compare
+from ftune.experiments.markdown import markdown
+from ftune.experiments.page import page
+from ftune.experiments.study import load_study
 from ftune.methods import METHODS
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -354,3 +358,53 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert found.exit_code == 0
     (row,) = json.loads(found.stdout)["tasks"]["rows"]
     assert row["n"] == 4
+
+
+# --- in a study ---
+
+
+def test_a_study_names_tasks_that_are_there(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("recipe: r.yaml\ntasks: [./nowhere.yaml]\n")
+    with pytest.raises(RecipeError) as error:
+        load_study(study)
+    assert "study.yaml:2" in error.value.render()
+    assert "there is no task file ./nowhere.yaml" in error.value.render()
+
+
+@pytest.mark.slow
+def test_a_study_runs_tasks_on_the_base_and_on_one_run_of_each_method(tmp_path: Path) -> None:
+    path = task(tmp_path / "tasks")
+    recipe = dict(tiny.recipe(tmp_path, evaluation={"metrics": ["f1"], "max_new_tokens": 8}).raw)
+    recipe["data"] = {"train": str(tiny.write_chats(tmp_path / "all.jsonl", 40)), "max_length": 256}
+    del recipe["optimizer"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))
+    study = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "methods": ["lora", "ia3"],
+        "trials": 3,
+        "seeds": 1,
+        "tasks": [path],
+        "output_dir": str(tmp_path / "study"),
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    loaded = load_study(tmp_path / "study.yaml")
+    result = compare(loaded)
+    assert result is not None
+    for method in result["methods"]:
+        (row,) = method["tasks"]
+        assert row["task"] == "capitals"
+        run = tmp_path / "study" / method["runs"][0]["run"]
+        assert rows_of(measured(run, path))["capitals", "acc"] == row, "a study's run is an ordinary one"
+    assert json.loads((tmp_path / "study/compare.json").read_text())["methods"] == result["methods"]
+    text = markdown(result, "ftune compare")
+    assert "## Tasks of lm-evaluation-harness" in text
+    assert "| capitals |" in text.split("## Details")[0], "a column of the first table"
+    assert "capitals" in page(result, tmp_path / "study", "ftune compare")
+    # Another task, of which the base fails: the rest of the study stands.
+    bad = task(tmp_path / "tasks", "bad", rows=[{"country": "x", "cities": c, "right": 0} for c in (["a", "b"], None)])
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": [bad]}))
+    again = compare(load_study(tmp_path / "study.yaml"))
+    assert again is not None
+    assert "failed at an item" in again["tasks_failed"]
+    assert all(method["tasks"] == [] and method["score"] is not None for method in again["methods"])
