@@ -46,6 +46,9 @@ def summary(result: Mapping[str, Any], root: str, width: int) -> str:
     if max(map(len, table(head, rows).splitlines())) > width:
         head, rows = head[:4], [row[:4] for row in rows]
     lines = [table(head, rows, right=range(1, len(head))), ""]
+    if (tasks := tasks_table(result))[1]:
+        shown_tasks = table(*tasks, right=range(3, len(tasks[0])))
+        lines += [shown_tasks, ""] if max(map(len, shown_tasks.splitlines())) <= width else []
     lines += [textwrap.fill(text, width) for text in paragraphs(result)]
     lines.append(_time(result))
     return "\n".join([*lines, f"written: {root}/compare.html, compare.md, compare.json"])

@@ -25,7 +25,7 @@ from ftune.artifacts.tuned import reading
 from ftune.cli import app
 from ftune.errors import FtuneError, RecipeError
 from ftune.experiments.compare import compare
-from ftune.experiments.markdown import markdown
+from ftune.experiments.markdown import markdown, summary
 from ftune.experiments.page import page
 from ftune.experiments.study import load_study
 from ftune.methods import METHODS
@@ -400,6 +400,10 @@ def test_a_study_runs_tasks_on_the_base_and_on_one_run_of_each_method(tmp_path: 
     text = markdown(result, "ftune compare")
     assert "## Tasks of lm-evaluation-harness" in text
     assert "| capitals |" in text.split("## Details")[0], "a column of the first table"
+    shown = [
+        line for line in summary(result, "study", 80).splitlines() if line.startswith("ia3 ") and "capitals" in line
+    ]
+    assert len(shown) == 1
     assert "capitals" in page(result, tmp_path / "study", "ftune compare")
     # Another task, of which the base fails: the rest of the study stands.
     bad = task(tmp_path / "tasks", "bad", rows=[{"country": "x", "cities": c, "right": 0} for c in (["a", "b"], None)])
