@@ -74,7 +74,7 @@ class Environment:
         else:
             named = [line.split(":")[1].strip() for line in processor().splitlines() if line.startswith("model name")]
             caps = [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
-            used = [torch.backends.cpu.get_cpu_capability(), *caps, f"{torch.get_num_threads()} threads"]
+            used = [torch.backends.cpu.get_cpu_capability(), *caps, f"threads: {torch.get_num_threads()}"]
             device = f"{(*named, platform.processor(), platform.machine())[0]} ({', '.join(used)})"
         digest = hashlib.sha256(processor().encode()).hexdigest()[:16]
         now = now_text()
