@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,6 +114,8 @@ def compare(
     with _locked(loaded.root, tell) as lock:
         settled = load_settled(loaded, base)
         begun = settled is not None
+        if settled is not None and loaded.study.budget is not None:
+            tell(f"the study has begun: its runs keep their {settled.steps} steps, whatever the budget")
         if settled is None:
             if loaded.study.tasks:
                 load_tasks(loaded.study.tasks)  # what is wrong with them is told before hours of training
@@ -247,7 +250,7 @@ class _Made:
 
     def jobs(self) -> list[Job]:
         """What can be done now, methods side by side."""
-        of_base = self._task_jobs(BASE, BASE, {"run": None, "recipe": str(self._base_recipe())})
+        of_base = self._task_jobs(BASE, BASE, {"run": None, "recipe": str(self.trials.recipe(BASE, BASE))})
         return [*of_base, *(job for candidate in self.candidates for job in self._jobs_of(candidate))]
 
     def _jobs_of(self, candidate: Candidate) -> list[Job]:
@@ -304,8 +307,7 @@ class _Made:
         for candidate in self.candidates:
             rounds = [r for n in range(self.speed_rounds) if (r := self._speed(candidate, n)) is not None]
             if rounds:
-                seconds = sorted(r["seconds"] for r in rounds)
-                middle = (seconds[len(seconds) // 2] + seconds[(len(seconds) - 1) // 2]) / 2
+                middle = statistics.median(r["seconds"] for r in rounds)
                 found[candidate.label] = {"seconds": middle, "bytes": max(r["bytes"] for r in rounds)}
         return found
 

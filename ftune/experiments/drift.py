@@ -128,14 +128,14 @@ class Anchor:
     def jobs(self) -> list[Job]:
         """What is still to be computed; empty where nothing was kept to compare with."""
         jobs = []
-        base = self.trials.root / "recipes" / BASE / f"{BASE}.yaml"
+        base = self.trials.recipe(BASE, BASE)
         if self.trials.tested(BASE, BASE) and not (self.root / BASE / "eval.json").is_file():
             asked = {"kind": "test", "run": None, "recipe": str(base), "forgetting": False, "rows": ANCHOR_ROWS}
             jobs.append(Job(BASE, "anchor", {**asked, "test": self.settled.test, "out": str(self.root / BASE)}))
         trial = self._trial()
         if trial is not None and not (self.root / REFERENCE / "run.json").is_file():
             until = min(ANCHOR_STEPS, self.settled.steps)
-            recipe = self.trials.root / "recipes" / REFERENCE / f"{trial}.yaml"
+            recipe = self.trials.recipe(REFERENCE, trial)
             message = {"kind": "train", "recipe": str(recipe), "until": until, "out": str(self.root / REFERENCE)}
             jobs.append(Job(REFERENCE, "anchor", message))
         return jobs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def draw(data: DataSpec, test: str | None, out: Path, *, begun: bool = False) ->
         data: The recipe's.
         test: A source of test rows; None: draw them.
         out: The study's directory for data.
-        begun: Whether the study has begun; before, other rows are drawn anew.
+        begun: Whether the study has begun; before, other rows are drawn anew, and what was measured of the old goes.
 
     Raises:
         DataError: There are too few rows, or they cannot be read.
@@ -97,6 +98,8 @@ def draw(data: DataSpec, test: str | None, out: Path, *, begun: bool = False) ->
         counts = {"train": len(rows), "validation": None, "test": None if test is None else len(tests)} | {
             name: len(part) for name, part in parts.items()
         }
+        for name in ("speed", "tests"):  # measured of other rows
+            shutil.rmtree(out.parent / name, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
             write_text(path, "".join(f"{_line(row)}\n" for row in parts[name]))

@@ -74,7 +74,7 @@ def load_settled(loaded: LoadedStudy, base: Loaded) -> Settled | None:
     """What a study that was begun settled on, with methods that were added since; None where none was begun.
 
     Raises:
-        RunDirError: The directory holds another study, or a method cannot be added to it.
+        RunDirError: The directory holds another study or was begun with other rows, or a method cannot be added to it.
     """
     path = loaded.root / "study.json"
     if not path.is_file():
@@ -87,9 +87,10 @@ def load_settled(loaded: LoadedStudy, base: Loaded) -> Settled | None:
     if differs:
         raise RunDirError(
             f"{loaded.root} holds a study that was begun with another {', '.join(differs)}",
-            help="choose another output_dir; methods and seeds may be added, and budget, margin and prefer changed",
+            help="choose another output_dir; methods and seeds may be added, and margin and prefer changed",
         )
     if now["methods"].keys() <= known.keys():
+        draw(base.recipe.data, loaded.study.test, loaded.root / "data", begun=True)
         return kept
     wider = settle(loaded, base, steps=kept.steps)
     names = {**kept.common, **wider.common}

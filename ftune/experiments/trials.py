@@ -90,7 +90,7 @@ class Trials:
             out: What is made of it; where the recipe is another than before, that is deleted. None: the run, which
                 is never deleted.
         """
-        path = self.root / "recipes" / candidate.label / f"{name}.yaml"
+        path = self.recipe(candidate.label, name)
         known = path.is_file()
         if known and out is None:
             return path
@@ -109,6 +109,10 @@ class Trials:
         if self.keep > 1 and name == setting.name:
             changes["checkpoint.keep"] = self.keep
         return name, self.write(candidate, name, {**changes, "training.seed": self.seed if seed is None else seed})
+
+    def recipe(self, label: str, name: str) -> Path:
+        """Where the recipe of a run is."""
+        return self.root / "recipes" / label / f"{name}.yaml"
 
     def run(self, label: str, name: str) -> Path:
         """Where a run is."""

@@ -119,8 +119,12 @@ def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(tmp_path: Path) -> None:
-    loaded, root = load_study(make_study(tmp_path, methods=["lora"], seeds=1)), tmp_path / "study"
+def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftune.experiments.compare.FEWEST_STEPS", 1)
+    study = make_study(tmp_path, methods=["lora"], seeds=1, budget="7 steps")
+    loaded, root = load_study(study), tmp_path / "study"
 
     class Stopped(Exception):
         pass
@@ -147,6 +151,7 @@ def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(tmp_path: Path) 
     result = compare(loaded, tell=told.append)
     assert result is not None
     assert [one["versions"]["torch"] == "0.1" for one in result["protocol"]["environments"]] == [True, False]
+    assert result["steps"] < 4, "the budget allows fewer than the recipe has"
     assert "the anchor agrees" in told
     assert "lora speed 0" in " ".join(told), "time and memory are of one place"
     assert not (root / "anchor").exists()

@@ -105,6 +105,11 @@ def test_rows_that_changed_are_refused(changed: str, tmp_path: Path) -> None:
 def test_rows_may_change_before_the_study_begins(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     drawn(tmp_path)
+    of_old_rows = tmp_path / "tests/base"
+    of_old_rows.mkdir(parents=True)
+    drawn(tmp_path)
+    assert of_old_rows.is_dir()
     write(tmp_path / "rows.jsonl", pairs(50))
     assert drawn(tmp_path).counts == {"train": 35, "validation": 5, "test": 10}
+    assert not of_old_rows.is_dir()
     assert drawn(tmp_path, begun=True).counts == {"train": 35, "validation": 5, "test": 10}

@@ -73,6 +73,17 @@ def test_methods_and_seeds_may_be_added(base: Loaded) -> None:
     assert after.priors.keys() == {"lora", "dora"}
 
 
+@pytest.mark.parametrize("name", ["all.jsonl", "test.jsonl"])
+def test_other_rows_under_the_same_name_are_refused(name: str, base: Loaded) -> None:
+    tests = tiny.write_chats(base.path.parent / "test.jsonl", 8)
+    loaded = study(base, "lora", test=str(tests))
+    store_settled(loaded, settle(loaded, base))
+    assert load_settled(loaded, base) is not None
+    tiny.write_chats(base.path.parent / name, 41)
+    with pytest.raises(RunDirError, match="the data is not what the study"):
+        load_settled(loaded, base)
+
+
 @pytest.mark.parametrize(("options", "said"), [({"trials": 4}, "trials"), ({"metric": "exact_match"}, "metric")])
 def test_another_study_is_refused(options: dict[str, Any], said: str, base: Loaded) -> None:
     begun(base, "lora")
