@@ -614,8 +614,12 @@ def compare(
     else:
         loaded = study_of(target, **options)
     numbers = _numbers(devices)
-    if engine not in (None, "ray") or (engine and devices):
-        raise FtuneError(f"--engine {engine}: not an engine of a study, or not with --devices", help="--engine ray")
+    if engine not in (None, "ray"):
+        raise FtuneError(f"--engine {engine}: no engine of a study", help="--engine ray, or leave it out")
+    if engine and devices:
+        raise FtuneError(
+            "--engine ray and --devices do not go together", help="leave out --devices: Ray chooses the devices"
+        )
     with _libraries():
         from ftune.experiments.compare import Forecast
         from ftune.experiments.compare import compare as run_study

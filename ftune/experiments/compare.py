@@ -124,8 +124,9 @@ def compare(
             settled = settle(loaded, base)
         made = _Made(loaded, base, settled, begun, clock)
         log = loaded.root / "workers.log"
-        with RayPool(log) if ray else Pool(devices, log, lock=lock.fileno(), fork=_may_fork()) as pool:
-            made.require_agreement(pool, Environment.here(devices), tell)
+        with RayPool(log, tell) if ray else Pool(devices, log, lock=lock.fileno(), fork=_may_fork()) as pool:
+            now = pool.environment() if isinstance(pool, RayPool) else Environment.here(devices)
+            made.require_agreement(pool, now, tell)
             pool.do(made.first_jobs, made.note(tell))
             forecast = made.forecast()
             if not begun:
