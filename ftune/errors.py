@@ -8,6 +8,7 @@
     │   └── LocatedDataError   2   fields of the recipe that the data does not bear out
     ├── ModelError             2   a base model that cannot be found or cannot do what was asked
     ├── RunDirError            2   a run directory that is missing, unfinished or already taken
+    │   └── RunInUse           2   another process holds the run: a later try may have it
     ├── RunFailed              1   the run started and did not do what it promised
     └── Interrupted      130/143   SIGINT or SIGTERM (129: SIGHUP); the message says what was kept
 
@@ -29,6 +30,7 @@ __all__ = [
     "RecipeError",
     "RunDirError",
     "RunFailed",
+    "RunInUse",
 ]
 
 
@@ -95,6 +97,10 @@ class ModelError(FtuneError):
 
 class RunDirError(FtuneError):
     """A run directory that is missing, unfinished, or belongs to another run."""
+
+
+class RunInUse(RunDirError):
+    """A run directory that another process holds now."""
 
 
 class RunFailed(FtuneError):

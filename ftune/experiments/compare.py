@@ -15,7 +15,7 @@ from typing import Any
 
 from ftune.artifacts.tasks import load_tasks
 from ftune.artifacts.validation import checked_splits
-from ftune.errors import FtuneError, RunDirError
+from ftune.errors import FtuneError, RunInUse
 from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
 from ftune.experiments.pool import Job, Pool
@@ -51,6 +51,8 @@ KEPT_TO_REWIND = 6
 """Checkpoints of a trial that stay where runs are rewound: of both pauses, of the end, and of a few interruptions."""
 FEWEST_STEPS = 20
 """Steps of a run below which a study is not cut to fit a budget."""
+WAIT_SECONDS = 3.0
+"""Until a run that another command holds is tried again."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _locked(root: Path, tell: Callable[[str], None]) -> Iterator[RunLock]:
     """Hold a study's lock. Its workers hold it too: where they outlived one that was killed, their end is waited for.
 
     Raises:
-        RunDirError: Another process works on the study.
+        RunInUse: Another process works on the study.
     """
     lock, told = RunLock(root), False
     with contextlib.ExitStack() as held:
@@ -155,7 +157,7 @@ def _locked(root: Path, tell: Callable[[str], None]) -> Iterator[RunLock]:
             try:
                 held.enter_context(lock)
                 break
-            except RunDirError:
+            except RunInUse:
                 if not is_orphaned(root):
                     raise
             if not told:
@@ -376,9 +378,18 @@ class _Made:
         return steps
 
     def note(self, tell: Callable[[str], None]) -> Callable[[Job, Mapping[str, Any]], None]:
-        """Keep what became of a job, and tell of it."""
+        """Keep what became of a job, and tell of it. A run that is in use is waited for: its job comes again."""
+        awaited: set[tuple[str, str]] = set()
 
         def done(job: Job, result: Mapping[str, Any]) -> None:
+            run = (job.label, job.name)
+            if in_use := result.get("busy"):
+                if run not in awaited:
+                    tell(f"{job.label} {job.name}: waiting: {in_use}")
+                    awaited.add(run)
+                time.sleep(WAIT_SECONDS)
+                return
+            awaited.discard(run)
             self.clock.keep(job, result)
             if why := result.get("failed"):
                 tasks = job.message["kind"] == "tasks"

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ftune.errors import Interrupted
 
-__all__ = ["Job", "Pool", "same"]
+__all__ = ["Job", "Pool", "ended", "same"]
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ class Pool:
         code = worker.wait()
         del self._workers[device]
         self._used.discard(device)
-        why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return device, {"failed": f"the process {why}: see {self._log}"}
+        return device, {"failed": f"the process {ended(code)}: see {self._log}"}
 
     def _end(self, device: int | None) -> None:
         worker = self._workers.pop(device)
@@ -168,3 +167,8 @@ class Pool:
 def same(one: Job, other: Job) -> bool:
     """Whether both are of one run, which one process at a time may change."""
     return (one.label, one.name) == (other.label, other.name)
+
+
+def ended(code: int) -> str:
+    """How a process ended, by the exit code that ``subprocess`` gives it."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.run_dir import RunDir
-from ftune.errors import FtuneError, Interrupted
+from ftune.errors import FtuneError, Interrupted, RunInUse
+from ftune.experiments.pool import ended
 from ftune.experiments.trials import headline
 from ftune.run.files import write_json
 from ftune.run.imports import import_libraries, quiet_libraries
@@ -54,13 +55,18 @@ def main() -> None:
 
 
 def _done(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What became of a job: its ``seconds``, those of ``training`` and ``answering`` in them; or why it failed."""
+    """What became of a job: its ``seconds``, those of ``training`` and ``answering`` in them; or why it failed.
+
+    ``busy`` is no failure: another process holds the run.
+    """
     began = time.perf_counter()
     try:
         do = {"train": _train, "evaluate": _evaluate, "test": _test, "tasks": _tasks, "rewind": _rewind}
         spent = do[job["kind"]](job)
     except Interrupted:
         return {"interrupted": True}
+    except RunInUse as error:
+        return {"busy": error.message}
     except FtuneError as error:
         return {"failed": error.message}
     except Exception as error:
@@ -79,12 +85,16 @@ def _in_child(job: Mapping[str, Any]) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             end_with_parent()
             os.close(reading)
             os.write(writing, json.dumps(_done(job)).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
     os.close(writing)
     before = signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
     try:
@@ -96,7 +106,7 @@ def _in_child(job: Mapping[str, Any]) -> dict[str, Any]:
     if text:
         found: dict[str, Any] = json.loads(text)
         return found
-    return {"failed": f"the process was killed by signal {-os.waitstatus_to_exitcode(status)}"}
+    return {"failed": f"the process {ended(os.waitstatus_to_exitcode(status))}: see workers.log"}
 
 
 def _train(job: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ftune.errors import RunDirError
+from ftune.errors import RunDirError, RunInUse
 from ftune.human import now_text
 from ftune.regular import IrregularError, open_regular, read_regular
 
@@ -35,7 +35,8 @@ class RunLock:
         shared: Whether others may hold it in the same way.
 
     Raises:
-        RunDirError: On entering: another process holds it; the message names it.
+        RunInUse: On entering: another process holds it; the message names it.
+        RunDirError: The lock cannot be taken.
     """
 
     def __init__(self, root: Path, *, shared: bool = False) -> None:
@@ -57,7 +58,7 @@ class RunLock:
             holder = _holder(path)
             os.close(self._file)
             self._file = None
-            raise RunDirError(
+            raise RunInUse(
                 f"{self._root} is in use by another process: {holder}",
                 help="wait for it or stop it; the lock goes with the process, nothing has to be deleted; `--checkpoint "
                 "step-N` of eval, predict and chat needs no waiting",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from ftune.experiments.page import page
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.study import load_study
 from ftune.experiments.tuning import grid
+from ftune.run.lock import RunLock
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +119,27 @@ def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
         text = json.dumps(without_costs(where / "study/compare.json"))
         results.append(text.replace(str(where), "HERE"))
     assert results[0] == results[1]
+
+
+def test_a_run_that_somebody_reads_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftune.experiments.compare.WAIT_SECONDS", 0.1)
+    loaded, root = load_study(make_study(tmp_path, methods=["lora"], seeds=1)), tmp_path / "study"
+    reader: list[RunLock] = []
+    waiting: list[str] = []
+
+    def tell(line: str) -> None:
+        if line.startswith("lora rate-") and not reader:
+            name = line.split()[1].rstrip(":")
+            reader.append(RunLock(root / "runs/lora" / name, shared=True).__enter__())
+        if "in use" in line:
+            waiting.append(line)
+            Timer(1.0, reader[0].__exit__, (None, None, None)).start()
+
+    result = compare(loaded, tell=tell)
+    assert result is not None
+    assert len(waiting) == 1, "it is told once"
+    assert not list(root.glob("recipes/*/*.failed"))
+    assert result["methods"][0]["failures"] == []
 
 
 def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(
