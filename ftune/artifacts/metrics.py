@@ -197,6 +197,8 @@ _BUILTIN: dict[str, Callable[..., float]] = {
     "choice": choice,
 }
 CLASS_METRICS = ("accuracy", "macro_f1")
+NO_MEAN = ("macro_f1",)
+"""Metrics that are no mean over rows, so that two models cannot be compared row by row."""
 """Metrics over all answers at once (``ftune.artifacts.classes``)."""
 COMPARES_CALLS = ("exact_match", "contains", "json")
 """Metrics that compare a tool call as a call, by its name and arguments, and not as text."""

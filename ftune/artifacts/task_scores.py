@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -71,6 +72,7 @@ class TaskRun:
         chat: Whether prompts were put into the chat template.
         cut: Prompts that were longer than the model's context, and lost their beginning.
         context: That context, in tokens.
+        digest: Of what was asked and what is right: only runs of one digest can be compared by item.
     """
 
     scores: list[Score]
@@ -78,6 +80,7 @@ class TaskRun:
     chat: bool
     cut: int
     context: int
+    digest: str
 
 
 def run_tasks(tasks: Tasks, model: nn.Module, plan: Plan, stops: Sequence[int]) -> TaskRun:
@@ -116,7 +119,8 @@ def run_tasks(tasks: Tasks, model: nn.Module, plan: Plan, stops: Sequence[int]) 
         raise FtuneError(f"{names} failed at an item: {type(error).__name__}: {error}") from error
     of_tasks = list(_of_tasks(tasks, found))
     scores = sorted([*_of_groups(tasks, found, of_tasks), *of_tasks], key=lambda score: not score.shown)
-    return TaskRun(scores, _items(found["samples"]), chat, lm.cut, lm.max_length)
+    samples = found["samples"]
+    return TaskRun(scores, _items(samples), chat, lm.cut, lm.max_length, _digest(samples))
 
 
 def _language_model(model: nn.Module, plan: Plan, stops: Sequence[int], chat: bool) -> Any:
@@ -269,6 +273,12 @@ def _items(samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, found in samples.items()
         for sample in sorted(found, key=lambda sample: (sample["filter"], sample["doc_id"]))
     ]
+
+
+def _digest(samples: Mapping[str, Any]) -> str:
+    fields = ("filter", "doc_id", "arguments", "target")
+    asked = [[name, *(one[field] for field in fields)] for name, found in samples.items() for one in found]
+    return hashlib.sha256(json.dumps(asked, default=_plain).encode()).hexdigest()
 
 
 def compared(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, Any]]:

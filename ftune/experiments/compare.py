@@ -391,8 +391,14 @@ class _Made:
                 return
             awaited.discard(run)
             self.clock.keep(job, result)
-            if why := result.get("failed"):
-                tasks = job.message["kind"] == "tasks"
+            tasks = job.message["kind"] == "tasks"
+            why = result.get("failed")
+            if tasks and not why and self.trials.task_scores(job.label, job.name, self.loaded.study.tasks) is None:
+                why = (
+                    "the items of the tasks are not those that the base was measured on. To measure all again, delete "
+                    f"{self.trials.test(BASE, BASE) / 'tasks.json'} and {self.trials.failure(job.label, 'tasks')}"
+                )
+            if why:
                 if job.label == BASE and not tasks:
                     raise FtuneError(f"the model before training cannot be measured: {why}")
                 # A run that fails at a task has its other results.
@@ -442,6 +448,8 @@ class _Made:
     def _task_jobs(self, label: str, name: str, what: Mapping[str, Any]) -> list[Job]:
         tasks = self.loaded.study.tasks
         done = not tasks or self.trials.task_scores(label, name, tasks) is not None
-        if done or any(self.trials.progress(one, "tasks").failed for one in (BASE, label)):
+        # The base comes first: what was measured of other items than its own does not count.
+        waits = label != BASE and self.trials.task_scores(BASE, BASE, tasks) is None
+        if done or waits or any(self.trials.progress(one, "tasks").failed for one in (BASE, label)):
             return []
         return [Job(label, name, {"kind": "tasks", "tasks": tasks, "out": str(self.trials.test(label, name)), **what})]

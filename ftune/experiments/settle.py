@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ftune.artifacts.metrics import NO_MEAN
 from ftune.artifacts.scores import key_of
 from ftune.data.tokenize import generation_items
 from ftune.errors import FtuneError, RunDirError
@@ -217,7 +218,8 @@ def _require_searched(search: Mapping[str, Sequence[Any]], candidate: Candidate,
 
 def _metric(loaded: LoadedStudy, base: Loaded, plan: Plan) -> tuple[str, dict[str, Any]]:
     """The name of what is compared, and its block in a recipe."""
-    specs, asked = base.recipe.evaluation.metrics, loaded.study.metric
+    specs = [spec for spec in base.recipe.evaluation.metrics if spec.name not in NO_MEAN]
+    asked = loaded.study.metric
     if asked is None and not specs:
         held_out = plan.splits.eval
         assert held_out is not None

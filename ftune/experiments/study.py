@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ftune.artifacts.metrics import NO_MEAN
 from ftune.artifacts.tasks import check_names
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
@@ -71,6 +72,13 @@ class Study(BaseModel):
         if text is not None:
             Budget.read(text)
         return text
+
+    @field_validator("metric")
+    @classmethod
+    def _paired(cls, name: str | None) -> str | None:
+        if name is not None and name.split(" ")[0] in NO_MEAN:
+            raise ValueError(f"`{name}` is no mean over rows, so methods cannot be compared by it: take exact_match")
+        return name
 
     @field_validator("tasks")
     @classmethod

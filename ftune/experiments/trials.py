@@ -124,11 +124,11 @@ class Trials:
 
     def fail(self, label: str, name: str, why: str) -> None:
         """Keep why a run cannot go on."""
-        write_text(self._failure(label, name), f"{why}\n")
+        write_text(self.failure(label, name), f"{why}\n")
 
     def progress(self, label: str, name: str) -> Progress:
         """How far a run has come, and its quality on the validation rows."""
-        run, failure = self.run(label, name), self._failure(label, name)
+        run, failure = self.run(label, name), self.failure(label, name)
         losses = {
             event["step"]: float("nan") if event["loss"] is None else event["loss"]
             for event in read_events(run / "metrics.jsonl")
@@ -171,9 +171,11 @@ class Trials:
         return read_json(self.test(label, name) / "exports.json")
 
     def task_scores(self, label: str, name: str, tasks: Sequence[str]) -> list[Score] | None:
-        """What a run, or the base, scored on tasks; None where it was not measured on these."""
-        found = read_json(self.test(label, name) / "tasks.json")
-        return [Score(**score) for score in found["scores"]] if found.get("tasks") == list(tasks) else None
+        """What a run, or the base, scored on tasks; None where it was not measured on these, of the base's items."""
+        found, of_base = (read_json(self.test(*of) / "tasks.json") for of in ((label, name), (BASE, BASE)))
+        if found.get("tasks") != list(tasks) or found.get("items") != of_base.get("items"):
+            return None
+        return [Score(**score) for score in found["scores"]]
 
     def speed(self, label: str, number: int, count: int) -> dict[str, float] | None:
         """Seconds of a step and bytes of the peak, of a run of ``count`` steps that was made for them.
@@ -190,7 +192,8 @@ class Trials:
         seconds = [event["seconds"] for event in steps[1:count] or steps]
         return {"seconds": sum(seconds) / len(seconds), "bytes": max(event["peak_bytes"] for event in steps)}
 
-    def _failure(self, label: str, name: str) -> Path:
+    def failure(self, label: str, name: str) -> Path:
+        """Where it is kept why a run cannot go on."""
         return self.root / "recipes" / label / f"{name}.failed"
 
 

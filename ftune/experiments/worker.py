@@ -193,7 +193,8 @@ def _tasks(job: Mapping[str, Any]) -> dict[str, float]:
         spent = time.perf_counter() - began
         out, who = Path(job["out"]), "base" if target.run is None else "tuned"
         write_text(out / "tasks.jsonl", "".join(f"{line}\n" for line in item_lines({who: found})))
-        write_json(out / "tasks.json", {"tasks": job["tasks"], "scores": [asdict(score) for score in found.scores]})
+        scores = [asdict(score) for score in found.scores]
+        write_json(out / "tasks.json", {"tasks": job["tasks"], "items": found.digest, "scores": scores})
     return {"answering": spent}
 
 

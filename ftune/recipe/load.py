@@ -131,8 +131,13 @@ def read_mapping(path: Path, *, color: bool = False) -> tuple[dict[str, Any], Po
 
 def _of_study(mistake: Mistake) -> Mistake:
     """A mistake in the text of a recipe, as one of a study."""
-    help = mistake.help and mistake.help.replace("recipe", "study")
-    return replace(mistake, message=mistake.message.replace("recipe", "study"), help=help)
+
+    def renamed(text: str) -> str:
+        quoted = text.split("`")  # every second part stands in backticks: what the user wrote
+        quoted[::2] = [part.replace("recipe", "study") for part in quoted[::2]]
+        return "`".join(quoted)
+
+    return replace(mistake, message=renamed(mistake.message), help=mistake.help and renamed(mistake.help))
 
 
 def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, color: bool = False) -> Loaded:

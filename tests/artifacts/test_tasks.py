@@ -405,6 +405,24 @@ def test_a_study_runs_tasks_on_the_base_and_on_one_run_of_each_method(tmp_path: 
     ]
     assert len(shown) == 1
     assert "capitals" in page(result, tmp_path / "study", "ftune compare")
+    # The task is edited, and one method measured again: other items are not paired with the base's.
+    second = Path("tests", *Path(result["methods"][1]["runs"][0]["run"]).parts[1:])
+    edited = [{"country": c, "cities": ["Rome", f"{c}town"], "right": i % 2} for i, c in enumerate(COUNTRIES[:6])]
+    task(tmp_path / "tasks", rows=edited)
+    root = tmp_path / "study"
+    (root / second / "tasks.json").unlink()
+    other = compare(loaded)
+    assert other is not None
+    assert other["methods"][0]["tasks"] == result["methods"][0]["tasks"]
+    assert other["methods"][1]["tasks"] == []
+    (why,) = other["methods"][1]["failures"]
+    assert "are not those that the base was measured on" in why
+    # As it says: without these two files all are measured on the new items.
+    for path in re.findall(r"/\S+\.(?:json|failed)", why):
+        Path(path).unlink()
+    other = compare(loaded)
+    assert other is not None
+    assert [method["tasks"][0]["n"] for method in other["methods"]] == [6, 6]
     # Another task, of which the base fails: the rest of the study stands.
     bad = task(tmp_path / "tasks", "bad", rows=[{"country": "x", "cities": c, "right": 0} for c in (["a", "b"], None)])
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": [bad]}))

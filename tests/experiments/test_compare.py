@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -124,18 +125,18 @@ def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
 def test_a_run_that_somebody_reads_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftune.experiments.compare.WAIT_SECONDS", 0.1)
     loaded, root = load_study(make_study(tmp_path, methods=["lora"], seeds=1)), tmp_path / "study"
-    reader: list[RunLock] = []
     waiting: list[str] = []
+    with ExitStack() as readers:
 
-    def tell(line: str) -> None:
-        if line.startswith("lora rate-") and not reader:
-            name = line.split()[1].rstrip(":")
-            reader.append(RunLock(root / "runs/lora" / name, shared=True).__enter__())
-        if "in use" in line:
-            waiting.append(line)
-            Timer(1.0, reader[0].__exit__, (None, None, None)).start()
+        def tell(line: str) -> None:
+            if "1 of 4 steps" in line:  # which of the trials go on is not known yet
+                name = line.split()[1].rstrip(":")
+                readers.enter_context(RunLock(root / "runs/lora" / name, shared=True))
+            if "in use" in line:
+                waiting.append(line)
+                Timer(1.0, readers.close).start()
 
-    result = compare(loaded, tell=tell)
+        result = compare(loaded, tell=tell)
     assert result is not None
     assert len(waiting) == 1, "it is told once"
     assert not list(root.glob("recipes/*/*.failed"))

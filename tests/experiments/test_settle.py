@@ -91,6 +91,18 @@ def test_another_study_is_refused(options: dict[str, Any], said: str, base: Load
         load_settled(study(base, "lora", **options), base)
 
 
+@pytest.mark.parametrize(("metrics", "taken"), [(["macro_f1", "f1"], "f1"), (["macro_f1"], "rouge_l")])
+def test_a_metric_that_is_no_mean_over_rows_is_not_taken(
+    metrics: list[str], taken: str, base: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftune.experiments.settle.SHORT_ANSWER", 0)
+    raw = {**base.raw, "evaluation": {**base.raw["evaluation"], "metrics": metrics}}
+    base.path.write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
+    settled = settle(study(base, "lora"), load_recipe(base.path))
+    assert settled.metric == taken
+    assert settled.common["evaluation.metrics"] == [{"name": taken}]
+
+
 def test_a_method_that_needs_other_rows_is_not_added(base: Loaded) -> None:
     # Prefix tuning cannot pack rows, so a study with it packs none, and the runs that are there may be packed.
     assert "data.packing" not in begun(base, "lora").common

@@ -43,6 +43,7 @@ def test_lora_is_compared_where_it_is_not_named_and_blocks_get_labels(tmp_path: 
         ("recipe: r.yaml\ntrials: many\n", "`trials`", 2),
         ("recipe: r.yaml\nprefer: speed\n", "`prefer`", 2),
         ("recipe: r.yaml\nbudget: soon\n", "write 2h", 2),
+        ("recipe: r.yaml\nmetric: macro_f1\n", "take exact_match", 2),
         ("recipe: r.yaml\nmethods: [dora, dora]\n", "given twice", 2),
         ("recipe: r.yaml\nmethods: [{rank: 4}]\n", "has no `name`", 2),
         ("recipe: r.yaml\nmethods: [{name: dora, label: base}]\n", "before training", 2),
@@ -51,6 +52,7 @@ def test_lora_is_compared_where_it_is_not_named_and_blocks_get_labels(tmp_path: 
         ("methods: [lora]\n", "has no `recipe`", None),
         ("recipe: r.yaml\n---\nseeds: 2\n", "a study is one document", 2),
         ("- recipe: r.yaml\n", "a study is a mapping of fields", 1),
+        ("recipe: r.yaml\nrecipe: s.yaml\n", "key `recipe` is given twice", 2),
     ],
 )
 def test_a_mistake_is_told_at_its_line(text: str, said: str, line: int | None, tmp_path: Path) -> None:
