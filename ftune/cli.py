@@ -662,7 +662,9 @@ def _numbers(devices: str | None) -> list[int]:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", callback=_homes, help="Run directories; all are compared with the first."),
+        typer.Argument(
+            metavar="RUN", callback=_homes, help="Run directories; all are compared with the first that has scores."
+        ),
     ],
     output_dir: Annotated[
         Path, typer.Option("--output-dir", callback=_home, help="Where report.html, .md and .json go.")

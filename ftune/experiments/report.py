@@ -295,7 +295,7 @@ def report_page(result: Mapping[str, Any], items: Sequence[Mapping[str, Any]], o
     parts += section("Quality", filtered("runs", _linked(overview(result), result, out)))
     if result["differences"]:
         caption = f"Differences from {result['against']}, in points, paired by row, with 95 % intervals"
-        rows = [(_named(one), one["difference"], one["adjusted_p"] < 0.05) for one in result["differences"]]
+        rows = [(_named(one), one["difference"], _sign(one) != "0") for one in result["differences"]]
         svg = figures.forest(rows, f"points more than {result['against']} (95 %)")
         parts += section(
             "Differences", figure(svg, caption, table("differences", _linked(differences_table(result), result, out)))
@@ -328,7 +328,12 @@ def statements(result: Mapping[str, Any]) -> list[str]:
         relation = {"+": "higher", "-": "lower", "0": "not told apart"}[_sign(one)]
         said.append(f"`{one['run']}`, {one['metric']}: {against(one)} points against `{result['against']}`: {relation}")
     if said:
-        said = [f"{'; '.join(said)}. Paired over {result['differences'][0]['rows']:,} test rows, 95 % intervals."]
+        rows = {one["run"]: one["rows"] for one in result["differences"]}
+        if len({*rows.values()}) == 1:
+            over = f"{result['differences'][0]['rows']:,}"
+        else:
+            over = ", ".join(f"{count:,} (`{run}`)" for run, count in rows.items())
+        said = [f"{'; '.join(said)}. Paired over {over} test rows, 95 % intervals."]
     if len(result["runs"]) == 1:
         run = result["runs"][0]
         said.append(f"`{run['label']}`: {run['method']} on {run['model']}, {run['status']}; {_became(run)}.")

@@ -2,8 +2,8 @@
 
     python scripts/chaos/study.py --kills 10
 
-The study is of two methods on a tiny random Llama on the CPU, 3 learning rates and 2 seeds each. The whole process
-group is killed, that of the workers too in half of the cases; in the other half they outlive it, and end by themselves.
+The study is of two methods on a tiny random Llama on the CPU, 3 learning rates and 2 seeds each. The process of
+the study is killed, and in half of the cases its workers too; in the other half they outlive it, and end by themselves.
 
 What is compared, byte for byte: ``compare.json``, ``compare.md`` and ``compare.html``. They hold all that the study
 found. What the clock and the allocator say is never the same twice, so those files that keep it (``speed/``,

@@ -121,6 +121,9 @@ def test_a_difference_is_paired_and_never_called_better(runs: tuple[Path, Path],
     assert "not tuned alike" in said[-1]
     assert not any("better" in one for one in said)
     assert "lower" in statements(collect_runs([high, low])[0])[0]
+    few = with_scores(runs[0], tmp_path / "few", list(noise[:40] + 0.3))
+    assert "Paired over 60 test rows" in said[0]
+    assert "Paired over 60 (`high`), 40 (`few`) test rows" in statements(collect_runs([low, high, few])[0])[0]
     assert "not told apart" in statements(collect_runs([low, with_scores(low, tmp_path / "as", list(noise))])[0])[0]
 
 
