@@ -49,7 +49,8 @@ class Study(BaseModel):
     )
     metric: str | None = Field(
         None,
-        description="What is compared. Default: the recipe's first metric, else exact_match; rouge_l for long answers.",
+        description="What is compared, a mean over rows: not macro_f1. Default: the recipe's first such metric, else "
+        "exact_match; rouge_l for long answers.",
     )
     margin: float = Field(1.0, gt=0, le=50, description="The smallest difference that matters, in points of 100.")
     prefer: Literal["memory", "time", "size"] = Field("memory", description="What is spared among equals.")
