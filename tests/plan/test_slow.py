@@ -116,8 +116,10 @@ def test_without_its_instructions_bfloat16_is_measured_slow_and_not_chosen(tmp_p
         done = subprocess.run(command, env=own | caps, capture_output=True, text=True, timeout=120, check=True)
         return " ".join(done.stdout.split())
 
-    said = re.search(r"bfloat16 is ([\d.]+) times slower than float32 on this CPU \(measured\)", plan(AVX2))
+    told = re.compile(r"bfloat16 is ([\d.]+) times slower than float32 on this CPU \(measured\)")
+    said = told.search(plan(AVX2))
     assert said
     assert float(said[1]) > 3, "7 to 60 times a product"
     assert ", float32," in plan(AVX2, "--set", "model.dtype=auto")
-    assert "slower than float32" not in plan({}), "what was measured with the caps is not taken without"
+    without = told.search(plan({}))  # with the instructions, but without AMX, it can be half as fast
+    assert without is None or float(without[1]) < float(said[1]) / 2, "what was measured with the caps is not taken"
