@@ -391,6 +391,10 @@ class _Made:
                 return
             awaited.discard(run)
             self.clock.keep(job, result)
+            if job.alone:  # a whole model's are gigabytes, and no more than time and memory is wanted
+                shutil.rmtree(
+                    self._speed_run(job.label, job.name.rpartition(" ")[2]) / "checkpoints", ignore_errors=True
+                )
             tasks = job.message["kind"] == "tasks"
             why = result.get("failed")
             if tasks and not why and self.trials.task_scores(job.label, job.name, self.loaded.study.tasks) is None:
@@ -434,8 +438,10 @@ class _Made:
         rate = self.settled.priors[candidate.label]
         no_rows = {"data.eval": None, "data.eval_fraction": 0.0, "evaluation.metrics": None}
         changes = {**no_rows, "optimizer.learning_rate": rate}
-        out = self.trials.root / "speed" / f"{candidate.label}-{number}"
-        return self.trials.write(candidate, f"speed-{number}", changes, out)
+        return self.trials.write(candidate, f"speed-{number}", changes, self._speed_run(candidate.label, number))
+
+    def _speed_run(self, label: str, number: int | str) -> Path:
+        return self.trials.root / "speed" / f"{label}-{number}"
 
     def _train_job(self, label: str, name: str, recipe: Path, until: int) -> Job:
         whole = until >= self.settled.steps

@@ -85,6 +85,8 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
     steps = [len(tiny.events(run, "step")) for run in sorted((tmp_path / "study/runs/lora").iterdir())]
     assert sorted(steps)[:1] == [1]
     assert max(steps) == 4
+    assert list((tmp_path / "study/speed").iterdir())
+    assert not list((tmp_path / "study/speed").glob("*/checkpoints")), "only time and memory were wanted"
     written = (tmp_path / "study/compare.json").read_bytes()
     told.clear()
     assert compare(loaded, tell=told.append) == result
