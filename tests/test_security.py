@@ -49,18 +49,19 @@ def unsafe(file: str, source: str) -> list[str]:
     found = []
     for name, call in calls(source):
         leaf = name.rpartition(".")[2]
+        of_safe_yaml = f"class {keyword(call, 'Loader')}(yaml.SafeLoader)" in source
         bad = (
             (name in ("torch.load", "load_state_dict_from_url") and keyword(call, "weights_only") != "True")
             or (name in ("pickle.load", "pickle.loads", "pickle.Unpickler") and file not in PICKLE_ALLOWED)
             or name
             in ("eval", "exec", "__import__", "os.system", "os.popen", "joblib.load", "dill.load", "marshal.loads")
-            or (name.startswith("yaml.") and leaf.startswith(("load", "full_load", "unsafe_load")))
+            or (name.startswith("yaml.") and leaf.startswith(("load", "full_load", "unsafe_load")) and not of_safe_yaml)
             or (leaf in ("load", "load_all") and name.startswith("cloudpickle"))
             or keyword(call, "allow_pickle") == "True"
             or keyword(call, "shell") == "True"
             or keyword(call, "weights_only") == "False"
             or keyword(call, "trust_remote_code") == "True"
-            or leaf in ("Environment", "Template")  # Jinja without a sandbox
+            or (leaf in ("Environment", "Template") and "jinja2" in source)  # without a sandbox
         )
         if leaf in READS_A_MODEL and name.rpartition(".")[0].rpartition(".")[2].startswith(OF_TRANSFORMERS):
             # said outright, or among the keywords of `_source`, which always says it
@@ -90,6 +91,8 @@ def test_nothing_in_ftune_runs_code_out_of_a_file() -> None:
         "AutoConfig.from_pretrained(x)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
         "jinja2.Template(x)",
+        "from jinja2 import Environment\nEnvironment()",
+        "class A(yaml.SafeLoader):\n    pass\nyaml.load(f, Loader=B)",
         "eval(x)",
     ],
 )

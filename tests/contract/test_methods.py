@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ftune.artifacts.run_dir import RunDir
+from ftune.artifacts.tuned import Target
 from ftune.methods import METHODS, Method, OptimizerSpec
 from ftune.methods._shared import dequantize, is_4bit
 from ftune.plan.base_model import choose_device, load_base
@@ -126,7 +127,9 @@ def test_merged_gives_the_adapter_s_logits(name: str, base_dir: Path, tmp_path: 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MERGEABLE)
-def test_merged_layer_by_layer_it_is_the_merged_model_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
+def test_merged_layer_by_layer_it_is_the_merged_model_bit_for_bit(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ftune.artifacts import by_shard
     from ftune.artifacts.divergence import in_fp32
 
@@ -146,7 +149,8 @@ def test_merged_layer_by_layer_it_is_the_merged_model_bit_for_bit(name: str, dty
     method.save(model, artifact, context)
     whole = method.merge(in_fp32(method.load(base(), artifact, context)), context).state_dict()
 
-    report = by_shard.merge_by_shard(run, recipe, tmp_path / "out", "float32", shard_bytes=100_000)
+    monkeypatch.setattr(RunDir, "read", lambda run: {"plan": {"training": {"steps": context.total_steps}}})
+    report = by_shard.merge_by_shard(Target(recipe, run), tmp_path / "out", "float32", shard_bytes=100_000)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert report["shards"] == len(files) > 1
     parts = {key: tensor for file in files for key, tensor in load_file(file).items()}

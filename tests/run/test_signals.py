@@ -177,8 +177,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ftune.plan.base_model.load_config", "plan", signal.SIGTERM, ImportError("numpy was interrupted")),
         ("ftune.artifacts.evaluate.load_plain", "eval", signal.SIGINT, None),
         ("ftune.artifacts.evaluate.load_plain", "eval", signal.SIGTERM, OSError("interrupted")),
-        ("ftune.artifacts.merge._reload", "merge", signal.SIGINT, None),
-        ("ftune.artifacts.merge._reload", "merge", signal.SIGHUP, None),
+        ("ftune.artifacts.merge.reload", "merge", signal.SIGINT, None),
+        ("ftune.artifacts.merge.reload", "merge", signal.SIGHUP, None),
         ("ftune.artifacts.chat.load_base", "chat", signal.SIGINT, None),
     ],
 )
