@@ -50,7 +50,7 @@ def summary(result: Mapping[str, Any], root: str, width: int) -> str:
         shown_tasks = table(*tasks, right=range(3, len(tasks[0])))
         lines += [shown_tasks, ""] if max(map(len, shown_tasks.splitlines())) <= width else []
     lines += [textwrap.fill(text, width) for text in paragraphs(result)]
-    lines.append(_time(result))
+    lines += _time(result)
     return "\n".join([*lines, f"written: {root}/compare.html, compare.md, compare.json"])
 
 
@@ -350,15 +350,17 @@ def protocol_lines(result: Mapping[str, Any], command: str) -> Iterator[str]:
         versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
         agreed = ", where the base and the first steps of LoRA came out as before" if number else ""
         yield f"- Computed from {one['since']} on {one['device']}{agreed}: {versions}."
-    yield f"- {_time(result)}"
+    yield from (f"- {text}" for text in _time(result))
     yield f"- Again: `{command}`"
 
 
-def _time(result: Mapping[str, Any]) -> str:
-    """How long it took, and how much of that its runs computed; more than that on several devices."""
+def _time(result: Mapping[str, Any]) -> Iterator[str]:
+    """How long it took, if known, and how much of that its runs computed; more than that on several devices."""
     time = result["time"]
+    if not time["study"]:
+        return
     computed = time_text(time["training"] + time["answering"])
-    return f"The study took {time_text(time['study'])}; training and answering, {computed}."
+    yield f"The study took {time_text(time['study'])}; training and answering, {computed}."
 
 
 def markdown_table(made: Table) -> list[str]:
