@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -161,6 +162,16 @@ def recipe(where: Path, method: str = "lora", /, **blocks: Any) -> Loaded:
     for name, block in blocks.items():
         data[name] = {**data[name], **block} if isinstance(block, dict) and isinstance(data.get(name), dict) else block
     return parse_recipe(json.dumps(data), str(where / "recipe.yaml"))
+
+
+def recipe_to_compare(where: Path) -> Path:
+    """Write a recipe for a study, which draws its rows and tries its own rates."""
+    raw = dict(recipe(where, "lora", evaluation={"metrics": ["f1"], "max_new_tokens": 8}).raw)
+    raw["data"] = {"train": str(write_chats(where / "all.jsonl", 40)), "max_length": 256}
+    del raw["optimizer"]
+    path = where / "recipe.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
+    return path
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:

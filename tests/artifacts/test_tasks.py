@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from experiments.test_compare import make_study
 from typer.testing import CliRunner
 
 from ftune.artifacts.evaluate import evaluate
@@ -375,20 +376,7 @@ def test_a_study_names_tasks_that_are_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_runs_tasks_on_the_base_and_on_one_run_of_each_method(tmp_path: Path) -> None:
     path = task(tmp_path / "tasks")
-    recipe = dict(tiny.recipe(tmp_path, evaluation={"metrics": ["f1"], "max_new_tokens": 8}).raw)
-    recipe["data"] = {"train": str(tiny.write_chats(tmp_path / "all.jsonl", 40)), "max_length": 256}
-    del recipe["optimizer"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))
-    study = {
-        "recipe": str(tmp_path / "recipe.yaml"),
-        "methods": ["lora", "ia3"],
-        "trials": 3,
-        "seeds": 1,
-        "tasks": [path],
-        "output_dir": str(tmp_path / "study"),
-    }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    loaded = load_study(tmp_path / "study.yaml")
+    loaded = load_study(make_study(tmp_path, seeds=1, tasks=[path]))
     result = compare(loaded)
     assert result is not None
     for method in result["methods"]:
@@ -425,7 +413,7 @@ def test_a_study_runs_tasks_on_the_base_and_on_one_run_of_each_method(tmp_path: 
     assert [method["tasks"][0]["n"] for method in other["methods"]] == [6, 6]
     # Another task, of which the base fails: the rest of the study stands.
     bad = task(tmp_path / "tasks", "bad", rows=[{"country": "x", "cities": c, "right": 0} for c in (["a", "b"], None)])
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": [bad]}))
+    make_study(tmp_path, seeds=1, tasks=[bad])
     again = compare(load_study(tmp_path / "study.yaml"))
     assert again is not None
     assert "failed at an item" in again["tasks_failed"]

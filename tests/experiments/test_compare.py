@@ -33,13 +33,8 @@ pytestmark = pytest.mark.slow
 
 def make_study(where: Path, **fields: Any) -> Path:
     """A study of two methods on the tiny model, with rows of their own."""
-    recipe = tiny.recipe(where, "lora", evaluation={"metrics": ["f1"], "max_new_tokens": 8})
-    raw = dict(recipe.raw)
-    raw["data"] = {"train": str(tiny.write_chats(where / "all.jsonl", 40)), "max_length": 256}
-    del raw["optimizer"]
-    (where / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
     study = {
-        "recipe": str(where / "recipe.yaml"),
+        "recipe": str(tiny.recipe_to_compare(where)),
         "methods": ["lora", "ia3"],
         "trials": 3,
         "seeds": 2,

@@ -19,11 +19,7 @@ from ftune.recipe import Loaded, load_recipe
 
 @pytest.fixture
 def base(tmp_path: Path) -> Loaded:
-    raw = dict(tiny.recipe(tmp_path, "lora", evaluation={"metrics": ["f1"], "max_new_tokens": 8}).raw)
-    raw["data"] = {"train": str(tiny.write_chats(tmp_path / "all.jsonl", 40)), "max_length": 256}
-    del raw["optimizer"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))))
-    return load_recipe(tmp_path / "recipe.yaml")
+    return load_recipe(tiny.recipe_to_compare(tmp_path))
 
 
 def study(base: Loaded, *methods: str, **options: Any) -> LoadedStudy:
