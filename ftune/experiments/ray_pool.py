@@ -20,7 +20,7 @@ from typing import Any, Self
 from ftune.artifacts.ray_engine import require_ray
 from ftune.errors import FtuneError
 from ftune.experiments.drift import Environment
-from ftune.experiments.pool import Job, same
+from ftune.experiments.pool import Job, ended, same
 
 __all__ = ["RayPool"]
 
@@ -159,7 +159,7 @@ def _do(message: Mapping[str, Any], log: str, directory: str) -> dict[str, Any]:
     if answer:
         found: dict[str, Any] = json.loads(answer)
         return found
-    return {"failed": f"the process ended with exit code {worker.returncode}: see {log}"}
+    return {"failed": f"the process {ended(worker.returncode)}: see {log}"}
 
 
 def _answer(worker: subprocess.Popen[str], line: str) -> str:
