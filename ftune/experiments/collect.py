@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from ftune.experiments.rewind import curve
 from ftune.experiments.serving import served
 from ftune.experiments.settle import Settled
 from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
-from ftune.experiments.trials import Trials
+from ftune.experiments.trials import Trials, read_json
 from ftune.experiments.tuning import Outcome, Progress, Setting
 from ftune.experiments.verdict import judge
 from ftune.run.files import write_json
@@ -211,9 +209,8 @@ def _first_run(trials: Trials, method: Mapping[str, Any]) -> dict[str, Any]:
     if not method["runs"]:
         return {"parameters": None, "exports": {}}
     run = RunDir(trials.root / method["runs"][0]["run"])
-    recipe, settings = run.recipe(), None
-    with contextlib.suppress(OSError, ValueError):
-        settings = json.loads((run.artifact(recipe) / "adapter_config.json").read_text(encoding="utf-8"))
+    recipe = run.recipe()
+    settings = read_json(run.artifact(recipe) / "adapter_config.json") or None
     checked = trials.exports(method["label"], run.root.name)
     return {
         "parameters": run.read()["plan"]["method"]["trainable"],

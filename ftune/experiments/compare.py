@@ -21,6 +21,7 @@ from ftune.experiments.drift import Anchor, Environment, environments, keep_envi
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.ray_pool import RayPool
 from ftune.experiments.rewind import MOST_POINTS, rewind_jobs
+from ftune.experiments.rows import forget_measured
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
 from ftune.experiments.times import Clock, times
@@ -182,8 +183,8 @@ class _Made:
         self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed, keep)
         self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
         self.seeds = settled.seeds(loaded.study.seeds)
-        combinations = math.prod(len(values) for values in loaded.study.search.values())
-        self.tuning_steps = steps_of_tuning(loaded.study.trials, combinations, settled.steps)
+        self.combinations = math.prod(len(values) for values in loaded.study.search.values())
+        self.tuning_steps = steps_of_tuning(loaded.study.trials, self.combinations, settled.steps)
         few = max(2, math.floor(SPEED_SHARE * self.tuning_steps))
         self.speed_steps = min(few, SPEED_STEPS, settled.steps)
         self.speed_rounds = max(1, min(few // SPEED_STEPS, SPEED_ROUNDS))
@@ -198,8 +199,7 @@ class _Made:
         then = kept[-1] if kept else None
         if not self.begun:
             if then is None or not then.equals(now):
-                for name in ("speed", "tests"):  # of a study that was only planned
-                    shutil.rmtree(root / name, ignore_errors=True)
+                forget_measured(root)  # of a study that was only planned
                 keep_environments(root, [now])
             return
         measures = bool(self.first_jobs())
@@ -320,14 +320,13 @@ class _Made:
         from ftune.experiments.power import detectable, needed
 
         study, speeds = self.loaded.study, self.speeds()
-        combinations = math.prod(len(values) for values in study.search.values())
         steps = self.tuning_steps + (study.seeds - 1) * self.settled.steps
         labels = tuple(candidate.label for candidate in self.candidates)
         mean = sum(speed["seconds"] for speed in speeds.values()) / max(1, len(speeds))
         training = sum(steps * speeds.get(label, {"seconds": mean})["seconds"] for label in labels)
         validation = self.settled.counts.get("validation") or self.settled.test_items
         reading = self.trials.result(BASE, BASE).get("seconds", 0.0) / max(1, self.settled.test_items)
-        jobs = len(labels) * (2 * study.trials * combinations + 2 * SURVIVORS + 2 * study.seeds)
+        jobs = len(labels) * (2 * study.trials * self.combinations + 2 * SURVIVORS + 2 * study.seeds)
         answers = len(labels) * (2 * validation + study.seeds * self.settled.test_items)
         if study.rewind:
             jobs += len(labels) * MOST_POINTS
@@ -337,7 +336,7 @@ class _Made:
         return Forecast(
             settled=self.settled,
             labels=labels,
-            runs=len(labels) * (study.trials * combinations + study.seeds - 1),
+            runs=len(labels) * (study.trials * self.combinations + study.seeds - 1),
             steps=len(labels) * steps,
             seconds=training + besides,
             besides=besides,

@@ -24,7 +24,7 @@ from ftune.recipe.data_files import locate_data
 from ftune.recipe.schema import DataSource, DataSpec
 from ftune.run.files import write_json, write_text
 
-__all__ = ["Drawn", "draw"]
+__all__ = ["Drawn", "draw", "forget_measured"]
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 MOST_TEST, MOST_VALIDATION = 2_000, 500
@@ -98,8 +98,7 @@ def draw(data: DataSpec, test: str | None, out: Path, *, begun: bool = False) ->
         counts = {"train": len(rows), "validation": None, "test": None if test is None else len(tests)} | {
             name: len(part) for name, part in parts.items()
         }
-        for name in ("speed", "tests"):  # measured of other rows
-            shutil.rmtree(out.parent / name, ignore_errors=True)
+        forget_measured(out.parent)  # of other rows
         out.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
             write_text(path, "".join(f"{_line(row)}\n" for row in parts[name]))
@@ -113,6 +112,12 @@ def draw(data: DataSpec, test: str | None, out: Path, *, begun: bool = False) ->
         blocks["eval"] = {"path": str(files["validation"]), **own}
     tested = {"path": str(files["test"]), **own} if "test" in files else {"path": str(test)}
     return Drawn(blocks, tested, counts, tuple(wanted))
+
+
+def forget_measured(root: Path) -> None:
+    """Delete what was measured in a study's directory before it began."""
+    for name in ("speed", "tests"):
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
 def _divided(rows: Sequence[Row], wanted: dict[str, int]) -> dict[str, list[Row]]:
