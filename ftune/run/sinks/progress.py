@@ -1,10 +1,11 @@
-"""Progress for people: one live line in a terminal, plain lines elsewhere."""
+"""Progress for people: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from ftune.human import bytes_text, time_text
@@ -13,6 +14,8 @@ from ftune.run.events import EvalEnd, Event, Forecast, Halved, Resumed, RunStart
 __all__ = ["ProgressSink"]
 
 PLAIN_SECONDS = 10.0  # between plain lines, so that a log stays readable
+LIVE_SECONDS = 0.1  # between two drawings of the bar
+NARROWEST_BAR = 8  # columns; where less is left, figures are left out
 
 
 class ProgressSink:
@@ -20,19 +23,19 @@ class ProgressSink:
 
     Args:
         stream: Usually standard error.
-        live: Whether the stream is a terminal, so that a line may be drawn over.
+        live: Whether the stream is a terminal, so that a bar may be drawn. Colours follow ``NO_COLOR``; a terminal
+            that calls itself ``dumb`` gets plain lines.
     """
 
     def __init__(self, stream: TextIO, *, live: bool) -> None:
         self._stream = stream
-        self._live = live
+        self._bar = _Bar(stream) if live and os.environ.get("TERM") != "dumb" else None
         self._total = 0
         self._start = 0
         self._began = time.monotonic()
         self._printed = 0.0
         self._updates = 0
         self._told = False
-        self._drawn = False
 
     def receive(self, event: Event) -> None:
         """Show one event; a reader that has gone away must not stop the training."""
@@ -67,60 +70,105 @@ class ProgressSink:
             self._line(f"resumed after step {event.step} from {event.checkpoint}")
 
     def close(self) -> None:
-        """End the live line."""
-        if self._drawn:
+        """End the live bar, which stays as it was drawn last."""
+        if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
-                self._stream.write("\n")
-                self._stream.flush()
-            self._drawn = False
+                self._bar.close()
 
     def _step(self, event: StepEnd) -> None:
         done = event.step - self._start
         left = (time.monotonic() - self._began) / done * (self._total - event.step)
-        parts = [
-            f"step {event.step}/{self._total}",
-            f"loss {event.loss:.4f}",
-            f"lr {event.learning_rate:.2e}",
-            f"{event.tokens_per_second:,.0f} tok/s",
-            f"ETA {time_text(left)}",
-            f"peak {bytes_text(event.peak_bytes)}",
-        ]
-        if self._live:
-            self._draw(parts)
+        loss, rate = f"loss {event.loss:.4f}", f"lr {event.learning_rate:.2e}"
+        speed, peak = f"{event.tokens_per_second:,.0f} tok/s", f"peak {bytes_text(event.peak_bytes)}"
+        step, eta = f"step {event.step}/{self._total}", f"ETA {time_text(left)}"
+        last = event.step == self._total
+        if self._bar is not None:
+            self._bar.draw(event.step / self._total, [step, loss, eta, speed, peak, rate], now=last)
             return
         now = time.monotonic()
-        if done == 1 or event.step == self._total or now - self._printed >= PLAIN_SECONDS:
+        if done == 1 or last or now - self._printed >= PLAIN_SECONDS:
             self._printed = now
-            self._line("  ".join(parts))
+            self._line("  ".join([step, loss, rate, speed, eta, peak]))
 
     def _working(self, event: Working) -> None:
         """Say that the first update goes on: live as it does, elsewhere once, where it is long."""
         spent = time.monotonic() - self._began
         if event.what != "update":
-            if self._live:
-                self._draw([f"step {event.step}/{self._total}", f"measuring the {event.what}"])
+            if self._bar is not None:
+                self._bar.draw(
+                    event.step / self._total, [f"step {event.step}/{self._total}", f"measuring the {event.what}"]
+                )
             return
         parts = [
             f"step {event.step + 1}/{self._total}",
             f"{event.done} of {event.of} micro-batch{'es' * (event.of != 1)}",
             time_text(spent),
         ]
-        if self._live:
-            self._draw(parts)
+        if self._bar is not None:
+            self._bar.draw(event.step / self._total, parts)
         elif spent >= PLAIN_SECONDS and not self._told:
             self._told = True
             self._line("  ".join(parts))
 
-    def _draw(self, parts: list[str]) -> None:
-        """Draw the live line over, without the last parts where it is too narrow."""
-        width = shutil.get_terminal_size().columns
-        while len("  ".join(parts)) >= width and len(parts) > 2:
-            parts = parts[:-1]
-        self._stream.write("\r\x1b[2K" + "  ".join(parts)[: width - 1])
-        self._stream.flush()
-        self._drawn = True
-
     def _line(self, text: str) -> None:
-        self._stream.write(("\r\x1b[2K" if self._drawn else "") + text + "\n")
+        if self._bar is not None:
+            self._bar.line(text)
+            return
+        self._stream.write(text + "\n")
         self._stream.flush()
-        self._drawn = False
+
+
+class _Bar:
+    """A bar with figures on the last line of a terminal; other lines appear above it.
+
+    Args:
+        stream: The terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        class Terminal(Console):
+            def on_broken_pipe(self) -> None:  # rich would end the process, and with it the training
+                self.quiet = True
+
+        self._console = Terminal(file=stream, force_terminal=True, highlight=False)
+        # No thread of its own: it draws when something is known.
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._drawn = -LIVE_SECONDS
+
+    def draw(self, share: float, parts: Sequence[str], *, now: bool = True) -> None:
+        """Draw it over.
+
+        Args:
+            share: What is done, of 1.
+            parts: The first stands before the bar, the others behind; the last are left out where it is too narrow.
+            now: False: not if it was drawn a moment ago; then the next drawing shows it, or ``close``.
+        """
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        first, *others = parts
+        while others and len("  ".join([first, *others])) + NARROWEST_BAR + 2 > self._console.width and len(others) > 1:
+            others.pop()
+        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        line.add_row(first, ProgressBar(total=1.0, completed=share), "  ".join(others))
+        if not self._live.is_started:
+            self._live.start()
+            self._console.show_cursor(True)  # a process that is killed cannot bring it back
+        due = now or time.monotonic() - self._drawn >= LIVE_SECONDS
+        if due:
+            self._drawn = time.monotonic()
+        self._live.update(line, refresh=due)
+
+    def line(self, text: str) -> None:
+        """Write a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._live.stop()
