@@ -67,7 +67,8 @@ def test_a_narrow_terminal_is_shown_less(
     monkeypatch.setenv("COLUMNS", str(columns))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", first_update(clock, 8, live=True)).replace("\r", "\n")
     assert max(len(line) for line in text.splitlines() if "━" in line) <= columns
-    assert said in drawn(text)[-1] and "━" * progress.NARROWEST_BAR in text.splitlines()[-1]
+    assert said in drawn(text)[-1]
+    assert "━" * progress.NARROWEST_BAR in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("name", "value", "colour", "bar"), [("NO_COLOR", "1", 0, 1), ("TERM", "dumb", 0, 0)])
@@ -94,7 +95,8 @@ def test_what_was_not_drawn_for_haste_is_drawn_at_the_end(clock: list[float]) ->
     sink.receive(Saved(7, "checkpoints/step-7"))
     sink.close()
     lines = drawn(out.getvalue())
-    assert "step 7: saved checkpoints/step-7" in lines and lines[-1].startswith("step 7/40")
+    assert "step 7: saved checkpoints/step-7" in lines
+    assert lines[-1].startswith("step 7/40")
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(80, ["step 1/40  1 of 8 micro-batches  10s"]), (8, [])])
