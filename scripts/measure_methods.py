@@ -33,7 +33,7 @@ WARM_UP = 2  # updates of each process that are not timed: kernels are compiled,
 
 def worker(recipe: str, overrides: list[str]) -> None:
     """Train a recipe, waiting for a line on standard input before every update."""
-    from ftune.artifacts import training
+    from ftune.artifacts.training import train
     from ftune.recipe import load_checked
     from ftune.run.events import Event, RunStart, StepEnd
 
@@ -50,8 +50,7 @@ def worker(recipe: str, overrides: list[str]) -> None:
         def close(self) -> None:
             pass
 
-    training._sinks = lambda *_: [TakeTurns()]  # type: ignore[assignment]
-    record = training.train(load_checked(Path(recipe), overrides)[0], overwrite=True, progress=False)
+    record = train(load_checked(Path(recipe), overrides)[0], overwrite=True, progress=False, sinks=[TakeTurns()])
     print(json.dumps({"record": record}), file=protocol, flush=True)
 
 

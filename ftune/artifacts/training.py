@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import make_engine
-from ftune.run.events import Event, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
+from ftune.run.events import Event, Note, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
 from ftune.run.files import as_os_error, failed, new_directory
 from ftune.run.forecast import Forecaster
 from ftune.run.launch import launched
@@ -78,6 +78,8 @@ class _Asked:
     progress: bool
     auto_batch: bool
     until: int | None
+    sinks: Sequence[Sink]
+    tell: Callable[[str], None]
 
 
 def train(
@@ -92,6 +94,8 @@ def train(
     engine: str | None = None,
     auto_batch: bool = False,
     until: int | None = None,
+    sinks: Sequence[Sink] = (),
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a recipe; returns the record that ``run.json`` keeps.
 
@@ -106,6 +110,8 @@ def train(
         auto_batch: Halve micro-batches where memory runs out: the same result in more portions.
         engine: How processes share an update (``ftune.plan.engine``); None: as the launch configuration says.
         until: Pause after this update: evaluated, saved, and gone on with by ``resume``. None: train to the end.
+        sinks: Receive every event, beside those of ``tracking``; what one raises ends the run.
+        tell: Takes notes and warnings, a line each. Default: standard error.
 
     Raises:
         FtuneError: The user's mistake (exit code 2), a broken promise (1) or a signal (130, 143).
@@ -127,7 +133,16 @@ def train(
             run.prepare(overwrite=overwrite, resume=resume)
             run.sweep()
         asked = _Asked(
-            resume, overwrite, accept_changed_data, accept_changed_model, show_plan, progress, auto_batch, until
+            resume,
+            overwrite,
+            accept_changed_data,
+            accept_changed_model,
+            show_plan,
+            progress,
+            auto_batch,
+            until,
+            sinks,
+            tell or _tell,
         )
         return _train(loaded, run, accelerator, choice, asked)
 
@@ -168,7 +183,7 @@ def _train(
         if before.get("status") == "finished":
             # No error: whoever starts a job again until it ends well, a cluster's scheduler, asks for no more.
             if main:
-                print(f"note: {run.root} is already finished; --overwrite trains it again", file=sys.stderr)
+                asked.tell(f"note: {run.root} is already finished; --overwrite trains it again")
             return before
     if main:
         asked.show_plan(summary)
@@ -207,7 +222,7 @@ def _train(
             if main:
                 _rehearse(plan, model, run)
                 old = run.contents()
-                trackers = _trackers(plan.recipe, run)
+                trackers = _trackers(plan.recipe, run, asked.tell)
                 if asked.overwrite:
                     # Only now: a recipe that cannot run must not cost the run it would have replaced.
                     run.clear(old)
@@ -226,10 +241,12 @@ def _train(
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics, kept)
                 run.write(record)
-                sinks = [*_local_sinks(plan.recipe, run, asked.progress), *trackers]
+                sinks = [*_local_sinks(plan.recipe, run, asked), *trackers, *asked.sinks]
             sinks.append(tally)
 
             def emit(event: Event) -> None:
+                if isinstance(event, Note) and main:
+                    asked.tell(f"note: {event.text}")
                 for sink in sinks:
                     sink.receive(event)
                 if forecast := forecaster.after(event):
@@ -241,14 +258,14 @@ def _train(
             if plan.context.device.type == "cuda" and (why := why_not_fused()):
                 notes.append(f"norms, gates and the loss are computed without fused kernels, which is slower: {why}")
             for line in [*(f"warning: {note}" for note in notes), *([*told, *lines] if main else ())]:
-                print(line, file=sys.stderr)
+                asked.tell(line)
             emit(RunStart(start, plan.total_steps))
             if found is not None:
                 emit(Resumed(start, found.name))
             shared = make_engine(choice, accelerator, auto_batch=asked.auto_batch)
             replay, why_not = replay_of(plan, model)
             if replay is None and recipe.training.cuda_graphs is True and main:
-                print(f"note: blocks are not replayed from CUDA graphs: {why_not}", file=sys.stderr)
+                asked.tell(f"note: blocks are not replayed from CUDA graphs: {why_not}")
             loop = Loop(
                 plan,
                 accelerator,
@@ -271,7 +288,7 @@ def _train(
                 if replay is not None:
                     if replay.why_not is not None:
                         since = f"after {replay.replayed} micro-batches " if replay.replayed else ""
-                        print(f"note: {since}CUDA graphs were given up: {replay.why_not}", file=sys.stderr)
+                        asked.tell(f"note: {since}CUDA graphs were given up: {replay.why_not}")
                     record["lean"]["graphs"] = replay.close()
             if complete:
                 with shared.whole_adapters(model, recipe.method):
@@ -333,7 +350,7 @@ def _train(
                 unwritten = error
             for sink in sinks:
                 if isinstance(sink, Guarded) and sink.summary is not None:
-                    _tell(sink.summary)
+                    asked.tell(sink.summary)
             if unwritten and status != "failed":
                 raise _unwritten(unwritten, run) from unwritten
     accelerator.wait_for_everyone()
@@ -399,20 +416,20 @@ def _unwritten(error: OSError, run: RunDir) -> RunFailed:
     return told
 
 
-def _local_sinks(recipe: Recipe, run: RunDir, progress: bool) -> list[Sink]:
+def _local_sinks(recipe: Recipe, run: RunDir, asked: _Asked) -> list[Sink]:
     sinks: list[Sink] = []
     if "jsonl" in recipe.tracking:
-        sinks.append(Guarded("jsonl", lambda: JsonlSink(run.metrics), _tell, again=True))
-    if progress and "progress" in recipe.tracking:
+        sinks.append(Guarded("jsonl", lambda: JsonlSink(run.metrics), asked.tell, again=True))
+    if asked.progress and "progress" in recipe.tracking:
         sinks.append(ProgressSink(sys.stderr, live=sys.stderr.isatty()))
     return sinks
 
 
-def _trackers(recipe: Recipe, run: RunDir) -> list[Guarded]:
+def _trackers(recipe: Recipe, run: RunDir, tell: Callable[[str], None]) -> list[Guarded]:
     """Start the trackers; one that cannot be started is told of, and the run goes on without it."""
     settings = flatten(recipe.model_dump(mode="json"))
     return [
-        Guarded(name, partial(TrackerSink, name, run.root.name, settings, run.tracking), _tell, takes=TRACKED)
+        Guarded(name, partial(TrackerSink, name, run.root.name, settings, run.tracking), tell, takes=TRACKED)
         for name in recipe.tracking
         if name not in _LOCAL_SINKS
     ]

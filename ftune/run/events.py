@@ -9,6 +9,7 @@ __all__ = [
     "EvalEnd",
     "Event",
     "Forecast",
+    "Note",
     "Resumed",
     "RunEnd",
     "RunStart",
@@ -73,6 +74,15 @@ class Working(Event):
     what: str
     done: int = 0
     of: int = 0
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something that the user should know."""
+
+    logged: ClassVar[bool] = False
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,7 @@ _NAMES: dict[type[Event], str] = {
     Resumed: "resume",
     Halved: "halved",
     Working: "working",
+    Note: "note",
     StepEnd: "step",
     Forecast: "forecast",
     EvalEnd: "eval",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan, Rows
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
-from ftune.run.events import EvalEnd, Event, Halved, Saved, StepEnd, Vitals, Working
+from ftune.run.events import EvalEnd, Event, Halved, Note, Saved, StepEnd, Vitals, Working
 from ftune.run.memory import PeakMeter, return_free_memory, trim_between_blocks
 from ftune.run.moved import MoveWatch
 from ftune.run.objective import Objective
@@ -165,8 +164,8 @@ class Loop:
                 learning_rate=min(group["lr"] for group in self.optimizer.param_groups),
                 at_peak=step >= plan.warmup_steps,
             )
-            if watch.idle and not told and self.accelerator.is_main_process:
-                print(f"note: {watch.idle}", file=sys.stderr)
+            if watch.idle and not told:
+                self.emit(Note(step + 1, watch.idle))
                 told = True
             self.progress["resting"] = watch.resting
             self.optimizer.zero_grad(set_to_none=True)
