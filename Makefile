@@ -100,9 +100,16 @@ bench: $(STAMP) ## train with ftune and other tools in turns, for docs/benchmark
 bench-gpu: $(STAMP) ## train an 8B shape of random weights on a GPU, by every method, for docs/benchmarks.md: hours
 	$(BIN)/python scripts/bench/gpu.py $(GPU)
 
-docs: $(STAMP) ## write docs/methods.md and docs/benchmarks.md from the union and the measured figures
+docs: $(VENV)/.stamp-docs ## write the generated pages of docs/ anew, and build the site in build/site; fails on a broken link
 	$(BIN)/python scripts/make_method_docs.py
 	$(BIN)/python scripts/bench/report.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo open build/site/index.html
+
+# Only the first time needs a network.
+$(VENV)/.stamp-docs: $(STAMP)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 golden: $(STAMP) ## re-record the golden files; the commit says why
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --record-golden

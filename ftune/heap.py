@@ -4,7 +4,7 @@ PyTorch asks for blocks aligned to 64 bytes. glibc cuts each out of a larger one
 hundred bytes, in the lists that it serves small requests from. There they are not joined with the block again once that
 is freed, so the next tensor of the same size does not fit the place that the last one left, and the heap grows around
 holes. Without those lists (the thread's cache and the "fast bins") scraps and blocks become one place again:
-SmolLM2-135M trains in 85 to 120 MiB less of 1,300 to 1,550, no slower. docs/log.md has the figures.
+SmolLM2-135M trains in 85 to 120 MiB less of 1,300 to 1,550, no slower. docs/design/log.md has the figures.
 """
 
 from __future__ import annotations

@@ -17,6 +17,24 @@ from ftune.recipe import parse_recipe
 ROOT = Path(__file__).parents[1]
 
 
+def test_links_lead_to_files_and_headings() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [page for page in pages if "studies" not in page.parts]  # reports, whose runs are not kept
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in headings(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def headings(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_the_page_on_methods_is_the_one_of_this_version() -> None:
     script = runpy.run_path(str(ROOT / "scripts/make_method_docs.py"))
     page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ Under every engine each rank has its own micro-batch, so activations are the sam
 
 Bytes sent a rank, for a payload of S bytes over N ranks in a ring (Patarasuk and Yuan 2009): an all-gather and a
 reduce-scatter (N-1)/N S each, an all-reduce both. What is sent is arithmetic; what is held was measured on CPUs
-(docs/log.md).
+(docs/design/log.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ HEAD = """
 
 `python scripts/measure_memory.py`: SmolLM2-135M-Instruct, two updates of rows of exactly so many tokens. The peak is
 the largest resident size of the process from its first update on, in MiB; kept: no activation is recomputed,
-recomputed: every block's. The same in bf16, and at 2,048 tokens, is in docs/log.md.
+recomputed: every block's. The same in bf16, and at 2,048 tokens, is in docs/design/log.md.
 """
 
 NOTE = """
