@@ -102,6 +102,7 @@ bench-gpu: $(STAMP) ## train an 8B shape of random weights on a GPU, by every me
 
 docs: $(VENV)/.stamp-docs ## write the generated pages of docs/ anew, and build the site in build/site; fails on a broken link
 	$(BIN)/python scripts/make_method_docs.py
+	$(BIN)/python scripts/make_recipe_docs.py
 	$(BIN)/python scripts/bench/report.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo open build/site/index.html

@@ -13,6 +13,7 @@ from ftune.data.formats import Plain, convert
 from ftune.data.read import read_source
 from ftune.methods import METHODS
 from ftune.recipe import parse_recipe
+from ftune.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +42,15 @@ def test_the_page_on_methods_is_the_one_of_this_version() -> None:
     assert page == script["render"](), "run `make docs`"
     for name in METHODS:
         assert f"### {name}\n" in page
+
+
+def test_the_reference_of_the_recipe_is_the_one_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(str(ROOT / "scripts/make_recipe_docs.py"))
+    page = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    assert page == script["render"](), "run `make docs`"
+    for name in Recipe.model_fields:
+        assert f"\n## {name}\n" in page or f"\n| `{name}` |" in page
 
 
 def test_the_columns_on_the_page_on_data_are_read_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
