@@ -9,7 +9,7 @@ import pytest
 from ftune.errors import ModelError
 from ftune.expressions import compiled, matching
 from ftune.methods import Linear
-from ftune.methods._shared import match_targets, target_problems
+from ftune.methods.targets import match_targets, target_problems
 
 NAMES = [f"model.layers.{n}.self_attn.q_proj" for n in range(40)]
 

@@ -22,6 +22,7 @@ LAYERS = [
     "data",
     "recipe",
     "methods",
+    "models",
     "ops",
     "human",
     "cache",

@@ -23,9 +23,9 @@ from ftune.artifacts.tuned import Target, put_target
 from ftune.errors import FtuneError, ModelError, RunFailed
 from ftune.human import bytes_text
 from ftune.methods import Context
-from ftune.methods._layer_by_layer import as_quantized, is_adapted, outputs
-from ftune.methods._scaled import interpolated
-from ftune.methods._shared import list_linears
+from ftune.methods.layer_by_layer import as_quantized, is_adapted, outputs
+from ftune.methods.scaled import interpolated
+from ftune.methods.targets import list_linears
 from ftune.plan.base_model import choose_device, load_tokenizer
 from ftune.plan.precision import choose_dtype
 from ftune.plan.resolve import context_of

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.errors import RunFailed
-from ftune.methods._shared import is_4bit
+from ftune.models.quantization import is_4bit
 from ftune.plan.resolve import Plan
 
 if TYPE_CHECKING:

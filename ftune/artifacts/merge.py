@@ -27,8 +27,8 @@ from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.artifacts.tuned import at_checkpoint, scaled
 from ftune.available import available_bytes
 from ftune.errors import DataError, FtuneError, RunFailed
-from ftune.methods._scaled import base_weights, interpolated
-from ftune.methods._whole import without_generation_config
+from ftune.methods.scaled import base_weights, interpolated
+from ftune.models.whole import without_generation_config
 from ftune.plan.base_model import choose_device, configured
 from ftune.plan.resolve import Plan, resolve
 from ftune.plan.shapes import auto_class, read_shape

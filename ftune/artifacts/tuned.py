@@ -13,7 +13,7 @@ from ftune.artifacts.same_base import is_moved, require_same_base
 from ftune.artifacts.stored import put_on
 from ftune.errors import FtuneError, RunDirError
 from ftune.methods import Context
-from ftune.methods._scaled import interpolated, scale_adapter
+from ftune.methods.scaled import interpolated, scale_adapter
 from ftune.plan.base_model import choose_device, load_base, load_config
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
@@ -216,7 +216,7 @@ def load_target(base: nn.Module, target: Target, context: Context) -> nn.Module:
     """Put what a run trained, or a part of it, onto its base model, in evaluation mode.
 
     Scaled, a layer computes with the scaled weights, and holds them only where it was trained whole
-    (``ftune.methods._scaled``).
+    (``ftune.methods.scaled``).
     """
     whole = target.scale < 1 and target.recipe.method.artifact == "model"
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()} if whole else {}

@@ -11,7 +11,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from ftune.methods.adalora import AdaLora
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods.base import Method
 from ftune.methods.bottleneck import Bottleneck
 from ftune.methods.dora import Dora
 from ftune.methods.fourierft import FourierFt
@@ -24,6 +24,7 @@ from ftune.methods.optimizer import OptimizerSpec
 from ftune.methods.prefix import Prefix
 from ftune.methods.prompt import Prompt
 from ftune.methods.qlora import QLora
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 from ftune.methods.vera import Vera
 
 __all__ = [

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftune.errors import ModelError
-from ftune.methods._shared import asked_for
-from ftune.methods.base import Context, Method
+from ftune.methods.adapters import asked_for
+from ftune.methods.base import Method
+from ftune.methods.types import Context
 from ftune.regular import read_regular
 
 if TYPE_CHECKING:

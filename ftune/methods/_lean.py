@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from ftune.methods._head import plain_head
+from ftune.models.head import plain_head
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from ftune.methods import _shared
-from ftune.methods.base import Context, Method, ModelShape, Problem
-from ftune.methods.quantization import Quantization
+from ftune.methods._saved_bytes import lean_saved_bytes, lean_saved_copies
+from ftune.methods._vitals import update_vitals
+from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.base import Method
+from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
+from ftune.methods.targets import different, match_targets, target_problems
+from ftune.methods.types import Context, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +52,7 @@ class LowRank(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
-        yield from _shared.target_problems(self.target_modules)
+        yield from target_problems(self.target_modules)
 
     def lora_settings(self) -> dict[str, Any]:
         """Keyword arguments of ``peft.LoraConfig`` that are this method's own."""
@@ -73,9 +77,9 @@ class LowRank(Method):
             use_rslora=self.rslora,
             **self.lora_settings(),
             **self.trained_whole(model),
-            **_shared.peft_settings(model, self.target_modules, context),
+            **peft_settings(model, self.target_modules, context),
         )
-        return _shared.attach(model, config, context)
+        return attach(model, config, context)
 
     def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
         """And the adapted projections."""
@@ -85,29 +89,29 @@ class LowRank(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-        _shared.save_peft(model, out, context)
+        save_peft(model, out, context)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Attach a saved PEFT adapter, frozen."""
-        return _shared.load_peft(base, directory)
+        return load_peft(base, directory)
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Add the update to the weights it was trained against, dequantized first where they are 4-bit."""
-        return _shared.merge_peft(model)
+        return merge_peft(model)
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How many projections are adapted, how large B became, and what is 4-bit."""
-        return _shared.update_vitals(model, optimizer) | _shared.quantization_vitals(model)
+        return update_vitals(model, optimizer) | quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """A B that is still zero, or a base that should be 4-bit and is not."""
         if not vitals["lora_b_norm_min"] > 0:
             return "a matrix B is still zero, so its projection computes as the base does"
-        return _shared.quantization_failure(self.quantization, vitals)
+        return quantization_failure(self.quantization, vitals)
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
@@ -117,31 +121,31 @@ class LowRank(Method):
         )
         if idle := vitals.get("idle_layers"):
             line += f", {idle:.0f} more without effect on this base"
-        return line + _shared.quantization_line(vitals)
+        return line + quantization_line(vitals)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """``rank * (in + out)`` for each target."""
         return sum(
             self.rank * (linear.in_features + linear.out_features)
-            for linear in _shared.match_targets(shape.linears, self.target_modules)
+            for linear in match_targets(shape.linears, self.target_modules)
         )
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """A and B as they were computed with: cast, or in fp32 A below that of its neighbours."""
-        targets = _shared.match_targets(shape.linears, self.target_modules)
-        return 0 if self.dropout else _shared.lean_saved_copies(targets, self.rank, dtype_bytes)
+        targets = match_targets(shape.linears, self.target_modules)
+        return 0 if self.dropout else lean_saved_copies(targets, self.rank, dtype_bytes)
 
     def products(self, shape: ModelShape) -> int:
         """With A and with B: forwards, and for the gradients of each and of what it is multiplied with."""
-        return 6 * _shared.different(_shared.match_targets(shape.linears, self.target_modules))
+        return 6 * different(match_targets(shape.linears, self.target_modules))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """``xA``, and inputs that no norm or gate makes again, in the dtype the model computes in.
 
         With dropout every projection keeps its dropped input and the mask.
         """
-        targets = _shared.match_targets(shape.linears, self.target_modules)
+        targets = match_targets(shape.linears, self.target_modules)
         if self.dropout:
             inputs = sum(linear.in_features for linear in targets)
             return inputs * (2 * dtype_bytes) + sum(self.rank for _ in targets) * dtype_bytes
-        return _shared.lean_saved_bytes(shape, targets, self.rank, dtype_bytes)
+        return lean_saved_bytes(shape, targets, self.rank, dtype_bytes)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ftune.errors import ModelError
-from ftune.methods._shared import Targets, match_targets
-from ftune.methods.base import Linear
+from ftune.methods.targets import Targets, match_targets
+from ftune.methods.types import Linear
 
 __all__ = ["AUTO", "attention", "feed_forward", "or_attention", "shortest"]
 

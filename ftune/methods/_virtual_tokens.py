@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods import _shared
-from ftune.methods.base import Context, Method, ModelShape, Problem
+from ftune.methods.adapters import disable_adapter, load_peft
+from ftune.methods.base import Method
+from ftune.methods.types import Context, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,11 +150,11 @@ class VirtualTokens(Method):
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Attach a saved PEFT adapter, frozen."""
-        return mend_generation(_shared.load_peft(base, directory))
+        return mend_generation(load_peft(base, directory))
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone, on the rows as they are."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods import _shared
-from ftune.methods.base import Context, Method, ModelShape, Problem
-from ftune.methods.quantization import Quantization
+from ftune.methods._saved_bytes import lean_saved_bytes, lean_saved_copies, low_rank_saved_bytes
+from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.base import Method
+from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
+from ftune.methods.targets import different, match_targets, target_problems
+from ftune.methods.types import Context, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,7 +98,7 @@ class AdaLora(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield a budget that does not fall, phases that leave no room, and targets that cannot match."""
-        yield from _shared.target_problems(self.target_modules)
+        yield from target_problems(self.target_modules)
         if self.init_rank <= self.target_rank:
             yield Problem(
                 ("method", "init_rank"),
@@ -137,7 +140,7 @@ class AdaLora(Method):
                 f"{self.allocate_every} has no multiple there",
                 "set `allocate_every: 1`, or train for more updates",
             )
-        for linear in _shared.match_targets(shape.linears, self.target_modules):
+        for linear in match_targets(shape.linears, self.target_modules):
             if self.init_rank > min(linear.in_features, linear.out_features):
                 yield Problem(
                     ("method", "init_rank"),
@@ -173,9 +176,9 @@ class AdaLora(Method):
             beta1=self.beta1,
             beta2=self.beta2,
             orth_reg_weight=self.orthogonal_weight,
-            **_shared.peft_settings(model, self.target_modules, context),
+            **peft_settings(model, self.target_modules, context),
         )
-        adapted = self._hold_scale(_shared.attach(model, config, context))
+        adapted = self._hold_scale(attach(model, config, context))
         _allocator(adapted).allocations = 0
         return adapted
 
@@ -245,7 +248,7 @@ class AdaLora(Method):
             "modules_pruned": float(ranks.count(0)),
             "allocations": float(_allocator(model).allocations),
             **{f"rank of {name}": float(rank) for name, rank in zip(_layers(model), ranks, strict=True)},
-        } | _shared.quantization_vitals(model)
+        } | quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """No pruning, or ranks that are not the budget: with all of them left it is plain LoRA."""
@@ -255,7 +258,7 @@ class AdaLora(Method):
         # Triplets of equal importance are pruned together, so the last of them may take the total just below.
         if not 0.99 * budget - 1 <= total <= budget:
             return f"the ranks add up to {total:.0f}, and the budget is {budget:.0f}"
-        return _shared.quantization_failure(self.quantization, vitals)
+        return quantization_failure(self.quantization, vitals)
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
@@ -264,7 +267,7 @@ class AdaLora(Method):
             f"({vitals['ranks_min']:.0f} to {vitals['ranks_max']:.0f}), {vitals['ranks_total']:,.0f} of a budget of "
             f"{vitals['budget']:,.0f}"
         )
-        return line + _shared.quantization_line(vitals)
+        return line + quantization_line(vitals)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The averages of importance and uncertainty, which triplets are kept, and how often that was decided."""
@@ -310,21 +313,21 @@ class AdaLora(Method):
         config = _config(model)
         pattern, config.rank_pattern = config.rank_pattern, None
         try:
-            _shared.save_peft(model, out, context)
+            save_peft(model, out, context)
         finally:
             config.rank_pattern = pattern
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Attach a saved PEFT adapter, frozen."""
-        return self._hold_scale(_shared.load_peft(base, directory))
+        return self._hold_scale(load_peft(base, directory))
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Add the update to the weights it was trained against, dequantized first where they are 4-bit."""
-        return _shared.merge_peft(model)
+        return merge_peft(model)
 
     def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Singular values and PEFT's scale folded into ``A``; each update at the rank that is left to it."""
@@ -348,7 +351,7 @@ class AdaLora(Method):
         """``init_rank * (in + out + 1)`` for each target; pruned triplets keep their place until the end."""
         return sum(
             self.init_rank * (linear.in_features + linear.out_features + 1)
-            for linear in _shared.match_targets(shape.linears, self.target_modules)
+            for linear in match_targets(shape.linears, self.target_modules)
         )
 
     def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:
@@ -357,23 +360,23 @@ class AdaLora(Method):
 
     def products(self, shape: ModelShape) -> int:
         """As LoRA's: with ``diag(E) A`` and with B, forwards and for two gradients each."""
-        return 6 * _shared.different(_shared.match_targets(shape.linears, self.target_modules))
+        return 6 * different(match_targets(shape.linears, self.target_modules))
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """``diag(E) A`` in fp32, with dropout in the compute dtype; copies of A and B that are computed with."""
-        targets = _shared.match_targets(shape.linears, self.target_modules)
+        targets = match_targets(shape.linears, self.target_modules)
         if not self.dropout:
             scaled = 4 * self.init_rank * sum(linear.in_features for linear in targets)
-            return scaled + _shared.lean_saved_copies(targets, self.init_rank, dtype_bytes)
+            return scaled + lean_saved_copies(targets, self.init_rank, dtype_bytes)
         sizes = sum(linear.in_features + (linear.out_features if dtype_bytes < 4 else 0) for linear in targets)
         return self.init_rank * sizes * dtype_bytes
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """As LoRA's at ``init_rank``: the product with ``diag(E) A``, and inputs; with dropout all of them."""
         if not self.dropout:
-            targets = _shared.match_targets(shape.linears, self.target_modules)
-            return _shared.lean_saved_bytes(shape, targets, self.init_rank, dtype_bytes)
-        return _shared.low_rank_saved_bytes(shape.linears, self.target_modules, self.init_rank, dtype_bytes)
+            targets = match_targets(shape.linears, self.target_modules)
+            return lean_saved_bytes(shape, targets, self.init_rank, dtype_bytes)
+        return low_rank_saved_bytes(shape.linears, self.target_modules, self.init_rank, dtype_bytes)
 
 
 def _config(model: nn.Module) -> Any:

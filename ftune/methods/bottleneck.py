@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods import _shared
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods.base import Method
+from ftune.methods.targets import list_linears
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,7 +141,7 @@ class Bottleneck(Method):
 
         config = cast(Any, model).config.get_text_config()
         hidden = int(config.hidden_size)
-        linears = _shared.list_linears(model)
+        linears = list_linears(model)
         positions = find_positions(linears, hidden, int(config.num_hidden_layers), self.variant, config.model_type)
         model.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)

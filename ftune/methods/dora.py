@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods import _shared
 from ftune.methods._low_rank import LowRank
-from ftune.methods.base import Context, ModelShape
+from ftune.methods._saved_bytes import keeps_output
+from ftune.methods.adapters import cast_inputs
+from ftune.methods.targets import match_targets
+from ftune.methods.types import Context, ModelShape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
-__all__ = ["Dora"]
+__all__ = ["Dora", "dora_layers", "magnitude_vitals"]
 
 
 class Dora(LowRank):
@@ -48,8 +52,8 @@ class Dora(LowRank):
         PEFT takes the norms in the base's dtype: in bf16 each is off by up to 0.4 %, and so is the model at its
         start. Here they are taken in fp32; for the same reason the input of the update stays fp32.
         """
-        adapted = _shared.cast_inputs(super().adapt(model, context), enabled=True)
-        for magnitude, norms in _shared.dora_layers(adapted):
+        adapted = cast_inputs(super().adapt(model, context), enabled=True)
+        for magnitude, norms in dora_layers(adapted):
             magnitude.data.copy_(norms)
         return adapted
 
@@ -59,7 +63,7 @@ class Dora(LowRank):
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """LoRA's vitals, and how far the magnitudes moved from the norms of the base weights."""
-        return super().vitals(model, optimizer) | _shared.magnitude_vitals(model)
+        return super().vitals(model, optimizer) | magnitude_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """As LoRA's, or magnitudes that stayed: then this is LoRA on normalized directions."""
@@ -73,21 +77,48 @@ class Dora(LowRank):
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """LoRA's, and one magnitude for each output of each target."""
-        targets = _shared.match_targets(shape.linears, self.target_modules)
+        targets = match_targets(shape.linears, self.target_modules)
         return super().trainable_parameters(shape) + sum(linear.out_features for linear in targets)
 
     def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
         """With dropout, what PEFT computes ``B A`` by: identity matrices, and in 16 bits cast copies of A and B."""
         if not self.dropout:
             return super().saved_bytes(shape, dtype_bytes)
-        targets = _shared.match_targets(shape.linears, self.target_modules)
+        targets = match_targets(shape.linears, self.target_modules)
         low_rank = self.rank * sum(linear.in_features + linear.out_features for linear in targets)
         identities = sum(linear.in_features**2 for linear in targets)
         return dtype_bytes * (identities + (low_rank if dtype_bytes < 4 else 0))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """LoRA's, and each target's output where nothing else keeps it; with dropout PEFT keeps two."""
-        targets = _shared.match_targets(shape.linears, self.target_modules)
-        kept = [linear for linear in targets if self.dropout or not _shared.keeps_output(shape, linear)]
+        targets = match_targets(shape.linears, self.target_modules)
+        kept = [linear for linear in targets if self.dropout or not keeps_output(shape, linear)]
         outputs = sum(linear.out_features for linear in kept) * (2 if self.dropout else 1)
         return super().saved_bytes_per_token(shape, dtype_bytes) + outputs * dtype_bytes
+
+
+def dora_layers(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each DoRA magnitude, (out,), with the row norms of its base weight in fp32."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    from ftune.ops.sharded import whole
+
+    for module in model.modules():
+        magnitudes = getattr(module, "lora_magnitude_vector", None)
+        if magnitudes:
+            layer = cast(Any, module)
+            weight = whole(dequantize_module_weight(layer.get_base_layer())).detach().float()
+            yield (
+                magnitudes["default"].weight,
+                torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1),
+            )
+
+
+def magnitude_vitals(model: nn.Module) -> dict[str, float]:
+    """How far DoRA's magnitudes moved from the row norms of the base weights, as a mean share of them."""
+    shares = [
+        float(((trained.detach().float() - norms).abs() / norms.clamp_min(1e-12)).mean())
+        for trained, norms in dora_layers(model)
+    ]
+    return {"magnitude_change_mean": sum(shares) / max(1, len(shares))}

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods import _fingerprint, _roles, _shared
+from ftune.methods import _fingerprint, _roles
 from ftune.methods._roles import AUTO
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods._saved_bytes import low_rank_saved_bytes
+from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.base import Method
+from ftune.methods.targets import different, list_linears, match_targets, target_problems
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +66,7 @@ class FourierFt(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
-        yield from _shared.target_problems(self.target_modules)
+        yield from target_problems(self.target_modules)
 
     def refusals(self, shape: ModelShape, context: Context) -> Iterator[Problem]:
         """Yield a matrix with fewer elements than it is to have coefficients."""
@@ -82,15 +86,15 @@ class FourierFt(Method):
         """
         from peft import FourierFTConfig
 
-        targets = _roles.or_attention(_shared.list_linears(model), self.target_modules, "query", "value")
+        targets = _roles.or_attention(list_linears(model), self.target_modules, "query", "value")
         config = FourierFTConfig(
             n_frequency=self.n_frequency,
             scaling=self.scaling,
             init_weights=self.init == "zero",
             random_loc_seed=context.seed if self.location_seed is None else self.location_seed,
-            **_shared.peft_settings(model, targets, context),
+            **peft_settings(model, targets, context),
         )
-        adapted = _shared.attach(model, config, context)
+        adapted = attach(model, config, context)
         # Drawn from the seed, so a resumed run has the same; a buffer of the Python object, in no state_dict.
         start = {name: _spectrum(layer).detach().clone() for name, layer in _layers(adapted)}
         object.__setattr__(adapted, "_ftune_start", start)
@@ -112,7 +116,7 @@ class FourierFt(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter, and the fingerprint of its coefficients' places."""
-        _shared.save_peft(model, out, context)
+        save_peft(model, out, context)
         _fingerprint.write(out, _DRAWN, _digest(model))
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
@@ -121,17 +125,17 @@ class FourierFt(Method):
         Raises:
             ModelError: The coefficients' places drawn from its configuration are others.
         """
-        model = _shared.load_peft(base, directory)
+        model = load_peft(base, directory)
         _fingerprint.check(directory, _DRAWN, _digest(model), _WAY_OUT)
         return model
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Add the dense updates to the weights."""
-        return _shared.merge_peft(model)
+        return merge_peft(model)
 
     def to_lora(self, model: nn.Module, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """The best factors of a rank; by default of the least that holds 99.9 % of the energy, at most 256.
@@ -179,7 +183,7 @@ class FourierFt(Method):
 
     def _targets(self, shape: ModelShape) -> list[Linear]:
         targets = _roles.or_attention(shape.linears, self.target_modules, "query", "value")
-        return _shared.match_targets(shape.linears, targets)
+        return match_targets(shape.linears, targets)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """``n_frequency`` for each target."""
@@ -191,7 +195,7 @@ class FourierFt(Method):
 
     def products(self, shape: ModelShape) -> int:
         """For the gradients of dense updates; forwards they are part of the weight."""
-        return _shared.different(self._targets(shape))
+        return different(self._targets(shape))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """The input of each dense update; in 16 bits a cast copy for each, in fp32 shared by q and v."""
@@ -199,7 +203,7 @@ class FourierFt(Method):
         if dtype_bytes < 4:
             return dtype_bytes * sum(linear.in_features for linear in targets)
         names = tuple(linear.name for linear in targets)
-        return _shared.low_rank_saved_bytes(shape.linears, names, 0, dtype_bytes)
+        return low_rank_saved_bytes(shape.linears, names, 0, dtype_bytes)
 
 
 _DRAWN = "places of the Fourier coefficients"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ftune.methods import _shared
-from ftune.methods.base import Context, Method, ModelShape
+from ftune.methods.base import Method
+from ftune.methods.targets import different
+from ftune.methods.types import Context, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Full(Method):
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Let every parameter of the language model require grad."""
-        from ftune.methods._language import fixed_parameters
+        from ftune.models.language import fixed_parameters
 
         fixed = fixed_parameters(model)
         for name, parameter in model.named_parameters():
@@ -80,13 +81,13 @@ class Full(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""
-        from ftune.methods._whole import save_whole_model
+        from ftune.models.whole import save_whole_model
 
         save_whole_model(model, out, context.dtype)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Copy the saved weights over the base model's."""
-        from ftune.methods._whole import load_whole_model
+        from ftune.models.whole import load_whole_model
 
         return load_whole_model(base, directory).requires_grad_(False)
 
@@ -100,7 +101,7 @@ class Full(Method):
 
     def products(self, shape: ModelShape) -> int:
         """For the gradients of the weights."""
-        return _shared.different(shape.linears)
+        return different(shape.linears)
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """None: what is trained is the base model itself."""

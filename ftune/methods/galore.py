@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods import _shared
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
+from ftune.methods.base import Method
 from ftune.methods.optimizer import OptimizerSpec
+from ftune.methods.targets import different, list_linears, match_targets, target_problems
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ class GaLore(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield targets, optimizers and portions of an update that cannot work."""
-        yield from _shared.target_problems(
+        yield from target_problems(
             self.target_modules, embeddings="embeddings and the output head train with plain AdamW"
         )
         if recipe.optimizer.name.startswith("paged"):
@@ -130,7 +131,7 @@ class GaLore(Method):
         """Yield ranks that save nothing on this model, and per-layer updates on several processes."""
         found = self._projected(shape.linears)
         if not found or self.target_modules != "all-linear":
-            asked = _shared.match_targets(shape.linears, self.target_modules, beside=False)
+            asked = match_targets(shape.linears, self.target_modules, beside=False)
             useless = [linear for linear in asked if not self._saves(linear)]
             for linear in useless[:1]:
                 sides = f"{linear.out_features} x {linear.in_features}"
@@ -172,7 +173,7 @@ class GaLore(Method):
         return self.rank <= _largest_rank(linear)
 
     def _projected(self, linears: Sequence[Linear]) -> list[Linear]:
-        found = _shared.match_targets(linears, self.target_modules, beside=False)
+        found = match_targets(linears, self.target_modules, beside=False)
         return [linear for linear in found if self._saves(linear)]
 
     # --- building ---
@@ -185,10 +186,10 @@ class GaLore(Method):
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Let every parameter of the language model require grad."""
-        _shared.match_targets(_shared.list_linears(model), self.target_modules, beside=False)
+        match_targets(list_linears(model), self.target_modules, beside=False)
         # The optimizer is not given the context. An attribute of the Python object: no part of any state_dict.
         object.__setattr__(model, "_ftune_seed", context.seed)
-        from ftune.methods._language import fixed_parameters
+        from ftune.models.language import fixed_parameters
 
         fixed = fixed_parameters(model)
         for name, parameter in model.named_parameters():
@@ -205,7 +206,7 @@ class GaLore(Method):
         from ftune.methods._galore_optimizer import GaLoreAdamW
 
         vectors = undecayed(model)
-        names = {f"{linear.name}.weight" for linear in self._projected(_shared.list_linears(model))}
+        names = {f"{linear.name}.weight" for linear in self._projected(list_linears(model))}
         if not names:
             raise ModelError(f"rank {self.rank} makes no matrix's state smaller", help="lower method.rank")
         rate = spec.learning_rate or self.default_learning_rate
@@ -309,13 +310,13 @@ class GaLore(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a whole transformers model into ``out``, in the dtype the recipe computes in."""
-        from ftune.methods._whole import save_whole_model
+        from ftune.models.whole import save_whole_model
 
         save_whole_model(model, out, context.dtype)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Copy the saved weights over the base model's."""
-        from ftune.methods._whole import load_whole_model
+        from ftune.models.whole import load_whole_model
 
         return load_whole_model(base, directory).requires_grad_(False)
 
@@ -331,7 +332,7 @@ class GaLore(Method):
 
     def products(self, shape: ModelShape) -> int:
         """For the gradients of the weights."""
-        return _shared.different(shape.linears)
+        return different(shape.linears)
 
     def adapter_bytes(self, shape: ModelShape) -> int:
         """None: what is trained is the base model itself."""

@@ -12,10 +12,13 @@ from pydantic import Field
 
 from ftune.errors import ModelError
 from ftune.expressions import compiled
-from ftune.methods import _roles, _shared
+from ftune.methods import _roles
 from ftune.methods._roles import AUTO
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
-from ftune.methods.quantization import Quantization
+from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.base import Method
+from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
+from ftune.methods.targets import list_linears, match_targets, target_problems
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +69,7 @@ class Ia3(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
-        yield from _shared.target_problems(self.target_modules)
+        yield from target_problems(self.target_modules)
         if isinstance(self.feedforward_modules, str) and self.feedforward_modules != AUTO:
             try:
                 compiled(self.feedforward_modules)
@@ -84,19 +87,19 @@ class Ia3(Method):
             ModelError: A name matches nothing, or a feed-forward is no target.
         """
         if self.target_modules == AUTO:
-            targets = _shared.match_targets(linears, _roles.attention(linears, "key", "value"))
+            targets = match_targets(linears, _roles.attention(linears, "key", "value"))
             if self.feedforward_modules == AUTO:
-                inner = _shared.match_targets(linears, _roles.feed_forward(linears))
+                inner = match_targets(linears, _roles.feed_forward(linears))
             else:
-                inner = _shared.match_targets(linears, self.feedforward_modules, "feedforward_modules")
+                inner = match_targets(linears, self.feedforward_modules, "feedforward_modules")
             targets = [linear for linear in linears if linear in targets or linear in inner]
         else:
-            targets = _shared.match_targets(linears, self.target_modules)
+            targets = match_targets(linears, self.target_modules)
             if self.feedforward_modules == AUTO:
-                back = _shared.match_targets(linears, _roles.feed_forward(linears))
+                back = match_targets(linears, _roles.feed_forward(linears))
                 inner = [linear for linear in targets if linear in back]
             else:
-                inner = _shared.match_targets(linears, self.feedforward_modules, "feedforward_modules")
+                inner = match_targets(linears, self.feedforward_modules, "feedforward_modules")
         stray = [linear.name for linear in inner if linear not in targets]
         if stray:
             raise ModelError(
@@ -113,10 +116,10 @@ class Ia3(Method):
         """
         from peft import IA3Config
 
-        linears = _shared.list_linears(model)
+        linears = list_linears(model)
         scaled = self._scaled(linears)
         outputs, inputs = (_roles.shortest(chosen, linears) for chosen in scaled)
-        settings = _shared.peft_settings(model, (*outputs, *inputs), context)
+        settings = peft_settings(model, (*outputs, *inputs), context)
         targets = settings["target_modules"]
         if not set(inputs) <= set(targets):  # other parts of the model have layers of these names
             inputs = tuple(linear.name for linear in scaled[1])
@@ -124,7 +127,7 @@ class Ia3(Method):
         if len(targets) > _LONGEST_LIST:
             config.target_modules, config.feedforward_modules = _exactly(targets), _exactly(inputs)
         with _as_plain_linears(model):
-            return _shared.attach(model, config, context)
+            return attach(model, config, context)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Nothing decays: the vectors, though stored as matrices of one row or column, are neutral at one."""
@@ -132,22 +135,22 @@ class Ia3(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-        _shared.save_peft(model, out, context)
+        save_peft(model, out, context)
 
     def load(self, base: nn.Module, directory: Path, context: Context) -> nn.Module:
         """Attach a saved PEFT adapter, frozen."""
         with _as_plain_linears(base):
-            return _shared.load_peft(base, directory)
+            return load_peft(base, directory)
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Scale rows, columns and biases of the weights, dequantized first where they are 4-bit."""
         # Only 4-bit layers have to be dequantized; PEFT would refuse even to detach the vectors from them.
         with _as_plain_linears(cast(Any, model).get_base_model()):
-            return _shared.merge_peft(model)
+            return merge_peft(model)
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """How many vectors and factors there are, how far the factors are from one, and what is 4-bit.
@@ -170,7 +173,7 @@ class Ia3(Method):
             "vector_change_min": min((float(change.max()) for change in moved), default=0.0),
             "factors_at_work": float(sum(int((change > least).sum()) for change in moved)),
             "least_change": least,
-        } | _shared.quantization_vitals(model)
+        } | quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """A vector that is still all ones, factors that are rounded away, or a base that should be 4-bit and is not."""
@@ -181,7 +184,7 @@ class Ia3(Method):
                 f"every factor is within {vitals['least_change']:.3g} of one, which the model's precision rounds away; "
                 "raise the learning rate"
             )
-        return _shared.quantization_failure(self.quantization, vitals)
+        return quantization_failure(self.quantization, vitals)
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
@@ -190,7 +193,7 @@ class Ia3(Method):
             f"{vitals['factor_change_mean']:.3g} on average, at most {vitals['factor_change_max']:.3g}, "
             f"{vitals['factors_at_work'] / vitals['factors']:.0%} by enough to count"
         )
-        return line + _shared.quantization_line(vitals)
+        return line + quantization_line(vitals)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """One for each scaled output and each scaled input."""

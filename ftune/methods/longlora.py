@@ -10,10 +10,10 @@ from pydantic import Field
 
 from ftune.errors import ModelError
 from ftune.methods import _context, _s2
-from ftune.methods._language import in_language_model, language_prefixes
 from ftune.methods._low_rank import LowRank
-from ftune.methods._shared import never_pulled
-from ftune.methods.base import Context, ModelShape, Problem
+from ftune.methods._vitals import never_pulled
+from ftune.methods.types import Context, ModelShape, Problem
+from ftune.models.language import in_language_model, language_prefixes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

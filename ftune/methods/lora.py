@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ftune.methods import _shared
 from ftune.methods._low_rank import LowRank
-from ftune.methods.base import Context, Problem
+from ftune.methods.adapters import adapter_state, difference_settings, require_same_initial, save_peft
 from ftune.methods.optimizer import OptimizerSpec
+from ftune.methods.types import Context, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Lora(LowRank):
         adapted = super().adapt(model, context)
         if self.takes_from_base:
             # Buffers of the Python object, not of the module: they are no part of any state_dict.
-            object.__setattr__(adapted, "_ftune_initial", _shared.adapter_state(adapted))
+            object.__setattr__(adapted, "_ftune_initial", adapter_state(adapted))
         return adapted
 
     def optimizer(self, model: nn.Module, spec: OptimizerSpec) -> Optimizer:
@@ -108,12 +108,12 @@ class Lora(LowRank):
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Check that the base was decomposed as before: the frozen residual must be the same."""
-        _shared.require_same_initial(model, state)
+        require_same_initial(model, state)
 
     def stored_settings(self, config: Any) -> dict[str, Any]:
         """Of rank 2r where A and B were taken out of the base."""
-        return _shared.difference_settings(config) if self.takes_from_base else {}
+        return difference_settings(config) if self.takes_from_base else {}
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter that fits the untouched base."""
-        _shared.save_peft(model, out, context, initial=getattr(model, "_ftune_initial", None))
+        save_peft(model, out, context, initial=getattr(model, "_ftune_initial", None))

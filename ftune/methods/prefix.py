@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods import _shared
 from ftune.methods._virtual_tokens import VirtualTokens
-from ftune.methods.base import Context, ModelShape, Problem
+from ftune.methods.adapters import attach, save_peft
+from ftune.methods.types import Context, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,7 +135,7 @@ class Prefix(VirtualTokens):
             encoder_hidden_size=self._encoder if self.projection else None,
             task_type="CAUSAL_LM",
         )
-        wrapped = _shared.attach(model, config, context)
+        wrapped = attach(model, config, context)
         encoder = cast(Any, wrapped).prompt_encoder["default"]
         with torch.no_grad():
             if self.projection:
@@ -174,7 +174,7 @@ class Prefix(VirtualTokens):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter that holds the keys and values themselves; an encoder is not needed any more."""
-        _shared.save_peft(model, out, context, settings=self.stored_settings(None))
+        save_peft(model, out, context, settings=self.stored_settings(None))
 
     def stored_settings(self, config: Any) -> dict[str, Any]:
         """Without an encoder."""

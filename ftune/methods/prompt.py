@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods import _shared
 from ftune.methods._virtual_tokens import VirtualTokens, mend_generation
-from ftune.methods.base import Context, ModelShape
+from ftune.methods.adapters import attach, save_peft
+from ftune.methods.types import Context, ModelShape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ class Prompt(VirtualTokens):
         config = PromptTuningConfig(num_virtual_tokens=self.virtual_tokens, task_type="CAUSAL_LM")
         embedding = cast(Any, model).get_input_embeddings()
         ids = self.start_ids(embedding, context)
-        wrapped = _shared.attach(model, config, context)
+        wrapped = attach(model, config, context)
         with torch.no_grad():
             # Through the module: Gemma's scales what it looks up.
             cast(Any, wrapped).prompt_encoder["default"].embedding.weight.copy_(embedding(ids))
@@ -62,7 +62,7 @@ class Prompt(VirtualTokens):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-        _shared.save_peft(model, out, context)
+        save_peft(model, out, context)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """One embedding a virtual token."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ftune.models.quantization import is_4bit
+
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-__all__ = ["Quantization"]
+__all__ = ["Quantization", "quantization_failure", "quantization_line", "quantization_vitals"]
 
 BLOCK = 64  # elements that share one scale; bitsandbytes' default and the paper's
 BLOCK_OF_SCALES = 256  # scales that share one second-level scale under double quantization
@@ -45,3 +48,26 @@ class Quantization(BaseModel):
             bnb_4bit_use_double_quant=self.double,
             bnb_4bit_compute_dtype=compute,
         )
+
+
+def quantization_vitals(model: nn.Module) -> dict[str, float]:
+    """How many layers are 4-bit, and the bytes of their packed weights; empty when none is."""
+    layers = [module for module in model.modules() if is_4bit(module)]
+    if not layers:
+        return {}
+    packed = sum(cast(Any, layer).weight.numel() * cast(Any, layer).weight.element_size() for layer in layers)
+    return {"quantized_layers": float(len(layers)), "quantized_bytes": float(packed)}
+
+
+def quantization_failure(quantization: Quantization | None, vitals: dict[str, float]) -> str | None:
+    """Why the 4-bit base is none, or None."""
+    if quantization is not None and not vitals.get("quantized_layers"):
+        return "no projection of the base is 4-bit, though the recipe asks for it"
+    return None
+
+
+def quantization_line(vitals: dict[str, float]) -> str:
+    """The 4-bit base for people, to be put behind another line; empty when nothing is quantized."""
+    if not vitals.get("quantized_layers"):
+        return ""
+    return f"; {vitals['quantized_layers']:.0f} layers in 4 bits ({vitals['quantized_bytes'] / 2**20:,.3g} MiB)"

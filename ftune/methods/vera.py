@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods import _fingerprint, _roles, _shared
+from ftune.methods import _fingerprint, _roles
 from ftune.methods._roles import AUTO
-from ftune.methods.base import Context, Linear, Method, ModelShape, Problem
-from ftune.methods.quantization import Quantization
+from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_factors, peft_settings, save_peft
+from ftune.methods.base import Method
+from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
+from ftune.methods.targets import different, list_linears, match_targets, target_problems
+from ftune.methods.types import Context, Linear, ModelShape, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +73,7 @@ class Vera(Method):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
-        yield from _shared.target_problems(self.target_modules)
+        yield from target_problems(self.target_modules)
 
     def adapt(self, model: nn.Module, context: Context) -> nn.Module:
         """Freeze the base, draw the shared projections, attach ``b`` and ``d`` in fp32 to every target.
@@ -80,7 +83,7 @@ class Vera(Method):
         """
         from peft import VeraConfig
 
-        targets = _roles.or_attention(_shared.list_linears(model), self.target_modules, "query", "value")
+        targets = _roles.or_attention(list_linears(model), self.target_modules, "query", "value")
         with _told_elsewhere():
             config = VeraConfig(
                 r=self.rank,
@@ -88,9 +91,9 @@ class Vera(Method):
                 vera_dropout=self.dropout,
                 projection_prng_key=context.seed if self.projection_seed is None else self.projection_seed,
                 save_projection=self.save_projection,
-                **_shared.peft_settings(model, targets, context),
+                **peft_settings(model, targets, context),
             )
-            adapted = _shared.attach(model, config, context)
+            adapted = attach(model, config, context)
         return _put_projections(adapted, _drawn(adapted), context)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ class Vera(Method):
 
     def save(self, model: nn.Module, out: Path, context: Context) -> None:
         """Write a PEFT adapter, and the fingerprint of its projections where they are not in it."""
-        _shared.save_peft(model, out, context)
+        save_peft(model, out, context)
         if not _config(model).save_projection:
             _fingerprint.write(out, _DRAWN, _digest(model))
 
@@ -114,7 +117,7 @@ class Vera(Method):
             ModelError: The projections drawn from its configuration are others.
         """
         with _told_elsewhere():
-            model = _shared.load_peft(base, directory)
+            model = load_peft(base, directory)
         if _config(model).save_projection:
             return _put_projections(model, _projections(model), context)
         _fingerprint.check(directory, _DRAWN, _digest(model), _WAY_OUT)
@@ -122,11 +125,11 @@ class Vera(Method):
 
     def switched_off(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """PEFT's own switch: the base computes alone."""
-        return _shared.disable_adapter(model)
+        return disable_adapter(model)
 
     def merge(self, model: nn.Module, context: Context) -> nn.Module:
         """Add ``diag(b) B diag(d) A`` to the weights it was trained against, dequantized where they are 4-bit."""
-        return _shared.merge_factors(model, self.to_lora(model, None))
+        return merge_factors(model, self.to_lora(model, None))
 
     def merge_layer(self, model: nn.Module, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """As ``merge``; PEFT's own product has other rounding."""
@@ -154,13 +157,13 @@ class Vera(Method):
             "b_mean": sum(float(b.abs().mean()) for b, _ in pairs) / count,
             "b_max_min": min((float(b.abs().max()) for b, _ in pairs), default=0.0),
             "d_change_mean": sum(float((d - self.d_initial).abs().mean()) for _, d in pairs) / count,
-        } | _shared.quantization_vitals(model)
+        } | quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
         """A b that is still zero, or a base that should be 4-bit and is not."""
         if not vitals["b_max_min"] > 0:
             return "a vector b is still zero, so its projection computes as the base does"
-        return _shared.quantization_failure(self.quantization, vitals)
+        return quantization_failure(self.quantization, vitals)
 
     def vitals_line(self, vitals: dict[str, float]) -> str:
         """For people."""
@@ -168,11 +171,11 @@ class Vera(Method):
             f"{vitals['adapted_layers']:.0f} projections adapted, mean |b| {vitals['b_mean']:.3g}, "
             f"d off its start by {vitals['d_change_mean']:.3g}"
         )
-        return line + _shared.quantization_line(vitals)
+        return line + quantization_line(vitals)
 
     def _targets(self, shape: ModelShape) -> list[Linear]:
         targets = _roles.or_attention(shape.linears, self.target_modules, "query", "value")
-        return _shared.match_targets(shape.linears, targets)
+        return match_targets(shape.linears, targets)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """``rank`` and one for each output, for each target."""
@@ -186,7 +189,7 @@ class Vera(Method):
 
     def products(self, shape: ModelShape) -> int:
         """With A and with B forwards, and for the gradients of what they are multiplied with: some 3 for each shape."""
-        return 3 * _shared.different(self._targets(shape))
+        return 3 * different(self._targets(shape))
 
     def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
         """What ``d`` and ``b`` multiply: ``A x`` and ``B (d * A x)``. Frozen, A and B keep no input."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ftune.errors import DataError, ModelError
 from ftune.methods import Method
-from ftune.methods._shared import not_quantizable
-from ftune.methods._whole import quiet
+from ftune.methods.targets import not_quantizable
+from ftune.models.whole import quiet
 from ftune.plan.attention import settle_attention
 from ftune.plan.bounds import require_possible_sizes
 from ftune.plan.causal import refuse_other_kinds, require_causal, sees_later_tokens, small_sees_later_tokens

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ftune.data.batches import deal, epoch_order, padded_length, regroup, split
-from ftune.methods import Method, ModelShape, _shared
+from ftune.methods import Method, ModelShape
+from ftune.methods.targets import different
 
 __all__ = ["Shapes", "kernel_bytes", "shapes_of"]
 
@@ -26,7 +27,7 @@ def kernel_bytes(method: Method, shape: ModelShape, shapes: int) -> int:
 
     A linear layer has a product forwards and one for its input's gradient; what trains adds its own.
     """
-    products = 2 * _shared.different(shape.linears) + method.products(shape) + OF_HEAD
+    products = 2 * different(shape.linears) + method.products(shape) + OF_HEAD
     return min(shapes * products, KEPT) * KERNEL_BYTES
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from ftune.methods import Context, Method, _documents
+from ftune.methods import Context, Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,6 +42,7 @@ def _attend_by_document(model: Any, context: Context, packable: bool) -> bool:
     """Switch to attention per document, unless the logits of three documents then change."""
     import torch
 
+    from ftune.methods.documents import register
     from ftune.ops.kernels import TRIAL_TOKENS
 
     ids = torch.arange(TRIAL_TOKENS, device=context.device) * 7919 % model.config.get_text_config().vocab_size
@@ -49,7 +50,7 @@ def _attend_by_document(model: Any, context: Context, packable: bool) -> bool:
     before = _logits(model, documents, context)
     with_mask = model.config._attn_implementation
     try:
-        model.set_attn_implementation(_documents.register())
+        model.set_attn_implementation(register())
         after = _logits(model, documents, context)
         same = _difference(after, before) <= BOUND[str(context.dtype).removeprefix("torch.")]
     except Exception:  # an architecture that handles masks itself; it fails in its own ways, and loses nothing

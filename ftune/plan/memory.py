@@ -26,7 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftune.methods import Method, ModelShape, _shared
+from ftune.methods import Method, ModelShape
+from ftune.methods._saved_bytes import makes_input_again
 from ftune.plan.kernels import kernel_bytes
 from ftune.plan.sharding import per_rank, shares_state, while_loading
 
@@ -272,7 +273,7 @@ def _base_bytes_per_token(
     elif whole:
         # cast for each layer anew, but for what norms and gates make again; attention's output is attention's own
         inputs = (
-            sum(linear.in_features for linear in shape.linears if not _shared.makes_input_again(shape, linear))
+            sum(linear.in_features for linear in shape.linears if not makes_input_again(shape, linear))
             - shape.layers * query
         )
     return int(norms + attended + feed_forward + max(0, inputs) * compute)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
-from ftune.methods._whole import quiet
+from ftune.models.whole import quiet
 from ftune.plan.weights import STORED
 from ftune.recipe.no_model import damage
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ftune.errors import ModelError
 from ftune.methods import METHODS, Method
-from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods.quantization import Quantization
+from ftune.methods.targets import list_linears
+from ftune.models.quantization import is_4bit
 
 if TYPE_CHECKING:
     import torch

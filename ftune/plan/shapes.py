@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ftune.errors import ModelError
-from ftune.methods._language import fixed_parameters, in_language_model, language_prefixes
-from ftune.methods._shared import list_linears
-from ftune.methods.base import Linear, ModelShape
+from ftune.methods.targets import list_linears
+from ftune.methods.types import Linear, ModelShape
+from ftune.models.language import fixed_parameters, in_language_model, language_prefixes
 from ftune.plan.unreadable import CORRECT, why_not
 
 __all__ = ["auto_class", "build_on_meta", "read_shape", "shape_of"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.errors import ModelError
 from ftune.methods import Method
-from ftune.methods._layer_by_layer import hollow
-from ftune.methods._whole import quiet
+from ftune.methods.layer_by_layer import hollow
+from ftune.models.whole import quiet
 from ftune.plan.base_model import configured, gguf_path
 from ftune.plan.gguf import found_weights
 from ftune.plan.shapes import build_on_meta

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ftune.data.batches import collate, epoch_order, length_step
 from ftune.errors import Interrupted, RunFailed
-from ftune.methods._documents import room_for
+from ftune.methods.documents import room_for
 from ftune.ops.lr import lr_scale
 from ftune.plan.resolve import Plan, Rows
 from ftune.run.checkpoint import Checkpoints

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ftune.methods._head import plain_head
+from ftune.models.head import plain_head
 from ftune.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from ftune.run.fused_loss import fused_cross_entropy, fused_pays
 from ftune.run.head import AfterHead, HeadTap, autocast, measure_after_head

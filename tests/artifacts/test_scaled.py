@@ -21,7 +21,7 @@ from ftune.artifacts.tuned import find_target, load_plain, scaled
 from ftune.cli import app
 from ftune.errors import FtuneError, RunDirError, RunFailed
 from ftune.methods import METHODS
-from ftune.methods._shared import dequantize
+from ftune.models.quantization import dequantize
 from ftune.plan.resolve import resolve
 from ftune.run.objective import Objective
 

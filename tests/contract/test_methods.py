@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import Target
 from ftune.methods import METHODS, Method, OptimizerSpec
-from ftune.methods._shared import dequantize, is_4bit
+from ftune.models.quantization import dequantize, is_4bit
 from ftune.plan.base_model import choose_device, load_base
 from ftune.plan.shapes import read_shape
 from ftune.recipe.schema import ModelSpec

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.errors import ModelError, RecipeError
 from ftune.methods import Method, OptimizerSpec
-from ftune.methods._shared import is_4bit
+from ftune.models.quantization import is_4bit
 from ftune.plan.base_model import load_base
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require

@@ -16,7 +16,7 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError, RunFailed
 from ftune.methods import Method, OptimizerSpec
-from ftune.methods._shared import list_linears, match_targets
+from ftune.methods.targets import list_linears, match_targets
 from ftune.plan.recompute import enable_checkpointing
 from ftune.recipe import require
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from ftune.artifacts.training import train
 from ftune.methods import METHODS, OptimizerSpec
-from ftune.methods._shared import is_4bit, list_linears
 from ftune.methods.quantization import Quantization
+from ftune.methods.targets import list_linears
+from ftune.models.quantization import is_4bit
 from ftune.plan.base_model import load_base
 from ftune.plan.quantized import keep_packed, quantize
 from ftune.recipe.schema import ModelSpec

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from ftune.errors import ModelError, RecipeError, RunFailed
 from ftune.methods import METHODS, Method, OptimizerSpec
-from ftune.methods._shared import is_4bit
+from ftune.models.quantization import is_4bit
 from ftune.ops.vera import draw_projections
 from ftune.plan.base_model import load_base
 from ftune.plan.shapes import read_shape

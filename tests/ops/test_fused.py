@@ -155,16 +155,16 @@ def test_the_loss_and_its_gradients_are_those_without(
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("shared", [1, 4])
 def test_attention_over_documents_is_that_of_their_mask(shared: int) -> None:
-    from ftune.methods import _documents
+    from ftune.methods import documents
 
     borders = torch.tensor([0, 100, 101, 356, 512], dtype=torch.int32, device="cuda")
     query, grad = random(1, 8, 512, 64, dtype=torch.bfloat16), random(1, 512, 8, 64, dtype=torch.bfloat16, seed=3)
     key, value = (random(1, 8 // shared, 512, 64, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
     given = [x.requires_grad_() for x in (query, key, value)]
-    out = _documents._varlen(*given, borders, None)
+    out = documents._varlen(*given, borders, None)
     mine = [out, *torch.autograd.grad(out, given, grad)]
     wide = [x.float() for x in given]
-    masked = F.scaled_dot_product_attention(*wide, _documents._mask_of(borders), enable_gqa=shared > 1).transpose(1, 2)
+    masked = F.scaled_dot_product_attention(*wide, documents._mask_of(borders), enable_gqa=shared > 1).transpose(1, 2)
     theirs = [masked, *torch.autograd.grad(masked, given, grad.float())]
     for one, other in zip(mine, theirs, strict=True):
         assert (one.float() - other.float()).norm() <= 0.02 * other.float().norm()

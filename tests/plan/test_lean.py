@@ -81,10 +81,10 @@ def test_a_lean_model_has_the_loss_and_the_gradients_of_the_plain_one(name: str)
 
 
 def test_an_attention_that_computes_otherwise_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftune.methods import _documents
+    from ftune.methods import documents
 
     model, method = adapted("lora")
-    monkeypatch.setattr(_documents, "_borders", lambda sees, length, device: torch.tensor([0, length]))
+    monkeypatch.setattr(documents, "_borders", lambda sees, length, device: torch.tensor([0, length]))
     assert make_lean(model, method, context(), "sdpa")["attention"] == "sdpa"
     assert model.config._attn_implementation == "sdpa"
 
@@ -156,7 +156,7 @@ def test_a_window_shorter_than_a_document_gets_a_mask(window: int | None) -> Non
     """transformers says what a query may see; borders alone would forget the window."""
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    from ftune.methods import _documents
+    from ftune.methods import documents
 
     torch.manual_seed(0)
     config = MistralConfig(
@@ -168,7 +168,7 @@ def test_a_window_shorter_than_a_document_gets_a_mask(window: int | None) -> Non
     inputs = {"input_ids": given.input_ids, "position_ids": given.position_ids, "use_cache": False}
     with torch.no_grad():
         before = model(**inputs).logits
-        model.set_attn_implementation(_documents.register())
+        model.set_attn_implementation(documents.register())
         torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
 
 

@@ -18,8 +18,8 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import find_target
 from ftune.errors import ModelError
-from ftune.methods._shared import dequantize, is_4bit
 from ftune.methods.lora import Lora
+from ftune.models.quantization import dequantize, is_4bit
 from ftune.plan.base_model import check_weights, load_base
 from ftune.plan.resolve import resolve
 from ftune.recipe.load import Loaded

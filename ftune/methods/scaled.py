@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from ftune.methods._shared import dequantized, is_4bit
+from ftune.models.quantization import dequantized, is_4bit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from ftune.methods._shared import dequantized
+from ftune.models.quantization import dequantized
 
 if TYPE_CHECKING:
     import torch
