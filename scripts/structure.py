@@ -70,7 +70,7 @@ def look(root: Path = ROOT) -> Structure:
             where, _, last = target.rpartition(".")
             if last.startswith("_") and not last.startswith("__") and not f"{package}.".startswith(f"{where}."):
                 private = f"{name} imports {target}"
-            found.private += [private] if private not in found.private else []
+                found.private += [private] if private not in found.private else []
     found.circles = [" <-> ".join(circle) for circle in circles(imports)]
     return found
 

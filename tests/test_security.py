@@ -125,7 +125,7 @@ def test_the_environment_cannot_turn_that_off(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
-    from ftune.methods.adapters import load_peft
+    from ftune.methods.adapter_files import load_peft
 
     torch.save({"x": Bomb(tmp_path / "exploded")}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')

@@ -25,7 +25,7 @@ from ftune.artifacts.same_base import require_elsewhere, require_same_base
 from ftune.artifacts.stops import stops_of_run, write_generation_config
 from ftune.artifacts.tuned import Target, load_plain
 from ftune.errors import FtuneError, RunFailed
-from ftune.methods.adapters import load_peft, save_as_lora
+from ftune.methods.adapter_files import load_peft, save_as_lora
 from ftune.plan.resolve import resolve
 from ftune.run.files import new_directory, require_writable, write_json
 

@@ -11,7 +11,7 @@ from ftune.artifacts.divergence import MAX_ERROR_FP32, divergence, in_fp32, logi
 from ftune.artifacts.merge import fits_in_memory, reload
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.tuned import load_plain, load_tuned
-from ftune.methods.adapters import load_peft
+from ftune.methods.adapter_files import load_peft
 from ftune.plan.resolve import resolve
 
 __all__ = ["check_exports"]

@@ -177,7 +177,7 @@ def put_on(
     Raises:
         FtuneError: The files cannot be read, or are not those of this recipe.
     """
-    from ftune.methods._agreement import require_agreement
+    from ftune.methods.agreement import require_agreement
 
     try:
         if method.saved_as == "peft":

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ftune.methods.adapters import disable_adapter, load_peft
+from ftune.methods.adapter_files import load_peft
+from ftune.methods.adapters import disable_adapter
 from ftune.methods.base import Method
 from ftune.methods.types import Context, ModelShape, Problem
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
-from ftune.methods._saved_bytes import lean_saved_bytes, lean_saved_copies, low_rank_saved_bytes
-from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.adapter_files import load_peft, save_peft
+from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_settings
 from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
+from ftune.methods.saved_bytes import lean_saved_bytes, lean_saved_copies, low_rank_saved_bytes
 from ftune.methods.targets import different, match_targets, target_problems
 from ftune.methods.types import Context, ModelShape, Problem
 

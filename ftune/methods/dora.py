@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from ftune.methods._low_rank import LowRank
-from ftune.methods._saved_bytes import keeps_output
 from ftune.methods.adapters import cast_inputs
+from ftune.methods.saved_bytes import keeps_output
 from ftune.methods.targets import match_targets
 from ftune.methods.types import Context, ModelShape
 

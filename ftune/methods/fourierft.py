@@ -11,9 +11,10 @@ from pydantic import Field
 
 from ftune.methods import _fingerprint, _roles
 from ftune.methods._roles import AUTO
-from ftune.methods._saved_bytes import low_rank_saved_bytes
-from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.adapter_files import load_peft, save_peft
+from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_settings
 from ftune.methods.base import Method
+from ftune.methods.saved_bytes import low_rank_saved_bytes
 from ftune.methods.targets import different, list_linears, match_targets, target_problems
 from ftune.methods.types import Context, Linear, ModelShape, Problem
 

@@ -14,7 +14,8 @@ from ftune.errors import ModelError
 from ftune.expressions import compiled
 from ftune.methods import _roles
 from ftune.methods._roles import AUTO
-from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_peft, peft_settings, save_peft
+from ftune.methods.adapter_files import load_peft, save_peft
+from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_settings
 from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.targets import list_linears, match_targets, target_problems

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from ftune.methods._low_rank import LowRank
-from ftune.methods.adapters import adapter_state, difference_settings, require_same_initial, save_peft
+from ftune.methods.adapter_files import difference_settings, save_peft
+from ftune.methods.adapters import adapter_state, require_same_initial
 from ftune.methods.optimizer import OptimizerSpec
 from ftune.methods.types import Context, Problem
 

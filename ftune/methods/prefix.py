@@ -10,7 +10,8 @@ from pydantic import Field
 
 from ftune.errors import ModelError
 from ftune.methods._virtual_tokens import VirtualTokens
-from ftune.methods.adapters import attach, save_peft
+from ftune.methods.adapter_files import save_peft
+from ftune.methods.adapters import attach
 from ftune.methods.types import Context, ModelShape, Problem
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from ftune.methods._virtual_tokens import VirtualTokens, mend_generation
-from ftune.methods.adapters import attach, save_peft
+from ftune.methods.adapter_files import save_peft
+from ftune.methods.adapters import attach
 from ftune.methods.types import Context, ModelShape
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ftune.methods import _fingerprint, _roles
 from ftune.methods._roles import AUTO
-from ftune.methods.adapters import attach, disable_adapter, load_peft, merge_factors, peft_settings, save_peft
+from ftune.methods.adapter_files import load_peft, save_peft
+from ftune.methods.adapters import attach, disable_adapter, merge_factors, peft_settings
 from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.targets import different, list_linears, match_targets, target_problems

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftune.methods import Method, ModelShape
-from ftune.methods._saved_bytes import makes_input_again
+from ftune.methods.saved_bytes import makes_input_again
 from ftune.plan.kernels import kernel_bytes
 from ftune.plan.sharding import per_rank, shares_state, while_loading
 
