@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import causal_models
 import pytest
 
-from ftune.data.formats import Plain, convert
+from ftune.data.formats import EXPECTED, Plain, convert
 from ftune.data.read import read_source
 from ftune.methods import METHODS
 from ftune.recipe import parse_recipe
-from ftune.recipe.schema import Recipe
+from ftune.recipe.schema import DataSource, Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,43 @@ def test_the_reference_of_the_recipe_is_the_one_of_this_version(monkeypatch: pyt
     assert page == script["render"](), "run `make docs`"
     for name in Recipe.model_fields:
         assert f"\n## {name}\n" in page or f"\n| `{name}` |" in page
+
+
+def test_the_readme_is_short_and_has_the_measured_figures_of_every_method() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 130
+    figures = json.loads((ROOT / "docs/figures/methods.json").read_text(encoding="utf-8"))["rows"]
+    for name, method in METHODS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", readme, re.MULTILINE)
+        merges = "yes" if method.mergeable else "no"
+        assert row.endswith(f"| {figures[name]['trainable']:,} | {figures[name]['peak_ratio']:.2f} | {merges} |")
+
+
+def test_every_row_on_the_page_on_data_is_of_its_format(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\*\*(\w+)\*\*:[^`]*(?:`[^`]+`[^`]*)*?\n```json\n(.+)\n```", page, re.MULTILINE)
+    assert [name for name, _ in rows] == list(EXPECTED)
+    for name, row in rows:
+        (tmp_path / f"{name}.jsonl").write_text(row + "\n")
+        read, format = read_source(DataSource(path=str(tmp_path / f"{name}.jsonl")))
+        assert format == name
+        assert len(convert(read, format, chat_template=True)) == 1
+
+
+def test_the_errors_of_the_page_on_errors_are_raised() -> None:
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    texts = [row.partition(" `...`")[0] for row in rows if row != "text"]
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ftune").rglob("*.py"))
+    assert len(texts) > 40
+    assert not [text for text in texts if text not in source]
+
+
+def test_the_page_on_architecture_has_every_room() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "ftune").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    named = set(re.findall(r"^\| `(\w+)/?` \|", page, re.MULTILINE))
+    assert named - {"cli"} == rooms - {"cli"}
 
 
 def test_the_columns_on_the_page_on_data_are_read_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
