@@ -19,7 +19,7 @@ from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.saved_bytes import lean_saved_bytes, lean_saved_copies
 from ftune.methods.targets import different, match_targets, target_problems
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ class LowRank(Method):
         """With alpha written out."""
         return self.model_copy(update={"alpha": self.scaled_alpha})
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from target_problems(self.target_modules)
 

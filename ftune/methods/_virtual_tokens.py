@@ -17,7 +17,7 @@ from pydantic import Field
 from ftune.methods.adapter_files import load_peft
 from ftune.methods.adapters import disable_adapter
 from ftune.methods.base import Method
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,7 @@ class VirtualTokens(Method):
     )
     init_text: str | None = Field(None, description="The text for `init: text`; a description of the task serves well.")
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield a text that is missing, or that nothing reads."""
         if self.init == "text" and not (self.init_text or "").strip():
             yield Problem(("method", "init"), "`init: text` needs a text", "add `init_text`")

@@ -16,7 +16,7 @@ from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.saved_bytes import lean_saved_bytes, lean_saved_copies, low_rank_saved_bytes
 from ftune.methods.targets import different, match_targets, target_problems
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,7 +97,7 @@ class AdaLora(Method):
 
     # --- refusals ---
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield a budget that does not fall, phases that leave no room, and targets that cannot match."""
         yield from target_problems(self.target_modules)
         if self.init_rank <= self.target_rank:
@@ -113,7 +113,7 @@ class AdaLora(Method):
                 "their sum must stay below 1",
             )
 
-    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+    def engine_problems(self, recipe: RecipeView, engine: str) -> Iterator[Problem]:
         """Yield DeepSpeed: importance is read off gradients after the update."""
         yield from super().engine_problems(recipe, engine)
         if engine.startswith("deepspeed"):

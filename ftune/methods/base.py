@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any, Self
 
 from ftune.errors import FtuneError
-from ftune.methods.optimizer import OptimizerSpec, build_optimizer, state_bytes_per_element
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.memory_model import MemoryModel
+from ftune.methods.optimizer import OptimizerSpec, build_optimizer
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,73 +24,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from ftune.methods.quantization import Quantization
 
 __all__ = ["Method"]
 
 
-class Method(BaseModel):
+class Method(MemoryModel):
     """One fine-tuning method: frozen recipe data plus the verbs acting on it.
 
-    The class variables are what ``ftune methods`` prints and what the recipe layer checks; a subclass adds
-    ``name: Literal["..."]`` and its own fields.
+    It has three parts: ``Description``, the verbs here, and ``MemoryModel``. A small method writes the first two, and
+    ``trainable_parameters``: it adds ``name: Literal["..."]`` and its own fields.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    paper: ClassVar[str]
-    """Where the method comes from, e.g. ``arXiv:2106.09685``."""
-    summary: ClassVar[str]
-    """One line for people: what it trains."""
-    formula: ClassVar[str]
-    """The forward pass in one line."""
-    typical_share: ClassVar[str]
-    """Trainable share of a 7B model at the defaults, e.g. ``0.6 %``."""
-    choose: ClassVar[str]
-    """When to choose it, in a sentence or two."""
-    avoid: ClassVar[str]
-    """When not to."""
-    cost: ClassVar[str]
-    """What it costs in memory, time and storage, against LoRA."""
-    evidence: ClassVar[str]
-    """What was found of its quality, by whom; shares of right answers unless said otherwise."""
-    composes: ClassVar[str]
-    """What it works with, and what it refuses."""
-    default_learning_rate: ClassVar[float] = 2e-4
-    """The peak rate of a run of a thousand updates or more."""
-    few_updates_factor: ClassVar[float] = 5.0
-    """How many times that rate a run of a few dozen updates bears: what its recipe in ``recipes/`` was found to."""
-    mergeable: ClassVar[bool] = True
-    not_mergeable_because: ClassVar[str] = ""
-    quantizable: ClassVar[bool] = False
-    """Whether the base weights can be 4-bit under it."""
-    packable: ClassVar[bool] = True
-    """Whether several documents may share a row (false for methods that prepend virtual tokens)."""
-    decaying: ClassVar[bool] = True
-    """Whether weight decay reaches anything that trains (false where every parameter is a vector of factors)."""
-    recomputable: ClassVar[bool] = True
-    """Whether blocks may be recomputed in the backward pass (gradient checkpointing)."""
-    replayable: ClassVar[bool] = False
-    """Whether a block does the same work in every training step, whatever its weights are: then a GPU may replay it."""
-    starts_as_base: ClassVar[bool] = True
-    """Whether the adapted model computes as its base before the first update."""
-    artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
-    """Directory under the run that holds what was trained."""
-    saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "peft"
-    """Which library loads what ``save`` wrote."""
-    keeps_whole_state: ClassVar[bool] = False
-    """Whether the optimizer's state stays whole on every process where the weights it belongs to are shared out."""
-    as_lora: ClassVar[Literal["already", "exact", "approximate"] | None] = None
-    """Whether the trained update is, or can be written as, a plain LoRA adapter."""
-    not_lora_because: ClassVar[str] = ""
 
     # --- while parsing: no torch ---
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield what cannot work in this recipe because of this method."""
         yield from ()
 
-    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+    def engine_problems(self, recipe: RecipeView, engine: str) -> Iterator[Problem]:
         """Yield what cannot work in this recipe when ``engine`` shares the model out among processes."""
         if engine == "fsdp2-offload" and self.base_quantization:
             yield Problem(
@@ -130,11 +80,6 @@ class Method(BaseModel):
         return self
 
     # --- building ---
-
-    @property
-    def base_quantization(self) -> Quantization | None:
-        """The recipe's ``quantization`` block, where the method has that field and the recipe gives it."""
-        return getattr(self, "quantization", None)
 
     @property
     def takes_from_base(self) -> bool:
@@ -303,69 +248,3 @@ class Method(BaseModel):
             FtuneError: The update is no low-rank matrix beside the weights.
         """
         raise FtuneError("this method cannot be written as LoRA", help=self.not_lora_because)
-
-    # --- arithmetic for the planner: shapes only ---
-
-    def trainable_parameters(self, shape: ModelShape) -> int:
-        """How many parameters ``adapt`` makes trainable on a model of this shape."""
-        raise NotImplementedError
-
-    def base_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Bytes of the base weights as they lie in memory during training.
-
-        4-bit for the projections inside the blocks when quantized; the rest in the model's dtype.
-        """
-        if self.base_quantization is None:
-            return shape.parameters * dtype_bytes
-        quantized = sum(linear.elements for linear in shape.linears if linear.quantizable)
-        bits = self.base_quantization.bits_per_weight
-        return int((shape.parameters - quantized) * dtype_bytes + quantized * bits / 8)
-
-    def adapter_bytes(self, shape: ModelShape) -> int:
-        """Bytes of the trainable parameters that are not themselves base weights."""
-        return 4 * self.trainable_parameters(shape)
-
-    def gradient_bytes(self, shape: ModelShape) -> int:
-        """Bytes of the gradients that are held at once."""
-        return 4 * self.trainable_parameters(shape)
-
-    def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:
-        """Bytes of optimizer state."""
-        return int(self.trainable_parameters(shape) * state_bytes_per_element(optimizer))
-
-    def update_bytes(self, shape: ModelShape, optimizer: str) -> int:
-        """Bytes of temporaries of ``optimizer.step()`` on CUDA.
-
-        torch's AdamW updates all parameters at once there (foreach), through one more copy of what trains.
-        """
-        return 4 * self.trainable_parameters(shape) if optimizer == "adamw" else 0
-
-    @property
-    def whole_state(self) -> bool:
-        """Whether each of many processes keeps the whole optimizer state, even where weights lie in parts."""
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        """Whether an adapter method trains the output head whole, where it is tied to the embedding."""
-        return False
-
-    def mask_cells(self, length: int, packed: bool) -> int:
-        """Cells of the attention masks that each layer keeps for a row, where the method's attention takes some."""
-        return 0
-
-    def saved_bytes(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Bytes that a forward pass keeps for the backward pass, whatever the number of tokens."""
-        return 0
-
-    def products(self, shape: ModelShape) -> int:
-        """Products, different in shape, that what trains adds to those of frozen layers, for one size of batch."""
-        return 0
-
-    def stream_bytes(self, stored: int) -> int:
-        """Bytes of an element of the residual stream, which recomputed blocks keep; stored: of a base weight."""
-        return stored
-
-    def saved_bytes_per_token(self, shape: ModelShape, dtype_bytes: int) -> int:
-        """Bytes of activations that the method keeps for the backward pass, above the base model's own."""
-        return 0

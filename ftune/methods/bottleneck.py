@@ -14,7 +14,7 @@ from pydantic import Field
 from ftune.errors import ModelError
 from ftune.methods.base import Method
 from ftune.methods.targets import list_linears
-from ftune.methods.types import Context, Linear, ModelShape, Problem
+from ftune.methods.types import Context, Linear, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +65,7 @@ def find_positions(linears: Sequence[Linear], hidden: int, layers: int, variant:
 class Bottleneck(Method):
     """Train small layers behind each block's projections (Houlsby et al., arXiv:1902.00751)."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("adapters", "houlsby", "pfeiffer")
     paper: ClassVar[str] = "arXiv:1902.00751"
     summary: ClassVar[str] = "small non-linear layers inside each block"
     formula: ClassVar[str] = "h = W x + W_up f(W_down W x)"
@@ -105,7 +106,7 @@ class Bottleneck(Method):
     activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="The non-linearity.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout behind the non-linearity.")
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield a width that is given twice."""
         if self.reduction_factor is not None and self.bottleneck_size is not None:
             yield Problem(

@@ -16,7 +16,7 @@ from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_set
 from ftune.methods.base import Method
 from ftune.methods.saved_bytes import low_rank_saved_bytes
 from ftune.methods.targets import different, list_linears, match_targets, target_problems
-from ftune.methods.types import Context, Linear, ModelShape, Problem
+from ftune.methods.types import Context, Linear, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ class FourierFt(Method):
         None, ge=0, lt=2**63, description="Seed of the coefficients' places. Default: training.seed."
     )
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from target_problems(self.target_modules)
 

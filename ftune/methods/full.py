@@ -22,6 +22,7 @@ __all__ = ["Full"]
 class Full(Method):
     """Train every parameter. The weights stay fp32 (pure bf16 loses small updates); autocast computes."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("fft", "full_finetune", "full_parameter", "fullft")
     paper: ClassVar[str] = "-"
     summary: ClassVar[str] = "every weight of the model"
     formula: ClassVar[str] = "h = (W + dW) x"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from ftune.errors import ModelError
 from ftune.methods.base import Method
 from ftune.methods.optimizer import OptimizerSpec
 from ftune.methods.targets import different, list_linears, match_targets, target_problems
-from ftune.methods.types import Context, Linear, ModelShape, Problem
+from ftune.methods.types import Context, Linear, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class GaLore(Method):
 
     # --- while parsing ---
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield targets, optimizers and portions of an update that cannot work."""
         yield from target_problems(
             self.target_modules, embeddings="embeddings and the output head train with plain AdamW"
@@ -106,7 +106,7 @@ class GaLore(Method):
         if self.weights == "bfloat16" and recipe.model.dtype == "float32":
             yield Problem(("method", "weights"), *_BFLOAT16_IN_FLOAT32)
 
-    def engine_problems(self, recipe: Any, engine: str) -> Iterator[Problem]:
+    def engine_problems(self, recipe: RecipeView, engine: str) -> Iterator[Problem]:
         """Yield engines that part what GaLore needs in one piece; 8-bit states are its own, and may be parted."""
         if engine == "fsdp2-offload":
             yield Problem(

@@ -19,7 +19,7 @@ from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_set
 from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.targets import list_linears, match_targets, target_problems
-from ftune.methods.types import Context, Linear, ModelShape, Problem
+from ftune.methods.types import Context, Linear, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ class Ia3(Method):
     )
     quantization: Quantization | None = Field(None, description="Keep the frozen base weights in 4 bits.")
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from target_problems(self.target_modules)
         if isinstance(self.feedforward_modules, str) and self.feedforward_modules != AUTO:

@@ -12,7 +12,7 @@ from ftune.errors import ModelError
 from ftune.methods import _context, _s2
 from ftune.methods._low_rank import LowRank
 from ftune.methods._vitals import never_pulled
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 from ftune.models.language import in_language_model, language_prefixes
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class LongLora(LowRank):
         rope = (self.rope or "linear") if self.context_length else None
         return super().resolved().model_copy(update={"rope": rope})
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield another attention, rows that are never longer than a group, and a scaling without a length."""
         yield from super().problems(recipe)
         attention, max_length = recipe.model.attention, recipe.data.max_length

@@ -12,7 +12,7 @@ from ftune.methods._low_rank import LowRank
 from ftune.methods.adapter_files import difference_settings, save_peft
 from ftune.methods.adapters import adapter_state, require_same_initial
 from ftune.methods.optimizer import OptimizerSpec
-from ftune.methods.types import Context, Problem
+from ftune.methods.types import Context, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,7 @@ __all__ = ["Lora"]
 class Lora(LowRank):
     """Train ``B A`` of rank r beside each frozen matrix (Hu et al., arXiv:2106.09685)."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("rslora", "lora+", "loraplus", "pissa")
     paper: ClassVar[str] = "arXiv:2106.09685"
     summary: ClassVar[str] = "a low-rank update beside each frozen matrix"
     formula: ClassVar[str] = "h = W x + (alpha/r) B A x"
@@ -52,7 +53,7 @@ class Lora(LowRank):
         description="Learning rate of B over that of A (LoRA+, arXiv:2402.12354; 16 in the paper).",
     )
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield initialisations that cannot work on 4-bit weights or at an odd rank."""
         yield from super().problems(recipe)
         if self.takes_from_base and self.quantization:

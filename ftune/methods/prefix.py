@@ -12,7 +12,7 @@ from ftune.errors import ModelError
 from ftune.methods._virtual_tokens import VirtualTokens
 from ftune.methods.adapter_files import save_peft
 from ftune.methods.adapters import attach
-from ftune.methods.types import Context, ModelShape, Problem
+from ftune.methods.types import Context, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,7 @@ _FUSED = ("qkv_proj", "query_key_value", "c_attn")
 class Prefix(VirtualTokens):
     """Train keys and values of virtual tokens in every block (Li and Liang, arXiv:2101.00190)."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("prefix_tuning",)
     paper: ClassVar[str] = "arXiv:2101.00190"
     summary: ClassVar[str] = "keys and values of virtual tokens in every block"
     formula: ClassVar[str] = "h = attention(q, [P_k; k], [P_v; v]), P_k and P_v trained"
@@ -60,7 +61,7 @@ class Prefix(VirtualTokens):
     )
     encoder_hidden_size: int | None = Field(None, ge=1, description="Width of the encoder's MLP. Default: 512.")
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield recomputed blocks, which would read a cache that is already filled, and misfitting encoders."""
         yield from super().problems(recipe)
         if recipe.training.gradient_checkpointing not in (False, "auto"):

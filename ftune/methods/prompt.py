@@ -21,6 +21,7 @@ __all__ = ["Prompt"]
 class Prompt(VirtualTokens):
     """Train the embeddings of virtual tokens in front of every row (Lester et al., arXiv:2104.08691)."""
 
+    aliases: ClassVar[tuple[str, ...]] = ("prompt_tuning", "p_tuning", "soft_prompt")
     paper: ClassVar[str] = "arXiv:2104.08691"
     summary: ClassVar[str] = "embeddings of virtual tokens in front of every row"
     formula: ClassVar[str] = "h = model([P; E(x)]), P trained"

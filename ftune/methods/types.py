@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-__all__ = ["Context", "Linear", "ModelShape", "Problem"]
+    from ftune.methods.optimizer import OptimizerSpec
+
+__all__ = ["Context", "Linear", "ModelShape", "Problem", "RecipeView"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,47 @@ class ModelShape:
     vocab: int
     extra: dict[str, Any] = field(default_factory=dict)
     fixed: int = 0
+
+
+class RecipeView(Protocol):
+    """What methods read of a recipe before anything is loaded (``Method.problems``): no import of the recipe layer."""
+
+    @property
+    def model(self) -> _ModelView:
+        """The base model's block."""
+
+    @property
+    def data(self) -> _DataView:
+        """The block of the data."""
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """The optimizer's block."""
+
+    @property
+    def training(self) -> _TrainingView:
+        """The block of the run's length and memory."""
+
+
+class _ModelView(Protocol):
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+class _DataView(Protocol):
+    @property
+    def max_length(self) -> int: ...
+
+
+class _TrainingView(Protocol):
+    @property
+    def gradient_accumulation_steps(self) -> int | None: ...
+
+    @property
+    def max_grad_norm(self) -> float | None: ...
+
+    @property
+    def gradient_checkpointing(self) -> Any: ...

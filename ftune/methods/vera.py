@@ -17,7 +17,7 @@ from ftune.methods.adapters import attach, disable_adapter, merge_factors, peft_
 from ftune.methods.base import Method
 from ftune.methods.quantization import Quantization, quantization_failure, quantization_line, quantization_vitals
 from ftune.methods.targets import different, list_linears, match_targets, target_problems
-from ftune.methods.types import Context, Linear, ModelShape, Problem
+from ftune.methods.types import Context, Linear, ModelShape, Problem, RecipeView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Vera(Method):
     )
     quantization: Quantization | None = Field(None, description="Keep the frozen base weights in 4 bits.")
 
-    def problems(self, recipe: Any) -> Iterator[Problem]:
+    def problems(self, recipe: RecipeView) -> Iterator[Problem]:
         """Yield target lists that cannot match anything."""
         yield from target_problems(self.target_modules)
 

@@ -5,6 +5,8 @@ Names are those of axolotl, LLaMA-Factory, TRL and transformers, torchtune, ms-s
 
 from __future__ import annotations
 
+from ftune.methods import METHODS
+
 __all__ = ["ELSEWHERE", "GENERIC", "HERE", "NOTES", "NO_FIELD"]
 
 
@@ -253,11 +255,7 @@ _OTHER_VALUES = {
         "linear_decay": "linear",
     },
     "method.name": {
-        **_all("prompt_tuning p_tuning soft_prompt", "prompt"),
-        **_all("prefix_tuning", "prefix"),
-        **_all("fft full_finetune full_parameter fullft", "full"),
-        **_all("adapters houlsby pfeiffer", "bottleneck"),
-        **_all("rslora lora+ loraplus pissa", "lora"),
+        **{alias: name for name, method in METHODS.items() for alias in method.aliases},
         **_all("loha lokr oft boft", ""),
     },
 }
