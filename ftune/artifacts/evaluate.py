@@ -17,7 +17,8 @@ from ftune.artifacts.scores import check_references
 from ftune.artifacts.stops import stops_of_run, text_stop, until
 from ftune.artifacts.tasks import Tasks
 from ftune.artifacts.tuned import Target, load_plain, load_target
-from ftune.data.tokenize import GenerationItem, generation_items
+from ftune.data.splits import GenerationItem
+from ftune.data.tokenize import generation_items
 from ftune.errors import DataError
 from ftune.plan.resolve import Plan, resolve
 from ftune.run.files import write_json, write_text

@@ -17,7 +17,7 @@ from ftune.artifacts.one_pass import Row, read_and_answer
 from ftune.artifacts.scores import Scores, score
 from ftune.artifacts.stops import end_token_ids, text_stop, until
 from ftune.data.answers import Answer
-from ftune.data.tokenize import GenerationItem
+from ftune.data.splits import GenerationItem
 from ftune.plan.base_model import configured
 from ftune.plan.positions import context_of_model
 from ftune.plan.resolve import Plan

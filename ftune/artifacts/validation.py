@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ftune.data.check import mistakes_in, read_all
 from ftune.data.notes import notes_of_splits
 from ftune.data.show import show_examples, show_row
-from ftune.data.tokenize import Split, Splits, load_splits
+from ftune.data.splits import Split, Splits
+from ftune.data.tokenize import load_splits
 from ftune.errors import DataError, FtuneError, LocatedDataError
 from ftune.plan.base_model import load_tokenizer
 from ftune.plan.tokens import markers_without_token

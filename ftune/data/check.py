@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ftune.data.encode import Encoder, RowError
+from ftune.data.encode import Encoder
+from ftune.data.encoded import RowError
 from ftune.data.formats import Format, Record, convert
 from ftune.data.read import read_source
 from ftune.data.sources import Rows

@@ -10,7 +10,7 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from ftune.data.readers import Row
+from ftune.data.decoding import Row
 from ftune.data.sources import Changed, Rows
 from ftune.data.turns import Misfit, kind_of, names
 from ftune.errors import LocatedDataError

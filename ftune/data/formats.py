@@ -23,8 +23,9 @@ from itertools import islice
 from typing import Any, Literal
 
 from ftune.data.columns import Unfit
+from ftune.data.decoding import Row
 from ftune.data.leftover import block_to_copy, of_pairs, proposal
-from ftune.data.readers import DECODER, Row
+from ftune.data.readers import DECODER
 from ftune.data.sources import Rows
 from ftune.data.turns import (
     CHAT_COLUMNS,

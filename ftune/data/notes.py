@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftune.data.overlap import told
-from ftune.data.tokenize import Splits, Stats
+from ftune.data.splits import Splits, Stats
 from ftune.data.unrendered import NOT_SHOWN
 
 __all__ = ["notes_of", "notes_of_splits"]

@@ -12,7 +12,8 @@ from ftune.data.columns import renamed
 from ftune.data.formats import Conversation, Format, Message, Plain, convert, resolve_format
 from ftune.data.read import read_source
 from ftune.data.sources import Changed, Row, Rows, load_rows
-from ftune.data.tokenize import GenerationItem, encoder_for, generation_items, template_for
+from ftune.data.splits import GenerationItem
+from ftune.data.tokenize import encoder_for, generation_items, template_for
 from ftune.data.turns import CHAT_COLUMNS, ROLES
 from ftune.data.turns import names as quoted
 from ftune.errors import DataError, LocatedDataError

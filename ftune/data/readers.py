@@ -8,45 +8,20 @@ through ``datasets``.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftune.data.csv_reader import read_csv
+from ftune.data.decoding import Placed, Row, decode
 from ftune.errors import DataError
-from ftune.recipe.data_files import ADVICE
 
-__all__ = ["DECODER", "SPLITS_ON", "Placed", "Row", "read_file", "without_nested_nulls"]
-
-Row = Mapping[str, Any]
-Placed = tuple[Row, int]
-"""One parsed row and the line on which it starts; 0 in files without lines."""
-
-
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-
-
-def _decode(file: Path, content: bytes) -> str:
-    """The text of a file; a UTF-8 byte order mark at its start is dropped."""
-    for start, kind in _PACKED.items():
-        if content.startswith(start):
-            raise DataError(f"{file}: the file is packed ({kind})", help=ADVICE[".gz"])
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{file}: the file is UTF-16, not UTF-8", help="save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{file}:{line}: not valid UTF-8 (byte 0x{content[error.start]:02x})",
-            help=f"save the file as UTF-8; if it is Windows': iconv -f cp1252 -t utf-8 {file.name} > utf8-{file.name}",
-        ) from error
+__all__ = ["DECODER", "SPLITS_ON", "read_file", "without_nested_nulls"]
 
 
 _OBJECTS = 'every row is an object: {"messages": [...]} for a conversation, {"text": "..."} for a text'
@@ -112,7 +87,7 @@ _MENDS = "write null or a string for a number that is none, and every key once"
 def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
     """One JSON object a line; blank lines are passed over."""
     # not str.splitlines: it also breaks at U+2028 and others, which may stand inside a JSON string
-    for line, text in enumerate(_decode(file, content).split("\n"), 1):
+    for line, text in enumerate(decode(file, content).split("\n"), 1):
         if not text.strip():
             continue
         try:
@@ -136,7 +111,7 @@ def _read_jsonl(file: Path, content: bytes) -> Iterator[Placed]:
 
 def _read_json(file: Path, content: bytes) -> Iterator[Placed]:
     """A list of objects, or objects one after the other: usually one a line."""
-    text = _decode(file, content)
+    text = decode(file, content)
     start = _skip(text, 0)
     if start == len(text):
         return
@@ -213,90 +188,6 @@ def _read_jsonl_or_explain(file: Path, content: bytes) -> Iterator[Placed]:
     )
 
 
-# of the smallest platform: csv keeps its limit in a C long
-_C_LONG_MAX = 2**31 - 1
-
-
-def _read_csv(file: Path, content: bytes) -> Iterator[Placed]:
-    """Values under a header, each a string as it is written: ``007``, ``NA`` and ``1.0`` stay what they are.
-
-    Commas lie between the values, or what alone cuts the header into several names: semicolons, tabs or bars.
-    """
-    text = _decode(file, content)
-    # Python's own limit of 131,072 characters is shorter than a long document; the whole file is already in
-    # memory, so no cell needs another bound than its length. The limit is global, hence only ever raised.
-    csv.field_size_limit(max(csv.field_size_limit(), min(len(content), _C_LONG_MAX)))
-    skipped = 0
-    if told := re.match(r'"?sep=(.)"?\r?\n', text):  # Excel's own way to name what lies between the values
-        text, skipped = text[told.end() :], 1
-    line = 1 + skipped
-    try:
-        if file.suffix.lower() == ".tsv":
-            reader = _csv(text, "\t", quoting=csv.QUOTE_MINIMAL if _is_quoted(text) else csv.QUOTE_NONE)
-        else:
-            delimiter = told[1] if told else _delimiter(text[:HEADER])
-            spaced = _is_spaced(next(_csv(text[:HEADER], delimiter), []))
-            reader = _csv(text, delimiter, skipinitialspace=spaced)
-        header = [name.strip() for name in next((values for values in reader if values), [])]
-        columns = len(header)
-        while columns and not header[columns - 1]:  # a sheet that was once wider leaves columns without a name
-            columns -= 1
-        header = header[: columns or None]
-        if len(set(header)) != len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(
-                f"{file}:{reader.line_num + skipped}: the header names the column {twice[:40]!r} twice",
-                help="the first line of the file names its columns, each by its own name",
-            )
-        line = reader.line_num + 1 + skipped
-        for values in reader:
-            if values and (len(values) < len(header) or any(values[len(header) :])):
-                raise DataError(
-                    f"{file}:{line}: {len(values)} values under a header of {len(header)} columns",
-                    help='put a value that holds a comma or a line break between double quotes: "a, b"',
-                )
-            if values:
-                yield dict(zip(header, values, strict=False)), line
-            line = reader.line_num + 1 + skipped
-    except csv.Error as error:
-        raise DataError(
-            f"{file}:{line}: not valid CSV: {error}",
-            help="a value that begins with a double quote ends with one; inside it, write '\"\"' for '\"'",
-        ) from error
-
-
-HEADER = 100_000
-"""Characters in which a header ends."""
-
-
-def _csv(text: str, delimiter: str, **options: Any) -> Any:
-    return csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, **options)
-
-
-def _delimiter(start: str) -> str:
-    """What lies between the values of a file, by its header: a comma, or what alone cuts it into several names."""
-    for delimiter in (",", ";", "\t", "|"):
-        try:
-            if len(next((values for values in _csv(start, delimiter) if values), [])) > 1:
-                return delimiter
-        except csv.Error:
-            continue
-    return ","
-
-
-def _is_quoted(text: str) -> bool:
-    """Whether double quotes enclose values in a .tsv; to most programs that write such files they are text."""
-    try:
-        return len({len(values) for values in _csv(text, "\t") if values}) == 1
-    except csv.Error:
-        return False
-
-
-def _is_spaced(header: Sequence[str]) -> bool:
-    """Whether a space follows every delimiter; it is then no part of the values."""
-    return len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-
-
 SPLITS_ON = ("line", "blank_line")
 """Where texts are cut, beside the text of a separator."""
 
@@ -306,7 +197,7 @@ def _read_txt(file: Path, content: bytes, split_on: str | None) -> Iterator[Plac
 
     Line breaks around a document are no part of it.
     """
-    text = _decode(file, content).replace("\r\n", "\n")
+    text = decode(file, content).replace("\r\n", "\n")
     if split_on is None:
         pieces = [text]
     elif split_on == "line":
@@ -390,7 +281,7 @@ def read_file(file: Path, content: bytes, split_on: str | None = None) -> Iterat
         case ".jsonl" | ".json":
             return _read_json(file, content)
         case ".csv" | ".tsv":
-            return _read_csv(file, content)
+            return read_csv(file, content)
         case ".parquet":
             return _read_parquet(file, content)
         case _:

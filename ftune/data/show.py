@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftune.data.tokenize import IGNORE, Example, Split, Splits
+from ftune.data.splits import Split, Splits
+from ftune.data.tokenize import IGNORE, Example
 from ftune.errors import DataError
 from ftune.scrub import harmless
 

@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from ftune.data.readers import SPLITS_ON, Row, read_file, without_nested_nulls
+from ftune.data.decoding import Row
+from ftune.data.readers import SPLITS_ON, read_file, without_nested_nulls
 from ftune.errors import DataError
 from ftune.recipe.data_files import locate_data
 from ftune.recipe.schema import DataSource

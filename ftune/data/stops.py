@@ -18,7 +18,7 @@ from ftune.data.encode import Encoder
 from ftune.data.examples import Examples
 from ftune.data.formats import Conversation, Message, convert
 from ftune.data.spans import render
-from ftune.data.tokenize import Split
+from ftune.data.splits import Split
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSpec
 

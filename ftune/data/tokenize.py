@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,12 +16,13 @@ import numpy as np
 from ftune.data import token_cache
 from ftune.data.answers import Answer, calls_of, read_answer, same_value, written_answer
 from ftune.data.chat import ChatTemplate, generation_prompt, load_template, special_tokens
-from ftune.data.encode import Encoder, Part, RowError, encodable
-from ftune.data.examples import IGNORE, Example, Examples, Ids
+from ftune.data.encode import Encoder, encodable
+from ftune.data.encoded import Part, RowError
+from ftune.data.examples import IGNORE, Example, Examples
 from ftune.data.formats import SHOWN, Format, Plain, convert
-from ftune.data.overlap import Overlap, overlap
 from ftune.data.read import read_source
 from ftune.data.sources import Rows
+from ftune.data.splits import GenerationItem, Split, Splits, Stats
 from ftune.data.workers import encode_all
 from ftune.errors import DataError
 from ftune.recipe.data_files import locate_data
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE",
     "Example",
-    "GenerationItem",
-    "Split",
-    "Splits",
-    "Stats",
     "encoder_for",
     "generation_items",
     "load_splits",
@@ -45,99 +41,6 @@ __all__ = [
     "tokenize_split",
     "too_long_of",
 ]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Counts of a split; of the tokens and examples those that were kept, where nothing else is said.
-
-    Attributes:
-        rows: Rows of the source.
-        examples: Rows that became examples.
-        tokens: Tokens.
-        target_tokens: Tokens in the loss.
-        truncated: Examples cut to ``max_length``.
-        cut_answers: Of these, those that lost their last trained token: the end of the answer.
-        split: Rows that became several examples.
-        lost_tokens: Tokens cut off, or left out with their row, for being behind ``max_length``.
-        lost_target_tokens: Of these, those that would have been in the loss.
-        skipped: Rows left out for being longer than ``max_length``.
-        no_target: Rows left out because no trained token was left in them.
-        ends_with_eos: Share of the untruncated examples whose last trained token is a special token (end of
-            turn or end of sequence); 0 where none is untruncated.
-        longest: Tokens of the longest example.
-        longest_before: Tokens of the longest row, before truncation.
-        notes: What to tell of rows, and of how many.
-        control: Conversations whose own text has a control token in it.
-        control_first: The first of these, counted from 1, and its token; None where there is none.
-    """
-
-    rows: int
-    examples: int
-    tokens: int
-    target_tokens: int
-    truncated: int
-    skipped: int
-    no_target: int
-    ends_with_eos: float
-    longest: int
-    longest_before: int
-    cut_answers: int = 0
-    split: int = 0
-    lost_tokens: int = 0
-    lost_target_tokens: int = 0
-    notes: Mapping[str, int] = field(default_factory=dict)
-    control: int = 0
-    control_first: Sequence[int | str] | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """The examples of one source.
-
-    Attributes:
-        examples: In the source's order; rows without a trained token are not among them.
-        format: How the rows were read.
-        stats: Counts.
-        fingerprint: sha256 over ids, labels and row numbers.
-        rows: The rows themselves, for ``generation_items``.
-    """
-
-    examples: Examples
-    format: Format
-    stats: Stats
-    fingerprint: str
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What is trained on and what is held out."""
-
-    train: Split
-    eval: Split | None
-
-    @cached_property
-    def overlap(self) -> Overlap:
-        """Held-out examples that are trained on as well, and training examples that are repeated."""
-        return overlap(
-            self.train.examples, self.eval.examples if self.eval else None, prompts=self.train.format != "text"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationItem:
-    """A prompt to generate from, and the answer that the data gives.
-
-    Attributes:
-        prompt_ids: (L,) int32, with the generation prompt.
-        reference: The answer that the data gives, as the chat template renders it; its calls are those of the data.
-        row: The row's number in its source.
-    """
-
-    prompt_ids: Ids
-    reference: Answer
-    row: int
 
 
 def load_splits(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> Splits:

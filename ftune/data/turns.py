@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftune.data.readers import DECODER, Row
+from ftune.data.decoding import Row
+from ftune.data.readers import DECODER
 
 __all__ = [
     "CALL_TEXT",

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TextIO
 
-from ftune.data.encode import Encoder, Part
+from ftune.data.encode import Encoder
+from ftune.data.encoded import Part
 from ftune.data.formats import Plain, Record
 from ftune.errors import FtuneError
 

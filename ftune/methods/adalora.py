@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
+from ftune.methods._adalora_layers import adalora_layers, allocator_of, config_of, ranks_of
 from ftune.methods.adapter_files import load_peft, save_peft
 from ftune.methods.adapters import attach, disable_adapter, merge_peft, peft_settings
 from ftune.methods.base import Method
@@ -180,7 +181,7 @@ class AdaLora(Method):
             **peft_settings(model, self.target_modules, context),
         )
         adapted = self._hold_scale(attach(model, config, context))
-        _allocator(adapted).allocations = 0
+        allocator_of(adapted).allocations = 0
         return adapted
 
     def lean(self, model: nn.Module, context: Context) -> dict[str, int]:
@@ -194,7 +195,7 @@ class AdaLora(Method):
 
         On a 16-bit base it rounds this number to the base's dtype, and then makes it a trained parameter.
         """
-        for layer in _layers(model).values():
+        for layer in adalora_layers(model).values():
             layer.ranknum["default"].requires_grad_(False).fill_(self.init_rank)
         return model
 
@@ -210,7 +211,7 @@ class AdaLora(Method):
 
         if self.orthogonal_weight == 0:
             return None
-        layers = list(_layers(model).values())
+        layers = list(adalora_layers(model).values())
         distance = orthogonality(
             [layer.lora_A["default"] for layer in layers], [layer.lora_B["default"] for layer in layers]
         )
@@ -218,19 +219,21 @@ class AdaLora(Method):
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
         """Update the importance of every weight; prune to the budget of this step when pruning is due."""
-        config, allocator = _config(model), _allocator(model)
+        config, allocator = config_of(model), allocator_of(model)
         before = config.rank_pattern
         cast(Any, model).base_model.update_and_allocate(step)
         if config.rank_pattern is not before:
             allocator.allocations += 1
             # PEFT saves the names without the adapter's, and accepts both.
             config.rank_pattern = {name.removesuffix(".default"): kept for name, kept in config.rank_pattern.items()}
-        return {"budget": float(allocator.budget_schedule(step)[0]), "ranks": float(sum(_ranks(model)))}
+        return {"budget": float(allocator.budget_schedule(step)[0]), "ranks": float(sum(ranks_of(model)))}
 
     def at_rest(self, model: nn.Module) -> frozenset[str]:
         """The triplets of matrices whose whole update is pruned: their singular values are held at zero."""
         pruned = {
-            name.removesuffix(".lora_E") for name, kept in (_config(model).rank_pattern or {}).items() if not any(kept)
+            name.removesuffix(".lora_E")
+            for name, kept in (config_of(model).rank_pattern or {}).items()
+            if not any(kept)
         }
         return frozenset(
             f"base_model.model.{name}.{part}.default" for name in pruned for part in ("lora_A", "lora_B", "lora_E")
@@ -238,7 +241,7 @@ class AdaLora(Method):
 
     def vitals(self, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """Ranks as the singular values have them, against the budget and by module, and how often they were pruned."""
-        ranks = _ranks(model)
+        ranks = ranks_of(model)
         return {
             "ranks_mean": sum(ranks) / len(ranks),
             "ranks_min": float(min(ranks)),
@@ -247,8 +250,8 @@ class AdaLora(Method):
             "budget": float(self.target_rank * len(ranks)),
             "modules": float(len(ranks)),
             "modules_pruned": float(ranks.count(0)),
-            "allocations": float(_allocator(model).allocations),
-            **{f"rank of {name}": float(rank) for name, rank in zip(_layers(model), ranks, strict=True)},
+            "allocations": float(allocator_of(model).allocations),
+            **{f"rank of {name}": float(rank) for name, rank in zip(adalora_layers(model), ranks, strict=True)},
         } | quantization_vitals(model)
 
     def not_at_work(self, vitals: dict[str, float]) -> str | None:
@@ -274,7 +277,7 @@ class AdaLora(Method):
         """The averages of importance and uncertainty, which triplets are kept, and how often that was decided."""
         import torch
 
-        allocator, pattern = _allocator(model), _config(model).rank_pattern or {}
+        allocator, pattern = allocator_of(model), config_of(model).rank_pattern or {}
         return (
             {f"importance.{name}": value for name, value in allocator.exp_avg_ipt.items()}
             | {f"uncertainty.{name}": value for name, value in allocator.exp_avg_unc.items()}
@@ -286,7 +289,7 @@ class AdaLora(Method):
         """Restore the averages and the kept triplets; the singular values themselves are trained parameters."""
         import torch
 
-        config, allocator = _config(model), _allocator(model)
+        config, allocator = config_of(model), allocator_of(model)
         found: dict[str, dict[str, Tensor]] = {"importance": {}, "uncertainty": {}, "kept": {}}
         for key, value in state.items():
             kind, _, name = key.partition(".")
@@ -311,7 +314,7 @@ class AdaLora(Method):
         Without PEFT's rank pattern: from a file that has one, PEFT warns of keys that match nothing, rounds what it
         loads to the dtype of the base, and between two prunings leaves out what has grown back.
         """
-        config = _config(model)
+        config = config_of(model)
         pattern, config.rank_pattern = config.rank_pattern, None
         try:
             save_peft(model, out, context)
@@ -343,7 +346,7 @@ class AdaLora(Method):
                 layer.scaling["default"] / (float(layer.ranknum["default"]) + 1e-5),
                 rank,
             )
-            for name, layer in _layers(model).items()
+            for name, layer in adalora_layers(model).items()
         }
 
     # --- arithmetic ---
@@ -378,28 +381,3 @@ class AdaLora(Method):
             targets = match_targets(shape.linears, self.target_modules)
             return lean_saved_bytes(shape, targets, self.init_rank, dtype_bytes)
         return low_rank_saved_bytes(shape.linears, self.target_modules, self.init_rank, dtype_bytes)
-
-
-def _config(model: nn.Module) -> Any:
-    return cast(Any, model).peft_config["default"]
-
-
-def _allocator(model: nn.Module) -> Any:
-    """PEFT's ``RankAllocator``, which ``adapt`` gives a counter of allocations."""
-    return cast(Any, model).base_model.rankallocator
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers by the name of the base model's projection."""
-    from peft.tuners.adalora import AdaLoraLayer
-
-    inner = cast(Any, model).base_model.model
-    return {name: module for name, module in inner.named_modules() if isinstance(module, AdaLoraLayer)}
-
-
-def _ranks(model: nn.Module) -> list[int]:
-    """Singular values of each layer that are not zero."""
-    import torch
-
-    # All at once: one wait for the device, not one a layer.
-    return torch.stack([layer.lora_E["default"].count_nonzero() for layer in _layers(model).values()]).tolist()

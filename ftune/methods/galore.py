@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 from pydantic import Field
 
 from ftune.errors import ModelError
+from ftune.methods._galore_bytes import bits_of, tensor_bytes
 from ftune.methods.base import Method
 from ftune.methods.optimizer import OptimizerSpec
 from ftune.methods.targets import different, list_linears, match_targets, target_problems
@@ -233,7 +234,7 @@ class GaLore(Method):
             scale=self.scale,
             basis=self.basis,
             reproject_moments=self.reproject_moments,
-            bits=_bits(spec.name),
+            bits=bits_of(spec.name),
             seed=getattr(model, "_ftune_seed", 0),
         )
         if self.per_layer:
@@ -352,15 +353,15 @@ class GaLore(Method):
 
     def optimizer_bytes(self, shape: ModelShape, optimizer: str) -> int:
         """Of moments and bases: the projected matrices', the other matrices', the vectors'."""
-        bits, projected = _bits(optimizer), self._projected(shape.linears)
+        bits, projected = bits_of(optimizer), self._projected(shape.linears)
         vectors = int(shape.extra.get("vectors", shape.norms))
         linears = sum(linear.elements for linear in shape.linears)
         others = [linear.elements for linear in shape.linears if linear not in projected]
         others += [shape.embedding, shape.head, shape.parameters - linears - shape.embedding - shape.head - vectors]
-        total = 2 * 4 * vectors + sum(2 * _tensor_bytes(elements, bits) for elements in others)
+        total = 2 * 4 * vectors + sum(2 * tensor_bytes(elements, bits) for elements in others)
         for linear in projected:
-            total += 2 * _tensor_bytes(self.rank * max(linear.in_features, linear.out_features), bits)
-            total += _tensor_bytes(self.rank * min(linear.in_features, linear.out_features), bits)
+            total += 2 * tensor_bytes(self.rank * max(linear.in_features, linear.out_features), bits)
+            total += tensor_bytes(self.rank * min(linear.in_features, linear.out_features), bits)
         return total
 
     @property
@@ -375,7 +376,7 @@ class GaLore(Method):
         """
         from ftune.methods._galore_optimizer import PIECE
 
-        narrow, low = 3 * (self.weights == "bfloat16"), 5 * (_bits(optimizer) == 8)
+        narrow, low = 3 * (self.weights == "bfloat16"), 5 * (bits_of(optimizer) == 8)
         projected = self._projected(shape.linears)
         plain = max(shape.embedding, shape.head, *(each.elements for each in shape.linears if each not in projected), 0)
         within = max((self.rank * max(each.in_features, each.out_features) for each in projected), default=0)
@@ -397,13 +398,3 @@ def _largest_rank(linear: Linear) -> int:
     """The largest rank r at which ``r (2 L + S) < 2 L S`` for longer side L and shorter side S."""
     shorter, longer = sorted((linear.in_features, linear.out_features))
     return (2 * longer * shorter - 1) // (2 * longer + shorter)
-
-
-def _bits(optimizer: str) -> int:
-    """Bits of a state, from the optimizer's name in the recipe."""
-    return 8 if "8bit" in optimizer else 32
-
-
-def _tensor_bytes(elements: int, bits: int) -> int:
-    """Of a stored matrix: fp32, or a byte an element and an fp32 scale for each block of 256."""
-    return 4 * elements if bits == 32 else elements + 4 * -(-elements // 256)

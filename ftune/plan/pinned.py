@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from ftune.data.tokenize import Splits
+from ftune.data.splits import Splits
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import DataSource, DataSpec, ModelSpec, Recipe
 

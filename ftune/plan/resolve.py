@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ftune.available import available_bytes, least_of_all, on_empty_gpu
 from ftune.data.batches import padded_length
 from ftune.data.packing import pack
-from ftune.data.tokenize import Split, Splits, load_splits
+from ftune.data.splits import Split, Splits
+from ftune.data.tokenize import load_splits
 from ftune.errors import DataError, ModelError
 from ftune.methods import Context, ModelShape
 from ftune.plan.advice import certain

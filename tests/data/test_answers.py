@@ -11,7 +11,8 @@ import tiny
 
 from ftune.data.answers import NO_JSON, calls_of, json_in, read_answer, same_value
 from ftune.data.sources import load_rows
-from ftune.data.tokenize import GenerationItem, generation_items
+from ftune.data.splits import GenerationItem
+from ftune.data.tokenize import generation_items
 from ftune.recipe.schema import DataSource, DataSpec
 
 SPECIALS = ("<|im_end|>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>", "[THINK]", "[/THINK]", "<|call|>")

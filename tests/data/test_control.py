@@ -10,7 +10,7 @@ from ftune.data.control import ControlTokens
 from ftune.data.encode import Encoder
 from ftune.data.formats import Conversation, Plain
 from ftune.data.notes import notes_of
-from ftune.data.tokenize import Stats
+from ftune.data.splits import Stats
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from data.kit import SPECIALS, build_tokenizer, chat
 from ftune.data import encode, huge, pieces, workers
 from ftune.data.borders import Borders
 from ftune.data.huge import bound_of
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.splits import Split
+from ftune.data.tokenize import load_splits
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSource, DataSpec
 

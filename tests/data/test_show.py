@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.kit import chat
 from ftune.data.show import show_examples
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.splits import Split
+from ftune.data.tokenize import load_splits
 from ftune.recipe.schema import DataSpec
 
 

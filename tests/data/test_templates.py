@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.templates import TEMPLATES
 from ftune.data.chat import generation_prompt, load_template
-from ftune.data.encode import BEHIND_LAST, CALLS_AS_TEXT, OTHER_IDS, Encoder, Part, RowError
+from ftune.data.encode import BEHIND_LAST, CALLS_AS_TEXT, OTHER_IDS, Encoder
+from ftune.data.encoded import Part, RowError
 from ftune.data.examples import IGNORE
 from ftune.data.formats import Conversation
 from ftune.data.spans import NOT_AS_WRITTEN

@@ -22,7 +22,8 @@ from ftune.data.chat import load_template
 from ftune.data.encode import Encoder
 from ftune.data.show import show_examples
 from ftune.data.sources import Rows, load_rows
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.splits import Split
+from ftune.data.tokenize import load_splits
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSource, DataSpec
 

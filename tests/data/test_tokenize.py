@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from data.kit import build_tokenizer, chat
 from ftune.data.formats import resolve_format
 from ftune.data.sources import load_rows
-from ftune.data.tokenize import IGNORE, Split, generation_items, load_splits, tokenize_split
+from ftune.data.splits import Split
+from ftune.data.tokenize import IGNORE, generation_items, load_splits, tokenize_split
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSource, DataSpec
 

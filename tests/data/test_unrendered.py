@@ -8,7 +8,8 @@ import pytest
 
 from data.kit import PROMPT, build_tokenizer, chat
 from ftune.data.chat import load_template
-from ftune.data.encode import Encoder, RowError
+from ftune.data.encode import Encoder
+from ftune.data.encoded import RowError
 from ftune.data.formats import Conversation
 from ftune.data.unrendered import NOT_SHOWN
 

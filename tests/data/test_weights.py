@@ -11,7 +11,8 @@ import pytest
 
 from data.kit import build_tokenizer, chat
 from ftune.data.chat import load_template
-from ftune.data.encode import Encoder, Part, RowError
+from ftune.data.encode import Encoder
+from ftune.data.encoded import Part, RowError
 from ftune.data.examples import IGNORE
 from ftune.data.formats import Conversation
 from ftune.data.tokenize import load_splits

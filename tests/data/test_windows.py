@@ -14,7 +14,8 @@ from data.kit import build_tokenizer, chat
 from ftune.data.examples import IGNORE
 from ftune.data.notes import notes_of
 from ftune.data.sources import load_rows
-from ftune.data.tokenize import Split, generation_items, load_splits
+from ftune.data.splits import Split
+from ftune.data.tokenize import generation_items, load_splits
 from ftune.data.windows import windows
 from ftune.errors import DataError
 from ftune.recipe.schema import DataSource, DataSpec

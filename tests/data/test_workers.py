@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from data.kit import build_tokenizer, chat
 from ftune.data import workers
 from ftune.data.encode import Encoder
-from ftune.data.tokenize import Split, load_splits
+from ftune.data.splits import Split
+from ftune.data.tokenize import load_splits
 from ftune.errors import DataError, FtuneError
 from ftune.recipe.schema import DataSource, DataSpec
 
