@@ -15,7 +15,7 @@ from ftune.data.sources import Changed, Rows
 from ftune.data.turns import Misfit, kind_of, names
 from ftune.errors import LocatedDataError
 from ftune.recipe.columns import FORMATS, SPECS, Field, format_of, is_template, parse_template
-from ftune.recipe.diagnose import KeyPath
+from ftune.recipe.places import KeyPath
 from ftune.recipe.schema import ColumnMap
 from ftune.recipe.spelling import closest
 

@@ -14,8 +14,9 @@ from ftune.artifacts.metrics import NO_MEAN
 from ftune.artifacts.tasks import check_names
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
-from ftune.recipe.diagnose import Mistake, Positions, Source, fail
 from ftune.recipe.load import read_mapping
+from ftune.recipe.places import Mistake, Positions, Source
+from ftune.recipe.rendering import fail
 from ftune.recipe.spelling import closest
 from ftune.recipe.variables import frozen
 

@@ -12,9 +12,10 @@ from ftune.errors import LocatedDataError, RecipeError
 from ftune.methods import Problem
 from ftune.recipe.checks import advise, check
 from ftune.recipe.data_files import LocatedData, locate_data
-from ftune.recipe.diagnose import fail, from_problems, render
+from ftune.recipe.diagnose import from_problems
 from ftune.recipe.load import Loaded, load_recipe, parse_recipe
 from ftune.recipe.locate import Located, locate_model
+from ftune.recipe.rendering import fail, render
 from ftune.recipe.schema import Recipe
 from ftune.recipe.template import annotated_recipe, json_schema
 

@@ -12,275 +12,29 @@ pydantic's errors and the checks' ``Problem``s into mistakes; ``render`` turns a
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from ftune.errors import RecipeError
 from ftune.methods import METHODS, Problem
 from ftune.methods.quantization import Quantization
-from ftune.recipe.other_tools import ELSEWHERE, GENERIC, HERE, NO_FIELD, NOTES, other_value
-from ftune.recipe.schema import SHORT_FORMS, ColumnMap, Recipe
+from ftune.recipe.other_tools import other_value
+from ftune.recipe.places import KeyPath, Mistake, Positions, dotted
+from ftune.recipe.schema import SHORT_FORMS
 from ftune.recipe.spelling import closest
+from ftune.recipe.suggestions import either, model_at, suggest_field, ticked
 from ftune.scrub import scrub
 
 __all__ = [
-    "KeyPath",
-    "Mistake",
-    "Position",
-    "Positions",
-    "Source",
-    "Span",
-    "dotted",
     "error_paths",
-    "fail",
     "from_problems",
-    "models_in",
-    "render",
     "translate",
 ]
 
-KeyPath = tuple[str | int, ...]
-"""Keys and list indices from the recipe's root."""
-
-MAX_REPORTS = 50
-"""More mistakes than this are counted, not shown."""
-
-TAB = 4
-_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-
-
-# --- where ---
-
-
-@dataclass(frozen=True)
-class Source:
-    """Text that a mistake can be in: a recipe file, or one ``--set`` option.
-
-    Attributes:
-        name: The file as the user named it, or ``command line``.
-        text: All of it.
-        rank: Order among sources in a report: 0 for the file, then the options as given.
-    """
-
-    name: str
-    text: str
-    rank: int = 0
-
-    @cached_property
-    def lines(self) -> list[str]:
-        """The lines as YAML counts them."""
-        return _LINE_BREAK.split(self.text)
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of one line; ``line`` and ``column`` count characters from 0."""
-
-    source: Source
-    line: int
-    column: int
-    length: int = 1
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """Sorts spans by source, line and column."""
-        return (self.source.rank, self.line, self.column)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where one field is written.
-
-    Attributes:
-        key: Its key, or its value when it has no key (list entries, short forms).
-        value: Its value; the first line of it when there are several.
-        block: Whether the value is a collection: a mistake about all of it is shown at the key.
-    """
-
-    key: Span
-    value: Span
-    block: bool = False
-
-
-@dataclass
-class Positions:
-    """Where each field of a recipe is written, by its path."""
-
-    source: Source
-    at: dict[KeyPath, Position] = field(default_factory=dict)
-
-    def nearest(self, path: KeyPath) -> tuple[KeyPath, Position] | None:
-        """The position of a field, else of the closest block around it that is written."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.at:
-                return path[:end], self.at[path[:end]]
-        return None
-
-    def forget(self, path: KeyPath) -> None:
-        """Drop a field and everything under it."""
-        for known in [known for known in self.at if known[: len(path)] == path]:
-            del self.at[known]
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """One thing that is wrong.
-
-    Attributes:
-        message: What, in one line without a full stop.
-        span: Where; None when it is about the whole source.
-        label: How to mend it, in a few words behind the caret.
-        help: How to mend it, in a sentence of its own.
-        also: An earlier place that matters, with a label (the first of two equal keys).
-    """
-
-    message: str
-    span: Span | None = None
-    label: str = ""
-    help: str | None = None
-    also: tuple[Span, str] | None = None
-
-
-# --- rendering ---
-
-_RED, _YELLOW, _BLUE, _BOLD, _RESET = "\x1b[1;31m", "\x1b[1;33m", "\x1b[1;34m", "\x1b[1m", "\x1b[0m"
-
-
-def render(
-    mistake: Mistake,
-    source: Source,
-    *,
-    level: Literal["error", "warning"] = "error",
-    color: bool = False,
-    width: int | None = None,
-) -> str:
-    """One report, without a newline at its end.
-
-    Args:
-        mistake: What to report.
-        source: What it is about when it has no position of its own.
-        level: The first word.
-        color: Use ANSI colours.
-        width: Columns of the terminal, to which source lines are trimmed. Default: this terminal's.
-    """
-    if width is None:
-        from shutil import get_terminal_size
-
-        width = get_terminal_size((100, 24)).columns
-    hue = _RED if level == "error" else _YELLOW
-
-    def paint(text: str, code: str) -> str:
-        return f"{code}{text}{_RESET}" if color else text
-
-    out = [paint(level, hue) + paint(f": {printable(mistake.message)}", _BOLD)]
-    span, late = mistake.span, ""
-    if span is None:
-        out.append(f"  {paint('-->', _BLUE)} {printable(source.name)}")
-    else:
-        of_file = span.source.rank == 0
-        where = f"{span.source.name}:{span.line + 1}:{span.column + 1}" if of_file else span.source.name
-        out.append(f"  {paint('-->', _BLUE)} {printable(where)}")
-        shown = [(mistake.also[0], mistake.also[1], "-")] if mistake.also else []
-        shown.append((span, mistake.label, "^"))
-        digits = max(len(str(part.line + 1)) for part, _, _ in shown)
-        for index, (part, label, mark) in enumerate(shown):
-            number = str(part.line + 1) if part.source.rank == 0 else ""
-            if index and part.line > shown[index - 1][0].line + 1:
-                out.append("...")
-            line, column, cells = _window(part, max(width - digits - 3, 40))
-            gutter = paint(f"{number:>{digits}} |", _BLUE)
-            out.append(f"{gutter} {line}".rstrip())
-            label = printable(label)
-            if label and digits + 3 + column + cells + 1 + _cells(label) > max(width, 60):
-                late, label = label, ""
-            gutter = paint(f"{'':>{digits}} |", _BLUE)
-            out.append(f"{gutter} {' ' * column}{paint(mark * cells, hue)} {paint(label, hue)}".rstrip(" "))
-            if color and not label:
-                out[-1] = f"{gutter} {' ' * column}{paint(mark * cells, hue)}"
-    for text in (late, mistake.help):
-        if text:
-            out.append(f"  {paint('help:', _BLUE)} {printable(text)}")
-    return "\n".join(out)
-
-
-def fail(mistakes: Sequence[Mistake], source: Source, *, color: bool = False) -> RecipeError:
-    """Every mistake, sorted by position, as the exception to raise."""
-    ordered = sorted(dict.fromkeys(mistakes), key=lambda m: m.span.order if m.span else (-1, 0, 0))
-    reports = [render(mistake, source, color=color) for mistake in ordered[:MAX_REPORTS]]
-    if len(ordered) > MAX_REPORTS:
-        reports.append(f"error: {len(ordered) - MAX_REPORTS} more mistakes are not shown")
-    return RecipeError(reports)
-
-
-def printable(text: str) -> str:
-    """The text with control characters replaced: a recipe must not steer the terminal, nor flood it."""
-    if len(text) > 1:  # source lines come scrubbed, character by character
-        text = scrub(text)
-    if len(text) > 1000:
-        text = f"{text[:500]}\u2026{text[-100:]}"
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
-
-
-def _cell(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _cells(text: str) -> int:
-    """Columns that a text takes on a terminal."""
-    return sum(map(_cell, text))
-
-
-def _window(span: Span, width: int) -> tuple[str, int, int]:
-    """The part of a line to show: its text, and column and width of the caret, in terminal cells."""
-    line = scrub(span.source.lines[span.line]) if span.line < len(span.source.lines) else ""
-    # What is farther from the caret than a whole screen cannot be shown: lines may be very long.
-    skipped = max(span.column - 2 * width, 0)
-    length = min(span.length, width)
-    pieces: list[str] = []
-    edges = [0]  # cells before each piece
-    for character in line[skipped : span.column + length + 2 * width]:
-        # Tab stops are relative to the line's own start, so that carets stay below what they mark.
-        piece = " " * (TAB - edges[-1] % TAB) if character == "\t" else printable(character)
-        pieces.append(piece)
-        edges.append(edges[-1] + _cells(piece))
-    first = min(span.column - skipped, len(pieces))
-    last = min(first + length, len(pieces))
-    cells = max(edges[last] - edges[first], 1)
-    if not skipped and edges[-1] <= width:
-        return "".join(pieces), edges[first], cells
-    # Keep the caret in the left half: labels stand to its right.
-    cells = min(cells, width // 2)
-    lead = max(width // 2 - cells, 8)
-    start = next(index for index in range(first + 1) if edges[first] - edges[index] <= lead)
-    text = "\u2026" if start or skipped else ""
-    column = edges[first] - edges[start] + len(text)
-    stop = len(pieces)
-    if edges[stop] - edges[start] + len(text) > width:
-        stop = max(i for i in range(start, stop) if edges[i] - edges[start] + len(text) <= width - 1)
-    return text + "".join(pieces[start:stop]) + ("\u2026" if stop < len(pieces) else ""), column, cells
-
 
 # --- words ---
-
-
-def dotted(path: Iterable[str | int]) -> str:
-    """A path as ``--set`` takes it: ``evaluation.metrics.0.name``."""
-    return ".".join(map(str, path))
-
-
-def _ticked(words: Iterable[str]) -> str:
-    return ", ".join(f"`{word}`" for word in words)
-
-
-def _either(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _shown(value: object) -> str:
@@ -297,133 +51,6 @@ def _shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     return f"{value}"
-
-
-# --- what the schema knows ---
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every pydantic model that an annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from models_in(argument)
-
-
-def model_at(path: KeyPath, raw: Any) -> type[BaseModel] | None:
-    """The block that stands at a path; for the method's block, the one that ``raw`` names."""
-    model: type[BaseModel] = Recipe
-    for index, key in enumerate(path):
-        if isinstance(key, int):
-            continue
-        if path[: index + 1] == ("method",):
-            method = raw.get("method") if isinstance(raw, Mapping) else None
-            name = method.get("name") if isinstance(method, Mapping) else None
-            if not isinstance(name, str) or name not in METHODS:
-                return None
-            model = METHODS[name]
-            continue
-        info = model.model_fields.get(key)
-        found = next(models_in(info.annotation), None) if info else None
-        if found is None:
-            return None
-        model = found
-    return model
-
-
-def _blocks(raw: Any) -> dict[str, type[BaseModel]]:
-    """The recipe's top-level blocks by name."""
-    found = {name: model_at((name,), raw) for name in Recipe.model_fields}
-    return {name: model for name, model in found.items() if model is not None}
-
-
-def _suggest_field(path: KeyPath, raw: Any) -> tuple[str, str | None]:
-    """Label and help for an unknown field."""
-    word, parent = path[-1], path[:-1]
-    name, block = str(word), dotted(parent)
-    here = model_at(parent, raw)
-    siblings = list(here.model_fields) if here else []
-    blocks = _blocks(raw)
-
-    def note(field: str) -> str | None:
-        return f"`{field}` is {NOTES[name]}" if name in NOTES else None
-
-    if parent and name in Recipe.model_fields:
-        return f"`{name}` stands beside `{parent[0]}`, not in it", None
-    local = HERE.get((block, name), "")
-    if local in siblings:
-        return f"did you mean `{local}`?", note(local)
-    if block.endswith(".columns") and (meant := _value_at(path, raw)) in siblings:
-        return f"write `{meant}: {name}`", None
-    elsewhere = local or ELSEWHERE.get(name, "")
-    if len(parent) == 2 and parent[0] == "data" and name in ColumnMap.model_fields:
-        elsewhere = f"{block}.columns.{name}"
-    if elsewhere and elsewhere != dotted(path) and _exists(elsewhere, raw):
-        inside, _, field = elsewhere.rpartition(".")
-        label = f"did you mean `{field}`?" if inside == block else f"write it as `{elsewhere}`"
-        return label, note(field)
-    if other := _of_other_methods(elsewhere or (dotted(path) if parent == ("method",) else ""), word, raw):
-        return other
-    if name in NO_FIELD:
-        return "", NO_FIELD[name]
-    homes = [home for home, model in blocks.items() if name in model.model_fields and (home,) != parent]
-    if not parent:
-        homes = [home for home in homes if home != "data"] or homes
-    if 1 <= len(homes) <= 2 and not closest(word, siblings, 1):
-        return f"`{word}` belongs to {_either([f'`{home}`' for home in homes])}", None
-    if near := closest(word, siblings, 0 if name in GENERIC else 3):
-        return f"did you mean `{near}`?", None
-    far = {field: f"{home}.{field}" for home, model in blocks.items() for field in model.model_fields}
-    # a name that several blocks have says nothing of which was meant
-    far = {field: home for field, home in far.items() if field != name}
-    far |= {field: field for field in Recipe.model_fields}
-    if near := closest(word, far, 0 if name in GENERIC else 2):
-        return f"did you mean `{far[near]}`?", None
-    if meant := _required_instead(parent, raw):
-        return f"did you mean `{meant}`?", None
-    where = "the recipe" if not parent else f"`{dotted(parent)}`"
-    return "", f"fields of {where}: {', '.join(siblings)}" if siblings else None
-
-
-def _value_at(path: KeyPath, raw: Any) -> Any:
-    for key in path:
-        raw = raw[key]
-    return raw
-
-
-def _of_other_methods(path: str, word: str | int, raw: Any) -> tuple[str, str | None] | None:
-    """Label and help for a field of ``method`` that the recipe's method does not have and others do."""
-    block, _, name = path.partition(".")
-    name = name.partition(".")[0]
-    if block != "method":
-        return None
-    method = raw["method"]["name"] if model_at(("method",), raw) else None
-    if name == "quantization" and method is not None and not METHODS[method].quantizable:
-        able = [f"`{other}`" for other, cls in METHODS.items() if cls.quantizable]
-        return "", f"`{method}` needs unquantized base weights: remove it, or use {_either(able)}"
-    owners = [f"`{other}`" for other, cls in METHODS.items() if name in cls.model_fields]
-    if not owners:
-        return None
-    return f"{'' if name == word else f'`{name}`, '}a field of {_either(owners)}", None
-
-
-def _required_instead(block: KeyPath, raw: Any) -> str | None:
-    """The one required field that a block lacks, where one key that it does not know stands in it instead."""
-    model, written = model_at(block, raw), raw
-    for key in block:
-        written = written[key]
-    if not block or model is None:
-        return None
-    lacking = [name for name, info in model.model_fields.items() if info.is_required() and name not in written]
-    unknown = [key for key in written if key not in model.model_fields]
-    return lacking[0] if len(lacking) == len(unknown) == 1 else None
-
-
-def _exists(path: str, raw: Any) -> bool:
-    """Whether a dotted field exists for the method that the recipe names."""
-    *parent, name = path.split(".")
-    model = model_at(tuple(parent), raw)
-    return model is not None and name in model.model_fields
 
 
 # --- pydantic's errors ---
@@ -550,7 +177,7 @@ def _unknown(path: KeyPath, raw: Any, positions: Positions) -> Mistake:
         where = f"for method `{raw['method']['name']}`"
     else:
         where = f"in `{dotted(parent)}`" if parent else "in the recipe"
-    label, help = _suggest_field(path, raw)
+    label, help = suggest_field(path, raw)
     found = positions.nearest(path)
     return Mistake(f"unknown field `{path[-1]}` {where}", found[1].key if found else None, label, help)
 
@@ -617,12 +244,12 @@ def _wrong_type(path: KeyPath, group: list[_Entry], raw: Any, positions: Positio
         label = label or _as_quantization(value, raw)
     if allowed and not words:
         if isinstance(value, str):
-            help = None if near and len(allowed) > 4 else f"one of {_ticked(allowed)}"
+            help = None if near and len(allowed) > 4 else f"one of {ticked(allowed)}"
             return _at(path, positions, f"`{name}` cannot be `{value}`", label, help)
         words = [f"`{word}`" for word in allowed]
-        return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label)
+        return _at(path, positions, f"`{name}` must be {either(words)}, not {_shown(value)}", label)
     words += [f"`{word}`" for word in allowed]
-    return _at(path, positions, f"`{name}` must be {_either(words)}, not {_shown(value)}", label, help)
+    return _at(path, positions, f"`{name}` must be {either(words)}, not {_shown(value)}", label, help)
 
 
 def _as_quantization(value: object, raw: Any) -> str:

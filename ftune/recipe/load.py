@@ -25,20 +25,11 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 from ftune.methods import METHODS
-from ftune.recipe.diagnose import (
-    KeyPath,
-    Mistake,
-    Position,
-    Positions,
-    Source,
-    Span,
-    dotted,
-    error_paths,
-    fail,
-    translate,
-)
+from ftune.recipe.diagnose import error_paths, translate
 from ftune.recipe.no_recipe import other_kind
 from ftune.recipe.other_method import of_another_method
+from ftune.recipe.places import KeyPath, Mistake, Position, Positions, Source, Span, dotted
+from ftune.recipe.rendering import fail
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 from ftune.recipe.spelling import closest
 from ftune.recipe.variables import Expanded, expand_variables, frozen

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ftune.recipe.data_files import ADVICE, DATA_SUFFIXES
-from ftune.recipe.diagnose import Mistake
+from ftune.recipe.places import Mistake
 from ftune.recipe.schema import Recipe
 
 __all__ = ["other_kind"]

@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
-from ftune.recipe.diagnose import models_in
 from ftune.recipe.load import is_plain_string
 from ftune.recipe.schema import Recipe
 from ftune.recipe.spelling import closest
+from ftune.recipe.suggestions import models_in
 
 __all__ = ["annotated_recipe", "json_schema"]
 

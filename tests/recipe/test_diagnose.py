@@ -9,10 +9,12 @@ import pytest
 from ftune.errors import RecipeError
 from ftune.methods import METHODS
 from ftune.recipe import parse_recipe
-from ftune.recipe.diagnose import Mistake, Source, Span, model_at, printable, render
 from ftune.recipe.other_tools import ELSEWHERE
+from ftune.recipe.places import Mistake, Source, Span
+from ftune.recipe.rendering import printable, render
 from ftune.recipe.schema import Recipe
 from ftune.recipe.spelling import closest
+from ftune.recipe.suggestions import model_at
 
 
 def report(line: str, column: int, length: int = 1, *, width: int = 80, label: str = "here") -> list[str]:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ftune.errors import RecipeError
 from ftune.recipe import check, parse_recipe
-from ftune.recipe.diagnose import from_problems, render
+from ftune.recipe.diagnose import from_problems
 from ftune.recipe.load import is_plain_string
+from ftune.recipe.rendering import render
 from recipe import mutations
 
 SHORT = "model: org/tiny\nmethod: lora\ndata: data/train.jsonl\noutput_dir: runs/x\n"

@@ -10,8 +10,8 @@ import pytest
 from ftune.errors import FtuneError
 from ftune.methods import METHODS
 from ftune.recipe import annotated_recipe, json_schema, parse_recipe
-from ftune.recipe.diagnose import models_in
 from ftune.recipe.schema import Recipe
+from ftune.recipe.suggestions import models_in
 
 GIVEN = {"model": "org/tiny", "data": "data/train.jsonl", "output_dir": "runs/x"}
 
