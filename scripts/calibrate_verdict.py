@@ -1,4 +1,4 @@
-"""How often the verdict of `ftune compare` is wrong, and how often it finds what was foretold, in made-up studies.
+"""How often the verdict of `ftune compare` is wrong, and how often it finds what was predicted, in made-up studies.
 
 Prints the tables of docs/statistics.md: ``PYTHONPATH=.:tests python scripts/calibrate_verdict.py --studies 1000``.
 """
@@ -56,7 +56,7 @@ def main() -> None:
         scores = f"{made['items']:,}{', graded' if made.get('graded') else ''}"
         ours, theirs = (f"{rate:.1%}" for rate in false / studies)
         print(f"| {made['seeds']} | {scores} | {noise} | {made['methods']} | {ours} | {theirs} |", flush=True)
-    print("\n| seeds | a seed moves a score by SD | methods | difference | items foretold | found |")
+    print("\n| seeds | a seed moves a score by SD | methods | difference | predicted items | found |")
     print("|---|---|---|---|---|---|")
     for made, delta in FOUND:
         rng = np.random.default_rng(0)
