@@ -20,9 +20,10 @@ from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.ray_pool import RayPool
-from ftune.experiments.rewind import MOST_POINTS, rewind_jobs
+from ftune.experiments.rewind import MOST_POINTS, paused_steps, rewind_jobs
 from ftune.experiments.rows import forget_measured
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
+from ftune.experiments.spare import delete_checkpoints
 from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
 from ftune.experiments.times import Clock, times
 from ftune.experiments.trials import Trials
@@ -252,7 +253,7 @@ class _Made:
         return self.trials.speed(candidate.label, number, self.speed_steps)
 
     def jobs(self) -> list[Job]:
-        """What can be done now, methods side by side."""
+        """What can be done now, methods side by side; what no job needs any more is deleted."""
         of_base = self._task_jobs(BASE, BASE, {"run": None, "recipe": str(self.trials.recipe(BASE, BASE))})
         return [*of_base, *(job for candidate in self.candidates for job in self._jobs_of(candidate))]
 
@@ -281,9 +282,12 @@ class _Made:
                     jobs.append(self._test_job(label, name, {"run": run, **what}))
                 elif seed == self.settled.seed:
                     jobs += self._task_jobs(label, name, {"run": str(self.trials.run(label, name))})
-            tested = self.trials.tested(label, outcome.best.name)  # which may measure the end's forgetting
-            if self.loaded.study.rewind and tested:
-                jobs += rewind_jobs(self.trials, label, candidate.method, outcome.best.name, self.settled.steps)
+            if self.trials.tested(label, outcome.best.name):  # which may measure the end's forgetting
+                rewind, steps = self.loaded.study.rewind, self.settled.steps
+                # Before any job reads them.
+                delete_checkpoints(self.trials, label, outcome.best.name, paused_steps(steps) if rewind else ())
+                if rewind:
+                    jobs += rewind_jobs(self.trials, label, candidate.method, outcome.best.name, steps)
         return jobs
 
     def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:

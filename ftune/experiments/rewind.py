@@ -21,7 +21,7 @@ from ftune.experiments.pool import Job
 from ftune.experiments.trials import Trials, read_json
 from ftune.methods import METHODS
 
-__all__ = ["MOST_POINTS", "best_point", "curve", "rewind_jobs", "rewind_lines", "rewind_table"]
+__all__ = ["MOST_POINTS", "best_point", "curve", "paused_steps", "rewind_jobs", "rewind_lines", "rewind_table"]
 
 SCALES = (0.5, 0.75)
 """Scales of the end that are measured, besides all of it."""
@@ -39,6 +39,11 @@ class _Point:
     @property
     def name(self) -> str:
         return f"step-{self.step}" + (f"-scale-{self.scale:g}" if self.scale < 1 else "")
+
+
+def paused_steps(steps: int) -> list[int]:
+    """Where tuning paused in a run of so many steps: its checkpoints there are measured."""
+    return [step for part in PARTS if (step := math.ceil(steps / part)) < steps]
 
 
 def rewind_jobs(trials: Trials, label: str, method: str, name: str, steps: int) -> Iterator[Job]:
@@ -141,10 +146,7 @@ def _points(run: Path, method: str, steps: int) -> Iterator[_Point]:
     from ftune.run.checkpoint import Checkpoints  # which imports torch
 
     there = Checkpoints(RunDir(run).checkpoints, keep=1).steps()
-    for part in PARTS:
-        step = math.ceil(steps / part)
-        if step < steps and step in there:
-            yield _Point(step, 1.0)
+    yield from (_Point(step, 1.0) for step in paused_steps(steps) if step in there)
     if METHODS[method].mergeable:
         yield from (_Point(steps, scale) for scale in SCALES)
     yield _Point(steps, 1.0)

@@ -82,6 +82,7 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
     assert max(steps) == 4
     assert list((tmp_path / "study/speed").iterdir())
     assert not list((tmp_path / "study/speed").glob("*/checkpoints")), "only time and memory were wanted"
+    assert not list((tmp_path / "study/runs").glob("*/*/checkpoints"))
     written = (tmp_path / "study/compare.json").read_bytes()
     told.clear()
     assert compare(loaded, tell=told.append) == result

@@ -102,6 +102,7 @@ def test_a_study_rewinds_the_chosen_run_of_each_method(tmp_path: Path) -> None:
     assert [(p["step"], p["scale"]) for p in found["lora"]["points"]] == [(1, 1), (2, 1), (4, 0.5), (4, 0.75), (4, 1)]
     assert found["lora"]["best"] == best_point(found["lora"]["points"], 0.4)
     chosen, other = (tmp_path / "study" / run["run"] for run in result["methods"][0]["runs"])
+    assert sorted(path.name for path in chosen.glob("checkpoints/*")) == ["step-1", "step-2"]
     for run, keep in ((chosen, 6), (other, 1)):
         recipe = yaml.safe_load((tmp_path / f"study/recipes/lora/{run.name}.yaml").read_text())
         assert recipe["checkpoint"]["keep"] == keep
