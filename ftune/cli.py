@@ -621,8 +621,8 @@ def compare(
             "--engine ray and --devices do not go together", help="leave out --devices: Ray chooses the devices"
         )
     with _libraries():
-        from ftune.experiments.compare import Forecast
         from ftune.experiments.compare import compare as run_study
+        from ftune.experiments.forecast import Forecast
         from ftune.experiments.markdown import forecast_text, markdown, summary
         from ftune.experiments.page import page
         from ftune.run.files import write_text

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from ftune.artifacts.validation import checked_splits
 from ftune.errors import FtuneError, RunInUse
 from ftune.experiments.collect import collect
 from ftune.experiments.drift import Anchor, Environment, environments, keep_environments, refusal
+from ftune.experiments.forecast import Forecast, fitted, make_forecast
 from ftune.experiments.pool import Job, Pool
 from ftune.experiments.ray_pool import RayPool
-from ftune.experiments.rewind import MOST_POINTS, paused_steps, rewind_jobs
+from ftune.experiments.rewind import paused_steps, rewind_jobs
 from ftune.experiments.rows import forget_measured
 from ftune.experiments.settle import Settled, load_settled, settle, store_settled
 from ftune.experiments.spare import delete_checkpoints
-from ftune.experiments.study import BASE, Budget, Candidate, LoadedStudy
+from ftune.experiments.study import BASE, Candidate, LoadedStudy
 from ftune.experiments.times import Clock, times
 from ftune.experiments.trials import Trials
 from ftune.experiments.tuning import (
-    SURVIVORS,
     WIDENED,
     Outcome,
     Progress,
@@ -38,12 +38,11 @@ from ftune.experiments.tuning import (
     next_wants,
     steps_of_tuning,
 )
-from ftune.human import time_text
 from ftune.plan.base_model import load_tokenizer
 from ftune.recipe import Loaded, load_recipe
 from ftune.run.lock import RunLock, is_orphaned
 
-__all__ = ["Forecast", "compare"]
+__all__ = ["compare"]
 
 SPEED_SHARE = 0.05
 """Steps that are made to measure time and memory, as a share of those that tuning a method takes."""
@@ -51,43 +50,8 @@ SPEED_STEPS, SPEED_ROUNDS = 4, 2
 """Of a method, at most."""
 KEPT_TO_REWIND = 6
 """Checkpoints of a trial that stay where runs are rewound: of both pauses, of the end, and of a few interruptions."""
-FEWEST_STEPS = 20
-"""Steps of a run below which a study is not cut to fit a budget."""
 WAIT_SECONDS = 3.0
 """Until a run that another command holds is tried again."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a study will take, before it begins.
-
-    Attributes:
-        settled: What its runs have in common.
-        labels: The methods that take part.
-        runs: Runs that are trained, whole or in part.
-        steps: Steps of all of them.
-        seconds: The time of all of them, on one device, by steps that were measured.
-        besides: What of it is not steps, so that shorter runs do not save it: answers, loading, saving.
-        speed: Of each method seconds of a step and bytes of its peak.
-        detectable: The difference that can be shown with 80 % power, a share of 1.
-        needed: Test rows with which the margin could be shown; None: not with any number, for these seeds.
-        cut_from: Steps of a run as the recipe has it, where the budget allows fewer.
-        begun: Whether the study has begun before.
-        tasks: Tasks that are run besides; their time is not known.
-    """
-
-    settled: Settled
-    labels: tuple[str, ...]
-    runs: int
-    steps: int
-    seconds: float
-    besides: float
-    speed: dict[str, dict[str, float]]
-    detectable: float
-    needed: int | None
-    cut_from: int | None
-    begun: bool
-    tasks: tuple[str, ...] = ()
 
 
 def compare(
@@ -132,13 +96,14 @@ def compare(
             now = pool.environment() if isinstance(pool, RayPool) else Environment.here(devices)
             made.require_agreement(pool, now, tell)
             pool.do(made.first_jobs, made.note(tell))
-            forecast = made.forecast()
+            forecast = make_forecast(loaded, settled, made.trials, made.speeds(), begun=begun)
             if not begun:
-                fitting = made.fitted(forecast)
+                fitting = fitted(forecast, loaded.study.budget)
                 if fitting != settled.steps:
-                    settled = settle(loaded, base, steps=fitting)
+                    whole, settled = settled.steps, settle(loaded, base, steps=fitting)
                     made = _Made(loaded, base, settled, begun, clock)
-                    forecast = made.forecast(cut_from=forecast.settled.steps)
+                    speeds = made.speeds()
+                    forecast = make_forecast(loaded, settled, made.trials, speeds, begun=begun, cut_from=whole)
             if not agree(forecast):
                 return None
             store_settled(loaded, settled)
@@ -184,9 +149,8 @@ class _Made:
         self.trials = Trials(loaded.root, base, settled.common, settled.own, settled.metric, settled.seed, keep)
         self.candidates = [c for c in loaded.candidates if c.label in settled.priors]
         self.seeds = settled.seeds(loaded.study.seeds)
-        self.combinations = math.prod(len(values) for values in loaded.study.search.values())
-        self.tuning_steps = steps_of_tuning(loaded.study.trials, self.combinations, settled.steps)
-        few = max(2, math.floor(SPEED_SHARE * self.tuning_steps))
+        combinations = math.prod(len(values) for values in loaded.study.search.values())
+        few = max(2, math.floor(SPEED_SHARE * steps_of_tuning(loaded.study.trials, combinations, settled.steps)))
         self.speed_steps = min(few, SPEED_STEPS, settled.steps)
         self.speed_rounds = max(1, min(few // SPEED_STEPS, SPEED_ROUNDS))
 
@@ -317,68 +281,6 @@ class _Made:
                 middle = statistics.median(r["seconds"] for r in rounds)
                 found[candidate.label] = {"seconds": middle, "bytes": max(r["bytes"] for r in rounds)}
         return found
-
-    def forecast(self, cut_from: int | None = None) -> Forecast:
-        """What the study will take."""
-        from ftune.artifacts.paired import Spread
-        from ftune.experiments.power import detectable, needed
-
-        study, speeds = self.loaded.study, self.speeds()
-        steps = self.tuning_steps + (study.seeds - 1) * self.settled.steps
-        labels = tuple(candidate.label for candidate in self.candidates)
-        mean = sum(speed["seconds"] for speed in speeds.values()) / max(1, len(speeds))
-        training = sum(steps * speeds.get(label, {"seconds": mean})["seconds"] for label in labels)
-        validation = self.settled.counts.get("validation") or self.settled.test_items
-        reading = self.trials.result(BASE, BASE).get("seconds", 0.0) / max(1, self.settled.test_items)
-        jobs = len(labels) * (2 * study.trials * self.combinations + 2 * SURVIVORS + 2 * study.seeds)
-        answers = len(labels) * (2 * validation + study.seeds * self.settled.test_items)
-        if study.rewind:
-            jobs += len(labels) * MOST_POINTS
-            answers += len(labels) * MOST_POINTS * validation
-        spread, comparisons = Spread.assumed(), max(1, len(labels))  # the others and the base against LoRA
-        besides = answers * reading + jobs * times(self.trials.root)["job"]
-        return Forecast(
-            settled=self.settled,
-            labels=labels,
-            runs=len(labels) * (study.trials * self.combinations + study.seeds - 1),
-            steps=len(labels) * steps,
-            seconds=training + besides,
-            besides=besides,
-            speed=speeds,
-            detectable=detectable(self.settled.test_items, spread, study.seeds, comparisons=comparisons),
-            needed=needed(study.margin / 100, spread, study.seeds, comparisons=comparisons),
-            cut_from=cut_from,
-            begun=self.begun,
-            tasks=study.tasks,
-        )
-
-    def fitted(self, forecast: Forecast) -> int:
-        """Steps of a run with which the study fits its budget.
-
-        Raises:
-            FtuneError: It does not fit with as few as make sense.
-        """
-        study, now = self.loaded.study, self.settled.steps
-        if study.budget is None:
-            return now
-        budget = Budget.read(study.budget)
-        tokens = forecast.steps * self.settled.tokens_a_step
-        needs = {"seconds": forecast.seconds, "steps": forecast.steps, "tokens": tokens}[budget.unit]
-        if needs <= budget.amount:
-            return now
-        besides = forecast.besides if budget.unit == "seconds" else 0.0
-        steps = max(0, math.floor(now * (budget.amount - besides) / (needs - besides)))
-        if steps < min(FEWEST_STEPS, now):
-            count = len(forecast.labels)
-            fits = max(0, math.floor(count * budget.amount / needs))
-            how = {"seconds": time_text(needs)}.get(budget.unit, f"{needs:,.0f} {budget.unit}")
-            raise FtuneError(
-                f"the study needs {how}, and its budget is {study.budget}: runs of {steps} steps would show nothing",
-                help=f"compare fewer methods ({fits} of these {count} fit), or give a larger budget"
-                if fits >= 2
-                else "give a larger budget, or fewer methods, trials or seeds",
-            )
-        return steps
 
     def note(self, tell: Callable[[str], None]) -> Callable[[Job, Mapping[str, Any]], None]:
         """Keep what became of a job, and tell of it. A run that is in use is waited for: its job comes again."""

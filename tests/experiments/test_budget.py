@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ftune.errors import FtuneError
-from ftune.experiments.compare import _Made
+from ftune.experiments.forecast import fitted
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,12 @@ from ftune.experiments.compare import _Made
     [("4h", 100), ("7000s", 50), ("700 steps", 70), ("40k tokens", 40), ("2500s", None), ("1000s", None)],
 )
 def test_what_is_left_for_steps(budget: str, steps: int | None) -> None:
-    made: Any = SimpleNamespace(
-        loaded=SimpleNamespace(study=SimpleNamespace(budget=budget)),
-        settled=SimpleNamespace(steps=100, tokens_a_step=100),
+    settled = SimpleNamespace(steps=100, tokens_a_step=100)
+    forecast: Any = SimpleNamespace(
+        settled=settled, seconds=12_000.0, besides=2_000.0, steps=1_000, labels=("lora", "ia3")
     )
-    forecast: Any = SimpleNamespace(seconds=12_000.0, besides=2_000.0, steps=1_000, labels=("lora", "ia3"))
     if steps is None:
         with pytest.raises(FtuneError, match="would show nothing"):
-            _Made.fitted(made, forecast)
+            fitted(forecast, budget)
     else:
-        assert _Made.fitted(made, forecast) == steps
+        assert fitted(forecast, budget) == steps

@@ -20,7 +20,8 @@ from experiments_pages import check_page
 
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import DataError, RunDirError
-from ftune.experiments.compare import Forecast, compare
+from ftune.experiments.compare import compare
+from ftune.experiments.forecast import Forecast
 from ftune.experiments.markdown import markdown, summary
 from ftune.experiments.page import page
 from ftune.experiments.pool import Job, Pool
@@ -148,7 +149,7 @@ def test_a_run_that_somebody_reads_is_waited_for(tmp_path: Path, monkeypatch: py
 def test_a_study_goes_on_elsewhere_only_where_its_anchor_agrees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftune.experiments.compare.FEWEST_STEPS", 1)
+    monkeypatch.setattr("ftune.experiments.forecast.FEWEST_STEPS", 1)
     study = make_study(tmp_path, methods=["lora"], seeds=1, budget="7 steps")
     loaded, root = load_study(study), tmp_path / "study"
 
