@@ -14,6 +14,7 @@ from ftune.artifacts.paired import Difference, difference
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunDirError
 from ftune.experiments import figures
+from ftune.experiments.answers import Answered, interval, read_answers
 from ftune.experiments.document import (
     Table,
     bullets,
@@ -178,38 +179,20 @@ def _thinned(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, floa
     return found
 
 
-Answers = dict[int, dict[str, Any]]
-"""By the number of a row: ``prompt``, ``reference``, ``answer`` and ``scores``."""
+Answers = Mapping[int, Answered]
+"""By the number of a row; empty where none were kept."""
 
 
 def _answers(root: Path, run: Mapping[str, Any]) -> Answers:
     """The answers and scores that `ftune eval` kept; none where it was not called, or no metric was asked for."""
-    path = root / "predictions.jsonl"
-    if not run["metrics"] or not path.is_file():
-        return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {
-            row["row"]: {
-                "prompt": row["prompt"],
-                "reference": row["reference"],
-                "answer": row["tuned"]["answer"],
-                "scores": row["tuned"]["scores"],
-            }
-            for row in rows
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{path} cannot be read: {error}", help="`ftune eval` makes it again") from error
+    kept = run["metrics"] and (root / "predictions.jsonl").is_file()
+    return read_answers(root, "tuned") if kept else {}
 
 
 def _interval(answers: Answers, metric: str, value: float) -> tuple[float, float] | None:
     """The 95 % interval of a mean over rows; None of a metric that is no such mean, and of fewer than two rows."""
-    scores = np.array([[answer["scores"].get(metric, np.nan) for answer in answers.values()]])
-    if scores.shape[1] < 2 or not abs(float(scores.mean()) - value) < 1e-6:
-        return None
-    # Around the middle of its range the two items that are added are one right and one wrong.
-    found = difference(scores - 0.5)
-    return max(0.0, round(found.lo + 0.5, 6)), min(1.0, round(found.hi + 0.5, 6))
+    scores = [one.scores.get(metric, np.nan) for one in answers.values()]
+    return interval(scores) if len(scores) > 1 and abs(float(np.mean(scores)) - value) < 1e-6 else None
 
 
 def _not_the_same_rows(one: Answers, other: Answers) -> str | None:
@@ -217,7 +200,7 @@ def _not_the_same_rows(one: Answers, other: Answers) -> str | None:
     if not one or not other:
         return "`ftune eval` kept no scores; call it, with metrics in the recipe"
     both = one.keys() & other.keys()
-    if any(one[row][what] != other[row][what] for row in both for what in ("prompt", "reference")):
+    if any((one[row].prompt, one[row].reference) != (other[row].prompt, other[row].reference) for row in both):
         return "other test rows, or other prompts"
     return None if len(both) > 1 else "fewer than two test rows in common"
 
@@ -231,7 +214,7 @@ def _differences(
         if not run["intervals"].get(metric) or not first["intervals"].get(metric):
             continue
         found: Difference = difference(
-            np.array([[other[row]["scores"][metric] - one[row]["scores"][metric] for row in rows]])
+            np.array([[other[row].scores[metric] - one[row].scores[metric] for row in rows]])
         )
         plain = {name: value for name, value in asdict(found).items() if name not in ("seeds", "spread")}
         yield {"run": run["label"], "metric": metric, "rows": len(rows), "difference": plain, "adjusted_p": found.p}
@@ -241,17 +224,17 @@ def _items(
     runs: Sequence[Mapping[str, Any]], answers: Sequence[Answers], not_compared: Mapping[str, str], first: int
 ) -> list[dict[str, Any]]:
     """The rows that one run and those comparable with it were measured on, with their answers, that run's first."""
-    metric = next(iter(runs[first]["metrics"]), None)
+    metric = next(iter(runs[first]["metrics"]), "")
     known = {run["label"]: found for run, found in zip(runs, answers, strict=True) if metric in run["metrics"]}
     own = runs[first]["label"]
     shown = [own, *(label for label in known if label != own and label not in not_compared)]
     return [
         {
             "row": row,
-            "prompt": answer["prompt"],
-            "reference": answer["reference"],
+            "prompt": answer.prompt,
+            "reference": answer.reference,
             "answers": {
-                label: (known[label][row]["answer"], known[label][row]["scores"][metric])
+                label: (known[label][row].answer, known[label][row].scores[metric])
                 for label in shown
                 if row in known[label]
             },

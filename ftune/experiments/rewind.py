@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftune.artifacts.run_dir import RunDir
 from ftune.experiments.document import Table
 from ftune.experiments.pool import Job
 from ftune.experiments.trials import Trials, read_json
@@ -56,9 +55,9 @@ def rewind_jobs(trials: Trials, label: str, method: str, name: str, steps: int) 
         name: Of the run.
         steps: It has made.
     """
-    for point in _points(trials.run(label, name), method, steps):
+    for point, found in _walk(trials, label, method, name, steps):
         job = f"{name}-{point.name}"
-        if _measured(trials, label, name, point, steps) is None and trials.progress(label, job).failed is None:
+        if found is None and trials.progress(label, job).failed is None:
             message = {
                 "kind": "rewind",
                 "run": str(trials.run(label, name)),
@@ -86,11 +85,8 @@ def curve(trials: Trials, label: str, method: str, name: str, steps: int, margin
         ``merges``, whether the method has scales.
     """
     run = trials.run(label, name)
-    points = [
-        {"step": point.step, "scale": point.scale, **found}
-        for point in _points(run, method, steps)
-        if (found := _measured(trials, label, name, point, steps)) is not None
-    ]
+    walked = _walk(trials, label, method, name, steps)
+    points = [{"step": point.step, "scale": point.scale, **found} for point, found in walked if found is not None]
     best, merges = best_point(points, margin), METHODS[method].mergeable
     command = None
     if best is not None:
@@ -141,15 +137,20 @@ def rewind_table(result: Mapping[str, Any]) -> Table:
     return ("method", "step", "scale", f"{result['metric']} %", "loss", "forgets"), rows
 
 
-def _points(run: Path, method: str, steps: int) -> Iterator[_Point]:
-    """Where tuning paused, as far as the checkpoints are there; then parts of the end, and the end."""
-    from ftune.run.checkpoint import Checkpoints  # which imports torch
+def _walk(
+    trials: Trials, label: str, method: str, name: str, steps: int
+) -> Iterator[tuple[_Point, dict[str, Any] | None]]:
+    """Every point of a run that was measured, with what was found, or that can be: its weights are there.
 
-    there = Checkpoints(RunDir(run).checkpoints, keep=1).steps()
-    yield from (_Point(step, 1.0) for step in paused_steps(steps) if step in there)
-    if METHODS[method].mergeable:
-        yield from (_Point(steps, scale) for scale in SCALES)
-    yield _Point(steps, 1.0)
+    Where tuning paused; then parts of the end, and the end.
+    """
+    run = trials.run(label, name)
+    scales = (*SCALES, 1.0) if METHODS[method].mergeable else (1.0,)
+    for point in (*(_Point(step, 1.0) for step in paused_steps(steps)), *(_Point(steps, scale) for scale in scales)):
+        found = _measured(trials, label, name, point, steps)
+        weights = METHODS[method].artifact if point.step == steps else f"checkpoints/step-{point.step}"
+        if found is not None or (run / weights).is_dir():
+            yield point, found
 
 
 def _measured(trials: Trials, label: str, name: str, point: _Point, steps: int) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ import yaml
 
 from ftune.artifacts.task_scores import Score
 from ftune.errors import FtuneError
+from ftune.experiments.answers import read_answers
 from ftune.experiments.study import BASE, Candidate
 from ftune.experiments.tuning import Progress, Setting
 from ftune.recipe.load import Loaded
@@ -152,8 +153,7 @@ class Trials:
 
     def scores_in(self, out: Path, who: str) -> dict[int, float]:
         """The score of each row that was answered, by its number; who: ``base`` or ``tuned``."""
-        rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-        return {row["row"]: float(row[who]["scores"][self.metric]) for row in rows}
+        return {row: float(one.scores[self.metric]) for row, one in read_answers(out, who).items()}
 
     def result(self, label: str, name: str) -> dict[str, Any]:
         """What was measured on the test rows: ``loss``, ``metrics``, ``seconds``; empty where it was not."""
@@ -212,13 +212,9 @@ def item_texts(result: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
     }
     found: dict[int, dict[str, Any]] = {}
     for label, path in runs.items():
-        for line in (root / path / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            answer = row["base" if label == BASE else "tuned"]
-            item = found.setdefault(
-                row["row"], {"row": row["row"], "prompt": row["prompt"], "reference": row["reference"], "answers": {}}
-            )
-            item["answers"][label] = (answer["answer"], answer["scores"][result["metric"]])
+        for row, one in read_answers(root / path, "base" if label == BASE else "tuned").items():
+            item = found.setdefault(row, {"row": row, "prompt": one.prompt, "reference": one.reference, "answers": {}})
+            item["answers"][label] = (one.answer, one.scores[result["metric"]])
     return [found[row] for row in sorted(found)]
 
 

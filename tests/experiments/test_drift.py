@@ -23,7 +23,8 @@ def write(where: Path, *, loss: float = 2.0, right: int = 5, lora: float = 1.5, 
     base = where / ("tests/base" if trial else "base")
     base.mkdir(parents=True)
     (base / "eval.json").write_text(json.dumps({"base": {"loss": loss}}))
-    rows = [{"row": row, "base": {"scores": {"f1": float(row < right)}}} for row in range(10)]
+    answers = [{"answer": "", "scores": {"f1": float(row < right)}} for row in range(10)]
+    rows = [{"row": row, "prompt": "", "reference": "", "base": answer} for row, answer in enumerate(answers)]
     (base / "predictions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     run = where / (f"runs/lora/{trial}" if trial else "lora")
     run.mkdir(parents=True)

@@ -65,6 +65,7 @@ def test_what_is_missing_is_measured_and_the_command_makes_the_best(tmp_path: Pa
     run = tmp_path / "runs/lora/r"
     (run / "checkpoints/step-10").mkdir(parents=True)
     (run / "checkpoints/step-13").mkdir()  # of an interruption
+    (run / "adapter").mkdir()
     (tmp_path / "recipes/lora").mkdir(parents=True)
 
     def measured(out: Path, quality: float, forgetting: float) -> None:
@@ -87,6 +88,9 @@ def test_what_is_missing_is_measured_and_the_command_makes_the_best(tmp_path: Pa
     assert found["points"] == [point(40, 0.5, 0.6, 0.1), point(40, 1.0, 0.6, 0.4)]
     assert found["command"] == f"ftune merge {run} --scale 0.5"
     measured(tmp_path / "rewind/lora/r-step-10", 0.595, 0.0)
+    shutil.rmtree(run / "adapter")  # what was measured stays, without weights
+    shutil.rmtree(run / "checkpoints")
+    assert missing("lora") == []
     assert curve(trials, "lora", "lora", "r", 40, 0.01)["command"] == f"ftune merge {run} --step 10"
     assert curve(trials, "lora", "prompt", "r", 40, 0.01)["command"] == f"ftune chat {run} --step 10"
 
