@@ -412,6 +412,8 @@ for a, b in zip(made.norm(x, torch.ones(40), 1e-6, False), EAGER.norm(x, torch.o
 def test_what_was_generated_for_another_processor_is_not_compiled_for_this_one(tmp_path: Path) -> None:
     if not has_compiler():
         pytest.skip("no C++ compiler")
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("one width alone on this processor: torch runs what it is told to, and dies of what is not there")
     for capability in ("avx2", "avx512"):
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
         subprocess.run([sys.executable, "-c", OTHER_WIDTH], env=environment, check=True)
