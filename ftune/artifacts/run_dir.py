@@ -36,6 +36,7 @@ from ftune.errors import RunDirError
 from ftune.installed import version_of
 from ftune.plan.pinned import repinned
 from ftune.recipe.checks import check_stored
+from ftune.recipe.removed import without_removed
 from ftune.recipe.schema import Recipe
 from ftune.regular import kind_of, read_regular, walk_irregular
 from ftune.run.files import remove_leftovers, told, write_json
@@ -176,7 +177,8 @@ class RunDir:
         """
         try:
             # As JSON, where a list is what a tuple is written as.
-            recipe = _length_written_out(Recipe.model_validate_json(json.dumps(self.read()["resolved"])))
+            resolved = json.dumps(without_removed(self.read()["resolved"]))
+            recipe = _length_written_out(Recipe.model_validate_json(resolved))
         except ValidationError as error:
             raise RunDirError(
                 f"the recipe in {self.record_path} does not fit this version of ftune:\n  "

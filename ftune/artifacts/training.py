@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftune.artifacts.agreement import facts_of
 from ftune.artifacts.card import write_card
-from ftune.artifacts.kernels import kernels_of_run, replay_of
+from ftune.artifacts.kernels import replay_of
 from ftune.artifacts.objective import agreed, loss_of, make_objective
 from ftune.artifacts.resume import evaluation_missed, record_changes, require_same, resolve_again, restore
 from ftune.artifacts.run_dir import RunDir, package_versions
@@ -31,7 +31,7 @@ from ftune.artifacts.tally import Tally
 from ftune.artifacts.world import in_world, note_of, with_accumulation
 from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
-from ftune.ops.kernels import plain, using, why_not_fused
+from ftune.ops.kernels import why_not_fused
 from ftune.plan.base_model import configured
 from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
@@ -231,12 +231,6 @@ def _train(
             )
             if before is not None:
                 notes += record_changes(record, before, summary, start)
-            kernels, lines = plain(), list[str]()
-            if recipe.training.compile:
-                with _computing(model, plan):
-                    kernels, lines = kernels_of_run(
-                        objective, plan, accelerator, start, lean=record["lean"], progress=kept
-                    )
             if main:
                 truncate_after(run.metrics, start)
                 tally.recall(run.metrics, kept)
@@ -255,9 +249,13 @@ def _train(
             told = note_of(before["plan"]["training"], summary["training"], model) if before is not None else []
             if loss is not None and loss != record["lean"]["loss"]:
                 notes.append("the run began with Liger's loss, which is not here: ftune's own differs by rounding")
+            if kept.pop("compile", False):  # a run of before, when `training.compile` was a field
+                notes.append(
+                    "the run began with compiled norms and gates, which are no more: others differ by rounding"
+                )
             if plan.context.device.type == "cuda" and (why := why_not_fused()):
                 notes.append(f"norms, gates and the loss are computed without fused kernels, which is slower: {why}")
-            for line in [*(f"warning: {note}" for note in notes), *([*told, *lines] if main else ())]:
+            for line in [*(f"warning: {note}" for note in notes), *(told if main else ())]:
                 asked.tell(line)
             emit(RunStart(start, plan.total_steps))
             if found is not None:
@@ -281,9 +279,8 @@ def _train(
                 asked.until,
             )
             try:
-                with using(kernels):
-                    missed = agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics, asked.until))
-                    complete = loop.run(start, evaluate_first=missed)
+                missed = agreed(accelerator, not main or evaluation_missed(plan, start, run.metrics, asked.until))
+                complete = loop.run(start, evaluate_first=missed)
             finally:
                 if replay is not None:
                     if replay.why_not is not None:

@@ -1,8 +1,8 @@
 """The elementwise arithmetic of norms, gates and rotary positions as pure functions, in a set that a run can exchange.
 
 ``EAGER`` is the arithmetic itself, one torch operation after another. Another set computes the same up to rounding:
-``plain`` is what a process uses unless told otherwise (on CUDA ``ftune.ops.fused``), and any set, such as that of
-``ftune.ops.compiled``, is in force inside ``using``. A module of autograd that begins with one set ends with it:
+``plain`` is what a process uses unless told otherwise (on CUDA ``ftune.ops.fused``), and any set is in force inside
+``using``. A module of autograd that begins with one set ends with it:
 ``ftune.ops.recompute`` keeps the set of the forward pass for the backward pass.
 
 Shape suffixes: N tokens (any leading dimensions), D width, F width of the feed-forward; in ``rotate`` B rows, H heads,
@@ -172,7 +172,7 @@ def has_fused() -> bool:
 
 
 def plain() -> Kernels:
-    """The set that is used where nothing was compiled for a run: fused on CUDA where that works, else eager."""
+    """The set of a run: fused on CUDA where that works, else eager."""
     if not has_fused():
         return EAGER
     from ftune.ops.fused import FUSED

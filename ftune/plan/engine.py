@@ -144,7 +144,7 @@ def _launched(environment: Mapping[str, str]) -> EngineChoice | None:
         given = environment["ACCELERATE_MIXED_PRECISION"]
         wrong.append(f'mixed_precision: {given}: set it to "no"; the recipe\'s model.dtype decides')
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
-        wrong.append("dynamo_backend: leave it out; the recipe's training.compile decides")
+        wrong.append("dynamo_backend: leave it out; ftune does not compile models")
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
         wrong.append("gradient_accumulation_steps: leave it out; the recipe's decides")
     if on("ACCELERATE_USE_FSDP"):

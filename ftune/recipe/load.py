@@ -29,6 +29,7 @@ from ftune.recipe.diagnose import error_paths, translate
 from ftune.recipe.no_recipe import other_kind
 from ftune.recipe.other_method import of_another_method
 from ftune.recipe.places import KeyPath, Mistake, Position, Positions, Source, Span, dotted
+from ftune.recipe.removed import take_removed
 from ftune.recipe.rendering import fail
 from ftune.recipe.schema import SHORT_FORMS, Recipe
 from ftune.recipe.spelling import closest
@@ -148,6 +149,7 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
                 problems += refused.mistakes
     except _Refused as refused:
         raise fail(refused.mistakes, source, color=color) from None
+    problems += take_removed(raw, positions)
     recipe = None
     try:
         recipe = _validated(raw)

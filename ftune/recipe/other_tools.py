@@ -91,7 +91,6 @@ ELSEWHERE = {
         "enable_activation_checkpointing activation_checkpointing use_gradient_checkpointing",
         "training.gradient_checkpointing",
     ),
-    "torch_compile": "training.compile",
     **_all("save_steps save_every_steps save_strategy saves_per_epoch", "checkpoint.every_steps"),
     "save_total_limit": "checkpoint.keep",
     **_all("eval_steps eval_strategy evaluation_strategy evals_per_epoch", "evaluation.every_steps"),
@@ -177,6 +176,7 @@ _BEST = "remove it: no run is stopped early; see `checkpoint.every_steps` and `e
 _TURNS = "remove it: `role` and `content`, `from` and `value` are all known"
 _PADDING = "remove it: there is as little padding as can be"
 _LOGGED = "remove it: every update is logged, in metrics.jsonl of the output_dir"
+_COMPILED = "remove it: ftune does not compile models"
 _ADAPTER = "remove it: it is not a setting here"
 NO_FIELD = {
     **_all("do_train", "remove it: `ftune train` trains"),
@@ -206,6 +206,7 @@ NO_FIELD = {
     **_all("neftune_noise_alpha label_smoothing_factor label_smoothing", "remove it: it is not supported"),
     "load_in_8bit": "`method.quantization` keeps the base model in 4 bits; without it, it is kept in `model.dtype`",
     **_all("use_unsloth tf32 use_liger_kernel use_cache", "remove it: what is faster is chosen by itself"),
+    **_all("compile torch_compile torch_compile_backend torch_compile_mode", _COMPILED),
     **_all("bias lora_bias fan_in_fan_out lora_fan_in_fan_out task_type inference_mode lora_on_cpu", _ADAPTER),
     **_all("modules_to_save lora_modules_to_save", "remove it: no whole modules are trained beside an adapter"),
     "remove_unused_columns": "remove it: `data.train.columns` says which columns are used",

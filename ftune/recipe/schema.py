@@ -189,11 +189,6 @@ class TrainingSpec(_Block):
         description="Recompute blocks in the backward pass instead of keeping their activations. true: all; a number: "
         "the first so many; auto: none where the run fits, else the fewest that make it fit.",
     )
-    compile: bool | Literal["auto"] = Field(
-        False,
-        description="Compile norms and gates: half a minute or more at the start. auto: only where this run is long "
-        "enough to gain it back; true: always.",
-    )
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto",
         description="Replay blocks from CUDA graphs, one process, where the method can. auto: only where the GPU waits "

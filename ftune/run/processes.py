@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["join_processes", "require_agreement", "require_joined", "require_launcher"]
 
-# What one process waits for another: tokenizing, compiling and saving happen in between.
+# What one process waits for another: tokenizing, loading and saving happen in between.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 

@@ -17,6 +17,7 @@ from ftune.artifacts.training import train
 from ftune.artifacts.tuned import find_target
 from ftune.errors import RunDirError
 from ftune.plan import precision
+from ftune.run.checkpoint import Checkpoints
 
 
 def finds_bfloat16(patch: pytest.MonkeyPatch, fast: bool) -> None:
@@ -63,3 +64,32 @@ def test_a_run_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     with pytest.raises(RunDirError, match="does not fit this version"):
         train(loaded, resume=True)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_that_began_with_compiled_kernels_goes_on_without(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As earlier versions left it: ``training.compile`` in run.json, what was decided in the checkpoint."""
+    loaded, save = tiny.recipe(tmp_path), Checkpoints.save
+    with monkeypatch.context() as before:
+        before.setattr(
+            Checkpoints,
+            "save",
+            lambda self, step, model, method, optimizer, progress, gathered: save(
+                self, step, model, method, optimizer, progress | {"compile": compiled}, gathered
+            ),
+        )
+        train_until(loaded, 2)
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    record["resolved"]["training"]["compile"] = True
+    path.write_text(json.dumps(record))
+    assert "compile" not in find_target(tmp_path / "run").recipe.training.model_dump()
+    capsys.readouterr()
+
+    record = train(loaded, resume=True)
+    assert ("warning: the run began with compiled norms and gates" in capsys.readouterr().err) is compiled
+    assert record["measured"]["steps"] == 4
+    assert "compile" not in record["resolved"]["training"]
+    assert "compile" not in json.loads((tmp_path / "run/checkpoints/step-4/progress.json").read_text())

@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-from ftune.ops.compiled import compile_kernels
 from ftune.ops.kernels import EAGER, Kernels, current, plain, using
 from ftune.ops.linear import Adapted, low_rank_linears
 from ftune.ops.recompute import gated, rms_norm
@@ -58,23 +57,3 @@ def test_what_began_under_a_set_ends_with_it() -> None:
     assert calls == {"norm": 1, "norm_again": 1, "norm_backward": 1, "gate": 2, "gate_backward": 1, "rotate": 4}
     rms_norm(x, gain, 1e-5)
     assert calls["norm"] == 1
-
-
-def test_compiled_code_that_fails_in_the_run_gives_way_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def compiler(function: object, **_: object) -> object:
-        def broken(*arguments: object) -> object:
-            calls.append(function)
-            raise RuntimeError("expected size 8 at dim 0")
-
-        return broken
-
-    monkeypatch.setattr(torch, "compile", compiler)
-    kernels = compile_kernels([])
-    x, gain = torch.randn(2, 3, 8), torch.randn(8)
-    with pytest.warns(UserWarning, match="compiled norm failed, and is eager from here on: expected size"):
-        out, _ = kernels.norm(x, gain, 1e-5, False)
-    assert torch.equal(out, EAGER.norm(x, gain, 1e-5, False)[0])
-    kernels.norm(x, gain, 1e-5, False)
-    assert len(calls) == 1

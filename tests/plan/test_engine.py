@@ -58,7 +58,7 @@ def test_the_launch_configuration_chooses() -> None:
         (None, ZERO | {"ACCELERATE_DEEPSPEED_NEW_THING": "1"}, "new_thing: not known"),
         (None, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         (None, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "model.dtype"),
-        (None, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "training.compile"),
+        (None, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: leave it out"),
         ("ddp", FSDP, "asks for fsdp2"),
         (None, FSDP | {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
         (None, {"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),

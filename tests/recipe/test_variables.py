@@ -77,7 +77,7 @@ def test_strings(written: str, meant: str, style: str) -> None:
         ("training:\n  max_steps: ${UNSET:-null}", ("training", "max_steps"), None),
         ("optimizer:\n  learning_rate: ${RATE}", ("optimizer", "learning_rate"), 2e-4),
         ("optimizer:\n  betas:\n  - ${UNSET:-0.5}\n  - 0.9", ("optimizer", "betas"), (0.5, 0.9)),
-        ("training:\n  compile: ${FLAG}", ("training", "compile"), True),
+        ("training:\n  cuda_graphs: ${FLAG}", ("training", "cuda_graphs"), True),
     ],
 )
 def test_numbers_as_yaml_reads_them_and_strings_in_quotes(change: str, at: tuple[str, ...] | None, meant: Any) -> None:
