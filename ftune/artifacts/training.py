@@ -44,7 +44,6 @@ from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import make_engine
 from ftune.run.events import Event, Note, Resumed, RunEnd, RunStart, Saved, Sink, Vitals
 from ftune.run.files import as_os_error, failed, new_directory
-from ftune.run.forecast import Forecaster
 from ftune.run.launch import launched
 from ftune.run.lock import RunLock
 from ftune.run.loop import Loop
@@ -207,7 +206,7 @@ def _train(
     trackers: list[Guarded] = []
     command = _command(loaded, world, choice, asked)
     clock = time.perf_counter()
-    tally, forecaster = Tally(), Forecaster.of(plan)
+    tally = Tally()
     stop, status = StopRequest(), "failed"
     try:
         with stop:
@@ -243,8 +242,6 @@ def _train(
                     asked.tell(f"note: {event.text}")
                 for sink in sinks:
                     sink.receive(event)
-                if forecast := forecaster.after(event):
-                    emit(forecast)
 
             told = note_of(before["plan"]["training"], summary["training"], model) if before is not None else []
             if loss is not None and loss != record["lean"]["loss"]:
@@ -299,11 +296,7 @@ def _train(
                         _save_artifact(plan, model, out)
                         record["measured"] = tally.measured(plan.memory.total)
                         record["effect"] = tally.effect(summary["training"])
-                        record["measured"] |= {
-                            "wall_seconds": time.perf_counter() - clock,
-                            "loop_seconds": forecaster.spent,
-                            "predicted_loop_seconds": forecaster.predicted,
-                        }
+                        record["measured"]["wall_seconds"] = time.perf_counter() - clock
                         write_card(out, record, auto_class(configured(recipe.model, recipe.method)).__name__)
                         record["artifact_sha256"] = digests_of(out)
                     emit(Saved(plan.total_steps, recipe.method.artifact))

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol
 __all__ = [
     "EvalEnd",
     "Event",
-    "Forecast",
     "Note",
     "Resumed",
     "RunEnd",
@@ -130,19 +129,6 @@ class StepEnd(Event):
 
 
 @dataclass(frozen=True)
-class Forecast(Event):
-    """How long this process's part of the run will take, updates, evaluations and checkpoints together.
-
-    Attributes:
-        seconds: From the first update to the last checkpoint.
-        updates: How many updates it was measured on.
-    """
-
-    seconds: float
-    updates: int
-
-
-@dataclass(frozen=True)
 class EvalEnd(Event):
     """The held-out loss was measured."""
 
@@ -182,7 +168,6 @@ _NAMES: dict[type[Event], str] = {
     Working: "working",
     Note: "note",
     StepEnd: "step",
-    Forecast: "forecast",
     EvalEnd: "eval",
     Vitals: "vitals",
     Saved: "saved",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from ftune.human import bytes_text, time_text
-from ftune.run.events import EvalEnd, Event, Forecast, Halved, Resumed, RunStart, Saved, StepEnd, Working
+from ftune.run.events import EvalEnd, Event, Halved, Resumed, RunStart, Saved, StepEnd, Working
 
 __all__ = ["ProgressSink"]
 
@@ -50,14 +50,10 @@ class ProgressSink:
             self._step(event)
         elif isinstance(event, Working):
             self._working(event)
-        elif isinstance(event, Forecast):
-            self._line(
-                f"step {event.step}: about {time_text(event.seconds)} in all, by the first {event.updates} updates"
-            )
         elif isinstance(event, EvalEnd):
             when = f"step {event.step}" if event.step else "before training"
             if not self._updates:
-                self._began = time.monotonic()  # what is left is foretold by the time of updates
+                self._began = time.monotonic()  # the time left is estimated from updates
             self._line(f"{when}: held-out loss {event.loss:.4f}, perplexity {event.perplexity:.3f}")
         elif isinstance(event, Saved):
             self._line(f"step {event.step}: saved {event.path}")
