@@ -126,7 +126,7 @@ def test_a_study_that_is_killed_ends_in_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_that_somebody_reads_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftune.experiments.compare.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("ftune.experiments.worklist.WAIT_SECONDS", 0.1)
     loaded, root = load_study(make_study(tmp_path, methods=["lora"], seeds=1)), tmp_path / "study"
     waiting: list[str] = []
     with ExitStack() as readers:
