@@ -38,8 +38,8 @@ from ftune.artifacts.training import train
 from ftune.errors import FtuneError, RunFailed
 from ftune.recipe import load_checked
 # Or ZeRO-3 would leave all of the tiny model whole.
-import ftune.plan.sharding
-ftune.plan.sharding.PERSISTENT = 0
+import ftune.memory.sharding
+ftune.memory.sharding.PERSISTENT = 0
 engine, where, found = sys.argv[1], Path(sys.argv[2]), {}
 for name, path in json.loads((where / "recipes.json").read_text()).items():
     try:

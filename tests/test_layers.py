@@ -19,6 +19,7 @@ LAYERS = [
     "artifacts",
     "run",
     "plan",
+    "memory",
     "data",
     "recipe",
     "methods",

@@ -95,6 +95,6 @@ def _takes_fused(objective: Objective, plan: Plan, accelerator: Accelerator, los
     device = plan.context.device
     if loss == CHUNKED or device.type != "cuda":
         return False
-    positions = plan.memory.arguments["target_tokens"]
+    positions = plan.memory.request.target_tokens
     fused = liger_is_there() and (loss == LIGER or objective.fused_pays(positions, device))
     return agreed(accelerator, fused)

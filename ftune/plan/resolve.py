@@ -21,8 +21,11 @@ from ftune.data.packing import pack
 from ftune.data.splits import Split, Splits
 from ftune.data.tokenize import load_splits
 from ftune.errors import DataError, ModelError
+from ftune.memory.advice import certain
+from ftune.memory.estimate import MemoryEstimate, estimate
+from ftune.memory.kernels import Batching, shapes_of
+from ftune.memory.request import Request
 from ftune.methods import Context, ModelShape
-from ftune.plan.advice import certain
 from ftune.plan.attention import settle_attention
 from ftune.plan.base_model import (
     check_causal,
@@ -39,8 +42,6 @@ from ftune.plan.documents import may_keep_apart, settle_packing
 from ftune.plan.engine import DDP, EngineChoice, require_engine
 from ftune.plan.fingerprint import Text, fingerprint, text_fingerprint
 from ftune.plan.generation import check_generation
-from ftune.plan.kernels import shapes_of
-from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.missing import require_finite
 from ftune.plan.pinned import pin_data, pin_model
 from ftune.plan.positions import beyond_context, check_positions
@@ -278,9 +279,7 @@ def resolve(
     fused = target is not None or device.type != "cuda" or _has_fused()
 
     targets = [sum(splits.train.examples[index].target_tokens for index in row) for row in rows]
-    shapes = shapes_of(
-        lengths,
-        targets,
+    batching = Batching(
         steps=total_steps,
         global_batch=global_batch,
         micro_batch_size=training.micro_batch_size,
@@ -290,6 +289,7 @@ def resolve(
         seed=training.seed,
         world=world_size,
     )
+    shapes = shapes_of(lengths, targets, batching)
 
     longest = padded_length(max(lengths))
     regrouped = 0  # tokens of a forward pass for which the rows of an update are laid behind each other
@@ -297,25 +297,27 @@ def resolve(
         update = training.micro_batch_size * training.accumulation * max(lengths)
         regrouped = shapes.most_tokens or padded_length(min(_micro_batch_tokens(training, lengths), update))
 
+    request = Request(
+        method=recipe.method,
+        shape=shape,
+        optimizer=recipe.optimizer.name,
+        dtype_bytes=dtype.itemsize,
+        rows=1 if regrouped else training.micro_batch_size,
+        length=regrouped or longest,
+        target_tokens=shapes.most_targets or regrouped or training.micro_batch_size * max(targets),
+        recomputed_blocks=0,
+        attention=recipe.model.attention,
+        device_type="cuda" if target else device.type,
+        packed=any(len(row) > 1 for row in rows),
+        engine=engine.name,
+        processes=world_size,
+        fused_loss=fused,
+        row_shapes=shapes.different,
+        longest=longest if flat else None,
+    )
+
     def predicted(recomputed_blocks: int) -> MemoryEstimate:
-        return estimate(
-            recipe.method,
-            shape,
-            optimizer=recipe.optimizer.name,
-            dtype_bytes=dtype.itemsize,
-            rows=1 if regrouped else training.micro_batch_size,
-            length=regrouped or longest,
-            target_tokens=shapes.most_targets or regrouped or training.micro_batch_size * max(targets),
-            recomputed_blocks=recomputed_blocks,
-            attention=recipe.model.attention,
-            device_type="cuda" if target else device.type,
-            packed=any(len(row) > 1 for row in rows),
-            engine=engine.name,
-            processes=world_size,
-            fused_loss=fused,
-            row_shapes=shapes.different,
-            longest=longest if flat else None,
-        )
+        return estimate(replace(request, recomputed_blocks=recomputed_blocks))
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     # The least of all processes: they recompute the same blocks, which ZeRO-3 gathers again.

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftune.data.notes import notes_of_splits
-from ftune.plan.advice import what_to_change
+from ftune.memory.advice import what_to_change
+from ftune.memory.sharding import communication, on_host
 from ftune.plan.defaults import few_updates, usual_rate
 from ftune.plan.duration import duration_of
-from ftune.plan.memory import stored_bytes
-from ftune.plan.sharding import communication, on_host
 
 if TYPE_CHECKING:
     import torch
@@ -109,26 +108,8 @@ def summary_of(plan: Plan) -> dict[str, Any]:
 
 def _ranks(plan: Plan) -> dict[str, Any]:
     """How many processes share the run, how, and the bytes that each sends in an update."""
-    dtype_bytes = plan.context.dtype.itemsize
-    stored = stored_bytes(plan.recipe.method, dtype_bytes)
-    sent = communication(
-        plan.recipe.method,
-        plan.shape,
-        engine=plan.engine.name,
-        processes=plan.world_size,
-        accumulation=plan.recipe.training.accumulation,
-        stored_bytes=stored,
-    )
-    loading = plan.memory.loading
-    host = on_host(
-        plan.recipe.method,
-        plan.shape,
-        engine=plan.engine.name,
-        processes=plan.world_size,
-        stored_bytes=stored,
-        optimizer=plan.recipe.optimizer.name,
-        device_type="cuda" if plan.target else plan.context.device.type,
-    )
+    request, loading = plan.memory.request, plan.memory.loading
+    sent, host = communication(request, plan.recipe.training.accumulation), on_host(request)
     return {
         "processes": plan.world_size,
         "engine": plan.engine.name,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ftune.human import bytes_text, time_text
-from ftune.plan.memory import ITEMS
+from ftune.memory.estimate import ITEMS
 
 __all__ = ["render_plan"]
 

@@ -77,7 +77,7 @@ def require_launchable(processes: int, environment: Mapping[str, str] = os.envir
     import torch
 
     from ftune.available import available_bytes
-    from ftune.plan.memory import RUNTIME_BYTES
+    from ftune.memory.estimate import RUNTIME_BYTES
 
     if torch.cuda.is_available() and processes > (gpus := torch.cuda.device_count()):
         raise FtuneError(

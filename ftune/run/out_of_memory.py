@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ftune.errors import RunFailed
 from ftune.human import bytes_text
-from ftune.plan.advice import savings
+from ftune.memory.advice import savings
 from ftune.plan.resolve import Plan
 
 __all__ = ["is_out_of_memory", "out_of_memory"]

@@ -33,17 +33,18 @@ def compute() -> dict[str, Any]:
     from transformers import AutoConfig
 
     from ftune.available import on_empty_gpu
+    from ftune.memory.estimate import estimate
+    from ftune.memory.request import Request
     from ftune.methods import METHODS
-    from ftune.plan.memory import estimate
     from ftune.plan.shapes import read_shape
 
     names = dict.fromkeys(shape for shape, _, _ in ROWS)
     shapes = {name: read_shape(AutoConfig.from_pretrained(ROOT / "ftune/shapes" / name)) for name in names}
     rows = []
     for name, method, optimizer in ROWS:
-        memory = estimate(
-            METHODS[method](**({} if method == "full" else {"rank": RANK})),
-            shapes[name],
+        request = Request(
+            method=METHODS[method](**({} if method == "full" else {"rank": RANK})),
+            shape=shapes[name],
             optimizer=optimizer,
             dtype_bytes=2,
             rows=1,
@@ -54,6 +55,7 @@ def compute() -> dict[str, Any]:
             device_type="cuda",
             packed=False,
         )
+        memory = estimate(request)
         rows.append(
             {
                 "shape": name,

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RunFailed
+from ftune.memory.estimate import estimate
+from ftune.memory.request import Request
 from ftune.methods import METHODS, Method, OptimizerSpec, _galore_optimizer
 from ftune.methods._galore_optimizer import GaLoreAdamW
-from ftune.plan.memory import estimate
 from ftune.plan.shapes import read_shape, shape_of
 from ftune.recipe import check
 from ftune.recipe.load import parse_recipe
@@ -349,7 +350,7 @@ def test_the_plan_counts_what_the_settings_save() -> None:
     shape = read_shape(AutoConfig.from_pretrained(SHAPES / "llama-2-7b"))
 
     def items(**settings: Any) -> Any:
-        return estimate(
+        request = Request(
             galore(rank=1024, **settings),
             shape,
             optimizer="adamw",
@@ -362,6 +363,7 @@ def test_the_plan_counts_what_the_settings_save() -> None:
             device_type="cuda",
             packed=False,
         )
+        return estimate(request)
 
     whole, half, layer = items(), items(weights="bfloat16"), items(per_layer=True)
     assert whole.weights == whole.gradients == 2 * half.weights == 2 * half.gradients == 4 * shape.parameters

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, FalconConfig
 
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError
+from ftune.memory.advice import what_to_change
+from ftune.memory.estimate import estimate
+from ftune.memory.request import Request
 from ftune.methods import OptimizerSpec
 from ftune.ops.prefix import solve_last_layer
-from ftune.plan.advice import what_to_change
-from ftune.plan.memory import estimate
 from ftune.plan.shapes import read_shape
 from ftune.recipe import require
 
@@ -139,7 +140,9 @@ def test_the_plan_does_not_advise_what_is_refused(tmp_path: Path) -> None:
         "packed": False,
     }
     advice = {
-        name: "\n".join(what_to_change(estimate(tiny.method(name), read_shape(tiny.config()), **settings), 1, recipe))
+        name: "\n".join(
+            what_to_change(estimate(Request(tiny.method(name), read_shape(tiny.config()), **settings)), 1, recipe)
+        )
         for name in ("prefix", "prompt")
     }
     assert "gradient_checkpointing" in advice["prompt"]

@@ -346,7 +346,8 @@ def test_what_does_not_fit_is_refused_by_the_plan(
 
 @BOTH
 def test_the_plan_counts_rows_as_long_as_they_are(name: str) -> None:
-    from ftune.plan.memory import estimate
+    from ftune.memory.estimate import estimate
+    from ftune.memory.request import Request
 
     settings: dict[str, Any] = {
         "optimizer": "adamw",
@@ -359,6 +360,8 @@ def test_the_plan_counts_rows_as_long_as_they_are(name: str) -> None:
         "packed": False,
     }
     shape = read_shape(tiny.config())
-    short, long = (estimate(virtual(name, virtual_tokens=v), shape, length=80 + 20 - v, **settings) for v in (1, 20))
+    short, long = (
+        estimate(Request(virtual(name, virtual_tokens=v), shape, length=80 + 20 - v, **settings)) for v in (1, 20)
+    )
     assert short.activations == long.activations
     assert math.isclose(long.adapters, 20 * short.adapters)

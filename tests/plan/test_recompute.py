@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from ftune.data.batches import padded_length
 from ftune.errors import ModelError
+from ftune.memory.advice import MARGIN
 from ftune.methods import METHODS
-from ftune.plan.advice import MARGIN
 from ftune.plan.recompute import choose_blocks, enable_checkpointing, is_random, written
 from ftune.plan.resolve import resolve
 
@@ -153,9 +153,9 @@ def test_regrouped_rows_are_planned_as_one(tmp_path: Path) -> None:
         planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500, 10**6)
     )
     longest = max(as_asked.row_lengths)
-    assert [plan.memory.arguments["rows"] for plan in (as_asked, regrouped, at_most_all)] == [1, 1, 1]
-    assert regrouped.memory.arguments["length"] == 512  # what 500 tokens are padded to
-    some, all_at_once = (plan.memory.arguments["length"] for plan in (as_asked, at_most_all))
+    assert [plan.memory.request.rows for plan in (as_asked, regrouped, at_most_all)] == [1, 1, 1]
+    assert regrouped.memory.request.length == 512  # what 500 tokens are padded to
+    some, all_at_once = (plan.memory.request.length for plan in (as_asked, at_most_all))
     assert longest < some <= 4 * longest < all_at_once <= 8 * longest
 
 
@@ -163,8 +163,8 @@ def test_of_a_long_run_the_largest_micro_batch_is_the_largest_there_may_be(tmp_p
     rows = {"micro_batch_size": 3, "max_steps": 100}
     as_asked, regrouped = (planned(tmp_path, **rows, micro_batch_tokens=tokens) for tokens in (None, 500))
     for plan, expected in ((as_asked, padded_length(3 * max(as_asked.row_lengths))), (regrouped, 512)):
-        assert (plan.memory.arguments["rows"], plan.memory.arguments["length"]) == (1, expected)
-        assert plan.memory.arguments["target_tokens"] == expected
+        assert (plan.memory.request.rows, plan.memory.request.length) == (1, expected)
+        assert plan.memory.request.target_tokens == expected
 
 
 def test_a_resumed_run_recomputes_what_it_began_with(tmp_path: Path) -> None:

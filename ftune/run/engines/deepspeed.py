@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftune.memory.sharding import BUCKET, PERSISTENT
 from ftune.ops.sharded import is_sharded, whole, whole_while
-from ftune.plan.sharding import BUCKET, PERSISTENT
 from ftune.run.engines.base import Engine, Gathered, put_whole
 from ftune.run.memory import map_large_blocks
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ftune.memory.request import Request
     from ftune.methods import Method, ModelShape
 
 __all__ = ["communication", "on_host", "per_rank", "shares_state", "while_loading"]
@@ -32,27 +33,14 @@ GATHERED_BLOCKS = 2
 """Blocks whose weights are whole at once: the one that computes, and the next, gathered meanwhile."""
 
 
-def per_rank(
-    items: dict[str, int],
-    method: Method,
-    shape: ModelShape,
-    *,
-    engine: str,
-    processes: int,
-    stored_bytes: int,
-    device_type: str = "cuda",
-) -> dict[str, int]:
+def per_rank(items: dict[str, int], request: Request) -> dict[str, int]:
     """The items of a memory estimate as one rank holds them.
 
     Args:
         items: Bytes of one process that holds everything.
-        method: The method, with its settings.
-        shape: The base model.
-        engine: Its name.
-        processes: Ranks.
-        stored_bytes: Of a base weight that is not quantized.
-        device_type: On a CPU what is offloaded lies in the same memory.
+        request: What they were estimated for.
     """
+    method, shape, engine, processes = request.method, request.shape, request.engine, request.processes
     if processes == 1:
         return items
     shared = dict(items)
@@ -65,9 +53,8 @@ def per_rank(
         for name in names:
             shared[name] = -(-items[name] // processes)
 
-    whole = method.artifact == "model"
-    trained = method.trainable_parameters(shape)
     if engine.startswith("deepspeed"):
+        trained = method.trainable_parameters(shape)
         # Beside AdamW's moments an fp32 copy of what trains, though that is fp32 as well.
         shared["optimizer"] += 4 * trained
         shared["gradients"] = -(-items["gradients"] // processes)
@@ -76,67 +63,53 @@ def per_rank(
         if engine == "deepspeed-zero3":
             share("weights", "adapters")
             # What computes (a block, or embedding or head), and what is gathered ahead of it.
-            outside = max(shape.embedding, shape.head) * stored_bytes
-            block = (items["weights"] - outside_blocks(shape) * stored_bytes) // shape.layers
-            shared["buffers"] += max(block, outside) + min(BUCKET * stored_bytes, items["weights"])
+            outside = max(shape.embedding, shape.head) * request.stored
+            block = (items["weights"] - outside_blocks(shape) * request.stored) // shape.layers
+            shared["buffers"] += max(block, outside) + min(BUCKET * request.stored, items["weights"])
         return shared
-    blocks = items["weights"] - outside_blocks(shape) * stored_bytes
+    blocks = items["weights"] - outside_blocks(shape) * request.stored
     gathered = GATHERED_BLOCKS * blocks // shape.layers
     shared["weights"] = -(-blocks // processes) + items["weights"] - blocks
-    if whole:
+    if request.whole:
         share("gradients", *([] if method.whole_state else ["optimizer"]))
     shared["buffers"] = items["buffers"] + gathered
-    if engine == "fsdp2-offload" and device_type != "cpu":
+    if engine == "fsdp2-offload" and request.device_type != "cpu":
         shared["weights"] = items["weights"] - blocks
-        if whole:
+        if request.whole:
             shared["gradients"] = shared["optimizer"] = 0
     return shared
 
 
-def while_loading(items: dict[str, int], *, engine: str, processes: int, device_type: str) -> int:
+def while_loading(items: dict[str, int], request: Request) -> int:
     """Bytes on each rank's device while the base is whole there, before the engine shares it out.
+
+    On a CPU the base is a file that all processes map; it counts as nothing there.
 
     Args:
         items: Bytes of one process that holds everything.
-        engine: Its name.
-        processes: Ranks.
-        device_type: On a CPU the base is a file that all processes map; it counts as nothing there.
+        request: What they were estimated for.
 
     Returns:
         0 where training needs no less.
     """
-    if processes == 1 or device_type == "cpu" or not engine.startswith(("fsdp2", "deepspeed-zero3")):
+    shares_weights = request.engine.startswith(("fsdp2", "deepspeed-zero3"))
+    if request.processes == 1 or request.device_type == "cpu" or not shares_weights:
         return 0
     return items["weights"] + items["adapters"] + items["runtime"]
 
 
-def on_host(
-    method: Method,
-    shape: ModelShape,
-    *,
-    engine: str,
-    processes: int,
-    stored_bytes: int,
-    optimizer: str,
-    device_type: str = "cuda",
-) -> int:
+def on_host(request: Request) -> int:
     """Bytes of the host's memory in which one rank keeps its parts; 0 where nothing is offloaded.
 
-    Args:
-        method: The method, with its settings.
-        shape: The base model.
-        engine: Its name.
-        processes: Ranks.
-        stored_bytes: Of a base weight that is not quantized.
-        optimizer: Its name in the recipe.
-        device_type: On a CPU what is offloaded lies in the same memory, and is counted there.
+    On a CPU what is offloaded lies in the same memory, and is counted there.
     """
-    if engine != "fsdp2-offload" or processes == 1 or device_type == "cpu":
+    if request.engine != "fsdp2-offload" or request.processes == 1 or request.device_type == "cpu":
         return 0
-    parts = method.base_bytes(shape, stored_bytes)
-    if method.artifact == "model":
-        parts += method.gradient_bytes(shape) + method.optimizer_bytes(shape, optimizer)
-    return -(-parts // processes)
+    method, shape = request.method, request.shape
+    parts = method.base_bytes(shape, request.stored)
+    if request.whole:
+        parts += method.gradient_bytes(shape) + method.optimizer_bytes(shape, request.optimizer)
+    return -(-parts // request.processes)
 
 
 def shares_state(method: Method, engine: str) -> bool:
@@ -146,15 +119,7 @@ def shares_state(method: Method, engine: str) -> bool:
     return engine.startswith("fsdp2") and method.artifact == "model" and not method.whole_state
 
 
-def communication(
-    method: Method,
-    shape: ModelShape,
-    *,
-    engine: str,
-    processes: int,
-    accumulation: int,
-    stored_bytes: int,
-) -> dict[str, int]:
+def communication(request: Request, accumulation: int) -> dict[str, int]:
     """Bytes that one rank sends in an update, by operation.
 
     DeepSpeed's ZeRO-2 reduces in every micro-batch, by all-reduces, and gathers what was updated; ZeRO-3 gathers what
@@ -165,18 +130,15 @@ def communication(
     - ``reduce_scatter``: of fp32 gradients that are shared out, in every micro-batch.
 
     Args:
-        method: The method, with its settings.
-        shape: The base model.
-        engine: Its name.
-        processes: Ranks.
+        request: The run.
         accumulation: Micro-batches in an update.
-        stored_bytes: Of a base weight that is not quantized.
     """
+    method, shape, engine, processes = request.method, request.shape, request.engine, request.processes
     sent = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
     if processes > 1:
         gradients = 4 * method.trainable_parameters(shape)
-        adapter = 0 if method.artifact == "model" else gradients
-        base = method.base_bytes(shape, stored_bytes) if adapter else shape.parameters * stored_bytes
+        adapter = 0 if request.whole else gradients
+        base = method.base_bytes(shape, request.stored) if adapter else shape.parameters * request.stored
         if engine == "ddp":
             sent["all_reduce"] = 2 * gradients
         elif engine == "deepspeed-zero2":
@@ -187,7 +149,7 @@ def communication(
             sent["reduce_scatter"] = accumulation * gradients
         else:
             # Embedding and head are gathered once, for forward and backward pass.
-            outside = outside_blocks(shape) * stored_bytes
+            outside = outside_blocks(shape) * request.stored
             sent["all_gather"] = accumulation * (2 * (base - outside) + outside)
             sent["all_reduce"] = 2 * adapter
             sent["reduce_scatter"] = accumulation * (gradients - adapter)

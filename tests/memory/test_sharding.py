@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from transformers import AutoConfig
 
 from ftune.available import on_empty_gpu
 from ftune.errors import FtuneError
+from ftune.memory.estimate import MemoryEstimate, estimate
+from ftune.memory.request import Request
+from ftune.memory.sharding import communication, on_host, per_rank
 from ftune.methods import Method, ModelShape
 from ftune.methods.full import Full
 from ftune.methods.lora import Lora
 from ftune.plan.devices import DEVICES, find_device
 from ftune.plan.engine import EngineChoice
-from ftune.plan.memory import MemoryEstimate, estimate
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
-from ftune.plan.sharding import communication, on_host, per_rank
 from ftune.plan.table import render_plan
 
 SHAPES = Path(__file__).parents[2] / "ftune/shapes"
@@ -30,8 +32,8 @@ def shape_of(name: str) -> ModelShape:
     return read_shape(AutoConfig.from_pretrained(SHAPES / name))
 
 
-def planned(method: Method, shape: ModelShape, engine: str, processes: int) -> MemoryEstimate:
-    return estimate(
+def request(method: Method, shape: ModelShape, engine: str, processes: int) -> Request:
+    return Request(
         method,
         shape,
         optimizer="adamw",
@@ -46,6 +48,10 @@ def planned(method: Method, shape: ModelShape, engine: str, processes: int) -> M
         engine=engine,
         processes=processes,
     )
+
+
+def planned(method: Method, shape: ModelShape, engine: str, processes: int) -> MemoryEstimate:
+    return estimate(request(method, shape, engine, processes))
 
 
 # Llama-2-7B: 6,738,415,616 parameters; embedding and head 32000 x 4096 each, the last norm 4096: 262,148,096.
@@ -85,20 +91,21 @@ def test_offloaded_parts_are_on_the_host_and_not_on_the_device() -> None:
     sharded, one = (planned(Lora(rank=16), shape, name, 8) for name in ("fsdp2", engine))
     assert one.weights == 2 * OUTSIDE  # gathered from forward to backward pass
     assert sharded.total - one.total == 2 * 32 * BLOCK // 8
-    settings: dict[str, Any] = {"engine": engine, "processes": 8, "stored_bytes": 2, "optimizer": "adamw"}
-    assert on_host(Lora(rank=16), shape, **settings) == 2 * (32 * BLOCK + OUTSIDE) // 8
-    assert on_host(Lora(rank=16), shape, **settings | {"engine": "fsdp2"}) == 0
+    assert on_host(request(Lora(rank=16), shape, engine, 8)) == 2 * (32 * BLOCK + OUTSIDE) // 8
+    assert on_host(request(Lora(rank=16), shape, "fsdp2", 8)) == 0
     # Of a whole model in fp32 its gradients and two moments too.
     whole = planned(Full(), shape, engine, 8)
     assert (whole.gradients, whole.optimizer) == (0, 0)
-    assert on_host(Full(), shape, **settings | {"stored_bytes": 4}) == 16 * shape.parameters // 8
+    assert on_host(request(Full(), shape, engine, 8)) == 16 * shape.parameters // 8
 
 
 def test_on_a_cpu_host_and_device_are_the_same(tmp_path: Path) -> None:
     items = {"weights": 10**6, "adapters": 0, "gradients": 10**6, "optimizer": 10**6, "buffers": 0}
-    given: dict[str, Any] = {"processes": 2, "stored_bytes": 4, "device_type": "cpu"}
     shape = read_shape(tiny.config())
-    sharded, offloaded = (per_rank(items, Full(), shape, engine=e, **given) for e in ("fsdp2", "fsdp2-offload"))
+    sharded, offloaded = (
+        per_rank(items, replace(request(Full(), shape, engine, 2), device_type="cpu"))
+        for engine in ("fsdp2", "fsdp2-offload")
+    )
     assert offloaded == sharded
     recipe = tiny.recipe(tmp_path, "full").recipe
     here = resolve(recipe, world_size=2, engine=EngineChoice("fsdp2-offload")).summary()
@@ -152,9 +159,10 @@ def test_full_fine_tuning_of_65b_fits_a_node_only_where_all_is_shared() -> None:
     assert [engine for engine in held if held[engine].total <= budget] == ["fsdp2"]
 
 
-def sent(method: Method, shape: ModelShape, engine: str, **changes: int) -> dict[str, int]:
-    settings: dict[str, Any] = {"processes": 8, "accumulation": 4, "stored_bytes": 2} | changes
-    return communication(method, shape, engine=engine, **settings)
+def sent(
+    method: Method, shape: ModelShape, engine: str, *, accumulation: int = 4, processes: int = 8
+) -> dict[str, int]:
+    return communication(request(method, shape, engine, processes), accumulation)
 
 
 def test_what_lora_sends_on_7b() -> None:
@@ -172,10 +180,10 @@ def test_what_lora_sends_on_7b() -> None:
 def test_full_fine_tuning_sends_three_times_the_model_but_for_one_gathering_of_what_is_outside_the_blocks() -> None:
     # ZeRO, arXiv:1910.02054, sec. 7.2.2: 3 Psi elements a step, where gradients are sent in the weights' dtype.
     shape = shape_of("llama-2-7b")
-    found = sent(Full(), shape, "fsdp2", accumulation=1, stored_bytes=4)
+    found = sent(Full(), shape, "fsdp2", accumulation=1)
     assert found["total"] == pytest.approx(4 * (3 * shape.parameters - OUTSIDE) * 7 / 8, abs=3)
     # fully_shard reduces and scatters in the backward pass of every micro-batch.
-    assert sent(Full(), shape, "fsdp2", accumulation=4, stored_bytes=4)["reduce_scatter"] == pytest.approx(
+    assert sent(Full(), shape, "fsdp2", accumulation=4)["reduce_scatter"] == pytest.approx(
         4 * 4 * shape.parameters * 7 / 8, abs=3
     )
 
@@ -183,7 +191,7 @@ def test_full_fine_tuning_sends_three_times_the_model_but_for_one_gathering_of_w
 def test_a_share_is_rounded_up() -> None:
     items = {"weights": 101, "adapters": 11, "gradients": 11, "optimizer": 23, "buffers": 0}
     shape = read_shape(tiny.config())
-    found = per_rank(items, Full(), shape, engine="fsdp2", processes=4, stored_bytes=4)
+    found = per_rank(items, request(Full(), shape, "fsdp2", 4))
     assert (found["gradients"], found["optimizer"]) == (3, 6)
 
 

@@ -10,8 +10,8 @@ import tiny
 from transformers import AutoConfig, MistralConfig, MistralForCausalLM
 
 from ftune.data import batches
+from ftune.memory.kernels import KEPT, KERNEL_BYTES, OF_HEAD, UPDATES, Batching, Shapes, kernel_bytes, shapes_of
 from ftune.methods import METHODS
-from ftune.plan.kernels import KEPT, KERNEL_BYTES, OF_HEAD, UPDATES, Shapes, kernel_bytes, shapes_of
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
 from ftune.run import loop
@@ -24,14 +24,20 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-SETTINGS: dict[str, Any] = {
-    "global_batch": 4,
-    "micro_batch_size": 2,
-    "micro_batch_tokens": 100,
-    "by_length": False,
-    "seed": 0,
-    "world": 1,
-}
+
+
+def batching(**changes: Any) -> Batching:
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "global_batch": 4,
+        "micro_batch_size": 2,
+        "micro_batch_tokens": 100,
+        "flat": True,
+        "by_length": False,
+        "seed": 0,
+        "world": 1,
+    }
+    return Batching(**settings | changes)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +68,14 @@ def test_every_shape_of_a_run_is_foreseen(
 
     monkeypatch.setattr(loop, "collate", watching)
     train(loaded)
-    foreseen = resolve(loaded.recipe).memory.arguments
-    assert foreseen["row_shapes"] == len(seen) > (0 if packing else 1)
-    assert foreseen["target_tokens"] == max(targets)
+    foreseen = resolve(loaded.recipe).memory.request
+    assert foreseen.row_shapes == len(seen) > (0 if packing else 1)
+    assert foreseen.target_tokens == max(targets)
     if method == "lora":
-        assert (foreseen["rows"], foreseen["length"]) == (1, max(rows * length for rows, length in seen))
+        assert (foreseen.rows, foreseen.length) == (1, max(rows * length for rows, length in seen))
     else:
-        assert foreseen["rows"] == 2
-        assert foreseen["length"] >= max(length for _, length in seen)
+        assert foreseen.rows == 2
+        assert foreseen.length >= max(length for _, length in seen)
 
 
 def test_rows_longer_than_a_window_are_not_laid_behind_each_other(tmp_path: Path) -> None:
@@ -78,9 +84,9 @@ def test_rows_longer_than_a_window_are_not_laid_behind_each_other(tmp_path: Path
         resolve(tiny.recipe(tmp_path / str(window), model={"id": mistral(tmp_path, window)}, training=rows).recipe)
         for window in (256, 16)
     )
-    assert wide.memory.arguments["longest"] == wide.memory.arguments["length"] // 2
-    assert narrow.memory.arguments["longest"] is None
-    assert narrow.memory.arguments["rows"] == 2
+    assert wide.memory.request.longest == wide.memory.request.length // 2
+    assert narrow.memory.request.longest is None
+    assert narrow.memory.request.rows == 2
 
 
 def mistral(where: Path, window: int) -> str:
@@ -92,18 +98,18 @@ def mistral(where: Path, window: int) -> str:
 
 def test_a_long_run_is_judged_by_some_of_its_rows() -> None:
     lengths = [20 + 7 * (i % 11) for i in range(5000)]
-    few = shapes_of(lengths, lengths, steps=5000, flat=True, **SETTINGS)
+    few = shapes_of(lengths, lengths, batching(steps=5000))
     assert (few.most_tokens, few.most_targets) == (None, None)
     # widths of 8 to 104 tokens in steps of 8
     assert 8 <= few.different <= 12
     steps = UPDATES * 2
-    assert shapes_of(lengths[: steps * 4], lengths, steps=steps, flat=False, **SETTINGS).most_tokens is None
+    assert shapes_of(lengths[: steps * 4], lengths, batching(steps=steps, flat=False)).most_tokens is None
 
 
 def test_of_several_processes_the_largest_micro_batch_is_not_known() -> None:
-    shapes = shapes_of([10] * 8, [5] * 8, steps=2, flat=True, **SETTINGS | {"world": 2})
+    shapes = shapes_of([10] * 8, [5] * 8, batching(steps=2, world=2))
     assert shapes == Shapes(1, None, None)
-    assert shapes_of([10] * 8, [5] * 8, steps=2, flat=True, **SETTINGS) == Shapes(1, 40, 20)
+    assert shapes_of([10] * 8, [5] * 8, batching(steps=2)) == Shapes(1, 40, 20)
 
 
 COUNTED = {"full": 12, "galore": 12, "fourierft": 10, "vera": 14, "bottleneck": 16} | dict.fromkeys(

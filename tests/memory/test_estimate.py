@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ftune.available import available_bytes
 from ftune.human import bytes_text
+from ftune.memory.advice import MARGIN, what_to_change
+from ftune.memory.estimate import MemoryEstimate, estimate
+from ftune.memory.request import Request, stored_bytes
 from ftune.methods import METHODS, ModelShape
-from ftune.plan.advice import MARGIN, what_to_change
 from ftune.plan.devices import find_device
 from ftune.plan.lean import PER_DOCUMENT, make_lean
-from ftune.plan.memory import MemoryEstimate, estimate, stored_bytes
 from ftune.plan.recompute import blocks_of
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
@@ -45,7 +46,7 @@ def estimated(method: str = "lora", shape: ModelShape | None = None, **changes: 
         "device_type": "cuda",
         "packed": False,
     }
-    return estimate(METHODS[method](), shape or shape_named("smollm2-135m"), **settings | changes)
+    return estimate(Request(METHODS[method](), shape or shape_named("smollm2-135m"), **settings | changes))
 
 
 # --- activations against what autograd keeps -------------------------------------------------------------
@@ -99,7 +100,7 @@ def ratio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> float:
     method = tiny.method(name)
     shape = read_shape(config)
     packed = method.packable and attention == "sdpa"
-    prediction = estimate(
+    request = Request(
         method,
         shape,
         optimizer="adamw",
@@ -112,6 +113,7 @@ def ratio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> float:
         device_type="cuda",  # without a heap
         packed=packed,
     )
+    prediction = estimate(request)
     kept, masks = kept_by_autograd(config, name, dtype)
     predicted_masks = shape.layers * method.mask_cells(TOKENS + method.virtual_positions, packed) * dtype.itemsize
     assert predicted_masks == pytest.approx(masks, rel=0.1)

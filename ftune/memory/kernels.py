@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ftune.data.batches import deal, epoch_order, padded_length, regroup, split
 from ftune.methods import Method, ModelShape
 from ftune.methods.targets import different
 
-__all__ = ["Shapes", "kernel_bytes", "shapes_of"]
+__all__ = ["Batching", "Shapes", "kernel_bytes", "shapes_of"]
 
 UPDATES, ROWS = 64, 8192
 """From so many updates, of at most so many rows, the shapes of a run are counted: by then nearly all came by."""
@@ -45,19 +46,32 @@ class Shapes(NamedTuple):
     most_targets: int | None
 
 
-def shapes_of(
-    row_lengths: Sequence[int],
-    row_targets: Sequence[int],
-    *,
-    steps: int,
-    global_batch: int,
-    micro_batch_size: int,
-    micro_batch_tokens: int,
-    flat: bool,
-    by_length: bool,
-    seed: int,
-    world: int,
-) -> Shapes:
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a run become micro-batches.
+
+    Attributes:
+        steps: Updates.
+        global_batch: Rows of an update.
+        micro_batch_size: Rows of a micro-batch.
+        micro_batch_tokens: Tokens of one, where rows are concatenated.
+        flat: Whether they are.
+        by_length: Whether rows of like length share an update.
+        seed: Of the order.
+        world: Processes that share an update.
+    """
+
+    steps: int
+    global_batch: int
+    micro_batch_size: int
+    micro_batch_tokens: int
+    flat: bool
+    by_length: bool
+    seed: int
+    world: int
+
+
+def shapes_of(row_lengths: Sequence[int], row_targets: Sequence[int], batching: Batching) -> Shapes:
     """The shapes of a run's micro-batches on its first process, as they come by.
 
     A run of more than ``UPDATES`` updates or ``ROWS`` rows is judged by so many. Held-out rows, of which only a forward
@@ -66,32 +80,30 @@ def shapes_of(
     Args:
         row_lengths: Tokens of each row.
         row_targets: How many of them are in the loss.
-        steps: Updates.
-        global_batch: Rows of an update.
-        micro_batch_size: Rows of a micro-batch.
-        micro_batch_tokens: Tokens of one, where rows lie behind each other.
-        flat: Whether they do.
-        by_length: Whether rows of like length share an update.
-        seed: Of the order.
-        world: Processes that share an update.
+        batching: How rows become micro-batches.
     """
+    global_batch, world = batching.global_batch, batching.world
     most = max(1, min(UPDATES, ROWS // global_batch))
     every = max(1, len(row_lengths) // (most * global_batch))
-    all_seen = every == 1 and steps <= most and world == 1
+    all_seen = every == 1 and batching.steps <= most and world == 1
     lengths = row_lengths[::every]
-    steps, in_epoch = min(steps, most), math.ceil(len(lengths) / global_batch)
-    accumulation = math.ceil(global_batch / (micro_batch_size * world))
+    steps, in_epoch = min(batching.steps, most), math.ceil(len(lengths) / global_batch)
+    accumulation = math.ceil(global_batch / (batching.micro_batch_size * world))
     shapes: set[tuple[int, int]] = set()
     most_targets = 0
     for epoch in range(math.ceil(steps / in_epoch)):
-        for rows in epoch_order(lengths, global_batch, seed, epoch, by_length)[: steps - epoch * in_epoch]:
-            if flat:
-                micros = regroup(deal(rows, lengths, 0, world), lengths, micro_batch_tokens)
+        for rows in _order(lengths, batching, epoch)[: steps - epoch * in_epoch]:
+            if batching.flat:
+                micros = regroup(deal(rows, lengths, 0, world), lengths, batching.micro_batch_tokens)
                 shapes |= {(1, padded_length(sum(lengths[row] for row in micro))) for micro in micros}
             else:
-                micros = [micro for micro in split(rows, micro_batch_size, accumulation, 0, world) if micro]
+                micros = [micro for micro in split(rows, batching.micro_batch_size, accumulation, 0, world) if micro]
                 shapes |= {(len(micro), padded_length(max(lengths[row] for row in micro))) for micro in micros}
             most_targets = max(most_targets, *(sum(row_targets[row * every] for row in micro) for micro in micros))
     if not all_seen:
         return Shapes(len(shapes), None, None)
     return Shapes(len(shapes), max(count * length for count, length in shapes), most_targets)
+
+
+def _order(lengths: Sequence[int], batching: Batching, epoch: int) -> list[list[int]]:
+    return epoch_order(lengths, batching.global_batch, batching.seed, epoch, batching.by_length)

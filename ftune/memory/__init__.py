@@ -1,0 +1,1 @@
+"""How much memory a run needs: one frozen request in, itemised bytes out; sharding, and what to change."""
