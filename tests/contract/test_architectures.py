@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from plan.architectures import tiny_config
+from architectures import tiny_config
 from transformers import AutoModelForCausalLM
 
 from ftune.artifacts.evaluate import evaluate

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from plan.architectures import tiny_config
+from architectures import tiny_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import tiny_config
 from peft import PeftModel
-from plan.architectures import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftune.errors import ModelError, RecipeError

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import tiny_config
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from plan.architectures import tiny_config
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import tiny_config
 from peft import PeftModel
-from plan.architectures import tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV2Config, FalconConfig
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from architectures import tiny_config
 from peft import PeftModel
-from plan.architectures import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
