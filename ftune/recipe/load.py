@@ -36,7 +36,7 @@ from ftune.recipe.spelling import closest
 from ftune.recipe.variables import Expanded, expand_variables, frozen
 from ftune.regular import IrregularError, open_regular
 
-__all__ = ["Loaded", "load_recipe", "parse_recipe", "read_mapping"]
+__all__ = ["MAX_DEPTH", "Loaded", "is_plain_string", "load_recipe", "parse_recipe", "parse_source", "read_mapping"]
 
 MAX_BYTES = 100_000
 MAX_NODES = 5_000
@@ -134,7 +134,18 @@ def _of_study(mistake: Mistake) -> Mistake:
 
 def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, color: bool = False) -> Loaded:
     """Override and validate a recipe given as text; see ``load_recipe``."""
-    source = Source(filename, text)
+    return parse_source(Source(filename, text), overrides, color=color)
+
+
+def parse_source(source: Source, overrides: Sequence[str] = (), *, flag: str = "--set ", color: bool = False) -> Loaded:
+    """Override and validate a recipe given as text; see ``load_recipe``.
+
+    Args:
+        source: The text and its name.
+        overrides: ``dotted.key=value`` strings, applied in order.
+        flag: What stands before an override where reports show it; empty where it was not given on a command line.
+        color: Use ANSI colours in the reports.
+    """
     positions = Positions(source)
     reader = _Builder(positions)
     notes: list[str] = []
@@ -144,7 +155,7 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
         expand(raw, positions)
         for rank, option in enumerate(overrides, start=1):
             try:
-                problems += _override(raw, option, rank, positions, notes)
+                problems += _override(raw, option, rank, positions, notes, flag)
             except _Refused as refused:
                 problems += refused.mistakes
     except _Refused as refused:
@@ -159,7 +170,7 @@ def parse_recipe(text: str, filename: str, overrides: Sequence[str] = (), *, col
         problems += [mistake for mistake in translate(error, raw, positions) if mistake.span not in known]
     if problems or recipe is None:
         raise fail(problems, source, color=color)
-    return Loaded(recipe, text, Path(filename), raw, positions, tuple(overrides), tuple(notes))
+    return Loaded(recipe, source.text, Path(source.name), raw, positions, tuple(overrides), tuple(notes))
 
 
 def _validated(raw: dict[str, Any]) -> Recipe:
@@ -550,13 +561,15 @@ def expand(value: Any, positions: Positions, path: KeyPath = ()) -> Any:
 _TRUST: KeyPath = ("model", "trust_remote_code")
 
 
-def _override(raw: dict[str, Any], option: str, rank: int, positions: Positions, notes: list[str]) -> list[Mistake]:
+def _override(  # wide: what an override changes, and what it is called in reports
+    raw: dict[str, Any], option: str, rank: int, positions: Positions, notes: list[str], flag: str
+) -> list[Mistake]:
     """Apply one ``dotted.key=value`` to ``raw`` and ``positions``; returns what is wrong inside the value.
 
-    ``notes`` gets what becomes of a method's settings where another method takes its place.
+    ``notes`` gets what becomes of a method's settings where another method takes its place. ``flag`` is what stands
+    before the option where it is shown.
     """
-    flag = "--set "
-    source = Source("command line", flag + option, rank)
+    source = Source("command line" if flag else "overrides", flag + option, rank)
     dotted_key, equals, text = option.partition("=")
     whole = Span(source, 0, len(flag), max(len(dotted_key), 1))
     if not equals or not dotted_key:
@@ -652,9 +665,10 @@ def _guard_trust(raw: dict[str, Any], path: KeyPath, scratch: Positions, whole: 
     """Keep the permission to run a model's code in a file that can be read before it is run."""
     if path[:2] == _TRUST or _TRUST in scratch.at:
         at = scratch.at[_TRUST].key if _TRUST in scratch.at else whole
+        where = "on the command line" if whole.column else "by an override"
         raise _Refused(
             Mistake(
-                "`model.trust_remote_code` cannot be set on the command line",
+                f"`model.trust_remote_code` cannot be set {where}",
                 at,
                 help="write it in the recipe, where it can be reviewed",
             )

@@ -23,11 +23,24 @@ class Source:
         name: The file as the user named it, or ``command line``.
         text: All of it.
         rank: Order among sources in a report: 0 for the file, then the options as given.
+        fields: Of a recipe that was written in Python, the dotted path of the field in each line; else empty.
     """
 
     name: str
     text: str
     rank: int = 0
+    fields: tuple[str, ...] = ()
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its lines have numbers that the user knows: those of a file."""
+        return self.rank == 0 and not self.fields
+
+    def place(self, line: int, column: int) -> str:
+        """What a place in it is called in a report: ``recipe.yaml:7:3``, or the path of the field."""
+        if self.fields:
+            return self.fields[line] if line < len(self.fields) else self.name
+        return f"{self.name}:{line + 1}:{column + 1}" if self.numbered else self.name
 
     @cached_property
     def lines(self) -> list[str]:

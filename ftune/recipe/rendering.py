@@ -49,14 +49,12 @@ def render(
     if span is None:
         out.append(f"  {paint('-->', _BLUE)} {printable(source.name)}")
     else:
-        of_file = span.source.rank == 0
-        where = f"{span.source.name}:{span.line + 1}:{span.column + 1}" if of_file else span.source.name
-        out.append(f"  {paint('-->', _BLUE)} {printable(where)}")
+        out.append(f"  {paint('-->', _BLUE)} {printable(span.source.place(span.line, span.column))}")
         shown = [(mistake.also[0], mistake.also[1], "-")] if mistake.also else []
         shown.append((span, mistake.label, "^"))
-        digits = max(len(str(part.line + 1)) for part, _, _ in shown)
+        digits = max(len(str(part.line + 1)) if part.source.numbered else 1 for part, _, _ in shown)
         for index, (part, label, mark) in enumerate(shown):
-            number = str(part.line + 1) if part.source.rank == 0 else ""
+            number = str(part.line + 1) if part.source.numbered else ""
             if index and part.line > shown[index - 1][0].line + 1:
                 out.append("...")
             line, column, cells = _window(part, max(width - digits - 3, 40))
