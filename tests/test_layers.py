@@ -15,6 +15,7 @@ ROOT = Path(ftune.__file__).parent
 LAYERS = [
     "__main__",
     "cli",
+    "api",
     "experiments",
     "artifacts",
     "run",
@@ -29,6 +30,7 @@ LAYERS = [
     "cache",
     "available",
     "installed",
+    "version",
     "heap",
     "expressions",
     "streams",

@@ -3,6 +3,7 @@
 ::
 
     RUN/run.json          recipe as written and as resolved, plan, measured, vitals, versions, device, status
+    RUN/recipe.yaml       the recipe with what was overridden, of a run that was started from Python
     RUN/metrics.jsonl     one event a line
     RUN/checkpoints/      step-N/, each complete
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
@@ -30,7 +31,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import ftune
 from ftune.artifacts.stored import RESTORE, explain, require_digests, require_record
 from ftune.errors import RunDirError
 from ftune.installed import version_of
@@ -42,11 +42,13 @@ from ftune.regular import kind_of, read_regular, walk_irregular
 from ftune.run.files import remove_leftovers, told, write_json
 from ftune.run.lock import LOCK, RunLock
 from ftune.scrub import scrub_data
+from ftune.version import __version__
 
 __all__ = ["RunDir", "package_versions"]
 
 _OURS = (
     "run.json",
+    "recipe.yaml",
     "metrics.jsonl",
     "checkpoints",
     "adapter",
@@ -95,7 +97,7 @@ def _foreign(path: Path) -> bool:
 def package_versions() -> dict[str, str]:
     """Versions of ftune, Python and the packages that decide a run's numbers; those not installed are left out."""
     installed = {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
-    return {"ftune": ftune.__version__, "python": platform.python_version()} | installed
+    return {"ftune": __version__, "python": platform.python_version()} | installed
 
 
 @dataclass(frozen=True)

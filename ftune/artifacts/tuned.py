@@ -80,11 +80,11 @@ def scaled(target: Target, scale: float) -> Target:
     return replace(target, scale=scale, notes=(*target.notes, f"the trained change is applied at scale {scale:g}"))
 
 
-def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Target:
+def find_target(path: Path | Recipe, checkpoint: str | None = None, *, unfinished: bool = False) -> Target:
     """Understand RUN_OR_RECIPE: a run directory, or a recipe whose run is looked for in its output_dir.
 
     Args:
-        path: RUN_OR_RECIPE.
+        path: RUN_OR_RECIPE, or a recipe that was read and checked.
         checkpoint: One of the run's checkpoints, ``step-40`` or ``40``.
         unfinished: Whether the newest checkpoint of a run that has not ended will do.
 
@@ -92,14 +92,15 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
         RunDirError: The path is neither, or there is no such checkpoint.
         RecipeError: The recipe has mistakes.
     """
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         run = RunDir(path)
         trained = run.recipe()
         require_same_base(run, trained)
         return at_checkpoint(run, trained, checkpoint, unfinished=unfinished)
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise RunDirError(f"{path} does not exist", help="give a run directory or a recipe")
-    recipe = load_checked(path)[0].recipe
+    recipe = load_checked(path)[0].recipe if isinstance(path, Path) else path
+    name = path if isinstance(path, Path) else "the recipe"
     run = RunDir(Path(recipe.output_dir).expanduser())
     if not run.exists():
         if checkpoint is not None:
@@ -117,7 +118,7 @@ def find_target(path: Path, checkpoint: str | None = None, *, unfinished: bool =
     for block in ("model", "method", "data"):
         if getattr(asked, block) != getattr(trained, block):
             raise RunDirError(
-                f"the run in {run.root} was made with another `{block}` than {path} has now",
+                f"the run in {run.root} was made with another `{block}` than {name} has now",
                 help=f"evaluate the run itself, {run.root}, or train the recipe with --overwrite",
             )
     require_same_base(run, trained)
@@ -158,14 +159,14 @@ def at_checkpoint(run: RunDir, recipe: Recipe, name: str | None, *, unfinished: 
 
 
 @contextlib.contextmanager
-def reading(path: Path, checkpoint: str | None = None, *, unfinished: bool = False) -> Iterator[Target]:
+def reading(path: Path | Recipe, checkpoint: str | None = None, *, unfinished: bool = False) -> Iterator[Target]:
     """Understand RUN_OR_RECIPE, and keep training out of the run for as long as it is read.
 
     Training that goes on replaces ``run.json`` and the artifact one after the other: read in between, they are of two
     states of the run. A run that is being trained is refused, whatever it holds of an earlier time.
 
     Args:
-        path: RUN_OR_RECIPE.
+        path: RUN_OR_RECIPE, or a recipe that was read and checked.
         checkpoint: As ``find_target`` takes it.
         unfinished: Likewise.
 
@@ -173,9 +174,10 @@ def reading(path: Path, checkpoint: str | None = None, *, unfinished: bool = Fal
         RunDirError: As ``find_target`` does, or the run is being written.
         RecipeError: The recipe has mistakes.
     """
-    root = path if path.is_dir() else None
-    if root is None and path.exists():
-        root = Path(load_checked(path)[0].recipe.output_dir).expanduser()
+    root = path if isinstance(path, Path) and path.is_dir() else None
+    if root is None and (not isinstance(path, Path) or path.exists()):
+        recipe = load_checked(path)[0].recipe if isinstance(path, Path) else path
+        root = Path(recipe.output_dir).expanduser()
     if root is not None and checkpoint is not None:
         # A checkpoint never changes once it is there: it can be read while the run goes on.
         RunDir(root).require_plain()

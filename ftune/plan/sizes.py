@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ftune
 from ftune.errors import FtuneError
 from ftune.recipe.spelling import closest
 
 __all__ = ["find_sizes", "known_sizes"]
 
-SHIPPED = Path(ftune.__file__).parent / "shapes"
+SHIPPED = Path(__file__).parents[1] / "shapes"
 """A directory for each model, with its ``config.json``."""
 
 
