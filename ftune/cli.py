@@ -400,15 +400,19 @@ def plan(
             raise typer.Exit(DOES_NOT_FIT)
         return
     with _libraries(), _located(loaded):
+        from ftune.plan.machine import Machine
         from ftune.plan.resolve import resolve
+        from ftune.plan.summary import summary_of
 
-        summary = resolve(
-            loaded.recipe,
-            sizes=other,
-            world_size=num_processes,
-            engine=choice,
-            target=target,
-        ).summary()
+        summary = summary_of(
+            resolve(
+                loaded.recipe,
+                sizes=other,
+                world_size=num_processes,
+                engine=choice,
+                machine=Machine.of(target) if target else None,
+            )
+        )
     _print_json(summary) if as_json else _print_plan(summary)
     if not summary["fits"]:
         raise typer.Exit(DOES_NOT_FIT)

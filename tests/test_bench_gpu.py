@@ -18,6 +18,7 @@ from bench_scripts import DIRECTORY, imported
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.recipe import load_checked
 
 MODULES = ("arithmetic", "gpu", "gpu_cases", "gpu_peers", "gpu_report", "job", "measure", "random_model", "report")
@@ -143,13 +144,13 @@ def test_every_row_is_full(bench, recipe_of, method: str, documents: int) -> Non
     plan = resolve(recipe)
     assert plan.row_lengths == [LENGTH] * 3 * bench["gpu_cases"].BATCH
     assert {len(row) for row in plan.rows} == {documents}
-    assert plan.summary()["data"]["target_tokens"] == LENGTH // 2 * 3 * bench["gpu_cases"].BATCH
+    assert summary_of(plan)["data"]["target_tokens"] == LENGTH // 2 * 3 * bench["gpu_cases"].BATCH
     assert (plan.total_steps, plan.global_batch) == (3, bench["gpu_cases"].BATCH)
 
 
 def test_the_pair_that_compares_attention_differs_in_attention_alone(bench, recipe_of) -> None:
     full, s2 = (recipe_of(bench["gpu_cases"].Case(name, LENGTH)) for name in ("lora", "s2"))
-    assert resolve(full).summary()["method"]["trainable"] == resolve(s2).summary()["method"]["trainable"]
+    assert summary_of(resolve(full))["method"]["trainable"] == summary_of(resolve(s2))["method"]["trainable"]
     assert full.model_dump(exclude={"method"}) == s2.model_dump(exclude={"method"})
 
 

@@ -11,7 +11,7 @@ from ftune.plan.base_model import gguf_path
 from ftune.recipe.locate import locate_model
 
 if TYPE_CHECKING:
-    from ftune.plan.resolve import Plan
+    from ftune.plan.plan import Plan
     from ftune.recipe.schema import Recipe
 
 __all__ = ["facts_of"]

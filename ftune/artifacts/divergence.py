@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.errors import RunFailed
 from ftune.models.quantization import is_4bit
-from ftune.plan.resolve import Plan
+from ftune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,8 @@ from ftune.artifacts.tuned import Target, load_plain, load_target
 from ftune.data.splits import GenerationItem
 from ftune.data.tokenize import generation_items
 from ftune.errors import DataError
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.run.files import write_json, write_text
 
 if TYPE_CHECKING:

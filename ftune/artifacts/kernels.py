@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ftune.plan.plan import Plan
 from ftune.plan.recompute import blocks_of, is_random
-from ftune.plan.resolve import Plan
 from ftune.run.block_graphs import CudaRecorder
 from ftune.run.replay import Replay
 

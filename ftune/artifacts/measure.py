@@ -19,8 +19,8 @@ from ftune.artifacts.stops import end_token_ids, text_stop, until
 from ftune.data.answers import Answer
 from ftune.data.splits import GenerationItem
 from ftune.plan.base_model import configured
+from ftune.plan.plan import Plan
 from ftune.plan.positions import context_of_model
-from ftune.plan.resolve import Plan
 from ftune.plan.shapes import read_shape
 from ftune.recipe.schema import Recipe
 from ftune.run.loop import held_out_loss

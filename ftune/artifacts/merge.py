@@ -30,7 +30,8 @@ from ftune.errors import DataError, FtuneError, RunFailed
 from ftune.methods.scaled import base_weights, interpolated
 from ftune.models.whole import without_generation_config
 from ftune.plan.base_model import choose_device, configured
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.plan.shapes import auto_class, read_shape
 from ftune.recipe.schema import Recipe
 from ftune.run.files import new_directory, require_writable

@@ -8,7 +8,7 @@ from ftune.errors import ModelError
 from ftune.ops.kernels import has_fused, refuse_fused
 from ftune.plan.documents import apart, packing_error
 from ftune.plan.lean import PER_DOCUMENT, make_lean
-from ftune.plan.resolve import Plan
+from ftune.plan.plan import Plan
 from ftune.run.fused_loss import CHUNKED, LIGER, liger_is_there
 from ftune.run.objective import Objective
 

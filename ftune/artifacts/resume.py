@@ -10,7 +10,8 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.same_base import base_of
 from ftune.errors import RunDirError
 from ftune.plan.engine import EngineChoice
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.sinks.jsonl import read_events

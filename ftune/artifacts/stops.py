@@ -18,7 +18,7 @@ from ftune.data.formats import Format
 from ftune.data.prompts import prompting_of
 from ftune.data.stops import end_text, learned_ends, template_end
 from ftune.errors import RunDirError
-from ftune.plan.resolve import Plan
+from ftune.plan.plan import Plan
 from ftune.recipe.schema import Recipe
 from ftune.regular import read_regular
 from ftune.run.files import write_text

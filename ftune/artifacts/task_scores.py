@@ -21,8 +21,8 @@ from ftune.data.prompts import prompting_of
 from ftune.errors import FtuneError
 from ftune.installed import version_of
 from ftune.plan.base_model import configured
+from ftune.plan.plan import Plan
 from ftune.plan.positions import context_of_model
-from ftune.plan.resolve import Plan
 
 if TYPE_CHECKING:
     from torch import nn

@@ -33,11 +33,14 @@ from ftune.errors import Interrupted, RunFailed
 from ftune.human import bytes_text, now_text
 from ftune.ops.kernels import why_not_fused
 from ftune.plan.base_model import configured
+from ftune.plan.build import build
 from ftune.plan.engine import EngineChoice, engine_for, require_several
 from ftune.plan.pinned import pins
-from ftune.plan.resolve import Plan, build, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.plan.shapes import auto_class
 from ftune.plan.slow import slower_here
+from ftune.plan.summary import summary_of
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
 from ftune.run.checkpoint import Checkpoints
@@ -160,12 +163,12 @@ def _train(
     else:
         plan = resolve(recipe, world_size=world, engine=choice)
     if began is not None:
-        plan = replace(plan, slower=slower_here(began, plan.context.device, of_run=True))
+        plan = replace(plan, slower=slower_here(began, plan.machine, of_run=True))
     # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
     resolved = plan.recipe
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
         resolved = with_accumulation(resolved, began.training.accumulation)
-    summary = plan.summary()
+    summary = summary_of(plan)
     if before is not None:  # what was chosen then, and why, is part of the recipe now
         summary["training"]["chosen"] = before["plan"]["training"].get("chosen", [])
     if world > 1:

@@ -12,7 +12,9 @@ from ftune.artifacts.report import table
 from ftune.errors import FtuneError
 from ftune.experiments.trials import plain, reason, recipe_text
 from ftune.human import bytes_text, time_text
+from ftune.plan.machine import Machine
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.recipe import Loaded, parse_recipe, require
 from ftune.recipe.other_method import of_another_method
 
@@ -60,10 +62,11 @@ def fits(
     Returns:
         One for each method, in their order.
     """
-    return [_fit(loaded, name, sizes, target) for name in methods]
+    machine = Machine.of(target) if target else Machine.here()
+    return [_fit(loaded, name, sizes, machine) for name in methods]
 
 
-def _fit(loaded: Loaded, name: str, sizes: Path | None, target: Device | None) -> Fit:
+def _fit(loaded: Loaded, name: str, sizes: Path | None, machine: Machine) -> Fit:
     raw: dict[str, Any] = plain(loaded.raw)
     if name != loaded.recipe.method.name:
         raw["method"] = plain(of_another_method(raw, name)[0])
@@ -72,7 +75,7 @@ def _fit(loaded: Loaded, name: str, sizes: Path | None, target: Device | None) -
     try:
         made = parse_recipe(recipe_text(raw), f"recipe with `{name}`")
         require(made)
-        summary = resolve(made.recipe, sizes=sizes, target=target).summary()
+        summary = summary_of(resolve(made.recipe, sizes=sizes, machine=machine))
     except FtuneError as error:
         return Fit(name, None, reason(error))
     verdict: Literal["fits", "may just fit", "does not fit"] = "may just fit" if summary["tight"] else "fits"

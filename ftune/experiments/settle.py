@@ -16,7 +16,8 @@ from ftune.experiments.rows import draw
 from ftune.experiments.study import Candidate, LoadedStudy
 from ftune.experiments.trials import Trials, reason, recipe_text
 from ftune.plan.defaults import usual_rate
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.recipe import Loaded, parse_recipe, require
 from ftune.recipe.schema import MetricSpec
 from ftune.run.files import write_json

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftune.plan.precision import matmul_speed
-
 if TYPE_CHECKING:
     from ftune.methods import Method, ModelShape
-    from ftune.plan.resolve import Plan
+    from ftune.plan.plan import Plan
 
 __all__ = ["EFFICIENCY", "duration_of", "forward_flops", "update_flops"]
 
@@ -22,8 +20,6 @@ EFFICIENCY = {"cpu": 0.6, "cuda": 0.6}
 """What steps reach of the speed of matmuls alone. CPU: 0.57 to 0.76 of it, with LoRA on a 135M model on one core with
 AVX-512, in bfloat16 and float32, by the time of the process. CUDA: about 0.7, with LoRA on an 8B model on an H100
 (docs/benchmarks.md); a small model reaches less, for the GPU waits for Python."""
-ON_PAPER = 0.65
-"""What matmuls reach of the operations a second that a GPU's data sheet names."""
 QUANTIZED = 0.9
 """Of that again, where a base in 4 bits is dequantized for every product."""
 
@@ -65,12 +61,10 @@ def duration_of(plan: Plan) -> dict[str, Any] | None:
         ``seconds`` in all, ``training``, ``evaluation``, ``evaluations``: how often the held-out loss is measured,
         ``flops`` and ``flops_per_second``: of matmuls alone, and ``measured``: whether on this device, or on paper.
     """
-    device = plan.context.device
-    dtype = str(plan.context.dtype).removeprefix("torch.")
-    kind = "cuda" if plan.target else device.type
-    if kind not in EFFICIENCY or (plan.target and dtype not in plan.target.flops):
+    machine, kind = plan.machine, plan.machine.device.type
+    matmuls = machine.flops.get(str(plan.context.dtype).removeprefix("torch."), 0.0)
+    if kind not in EFFICIENCY or not matmuls:
         return None
-    matmuls = plan.target.flops[dtype] * ON_PAPER if plan.target else matmul_speed(dtype, device)
     train, held_out, recipe = plan.splits.train, plan.splits.eval, plan.recipe
     epochs = plan.total_steps / plan.steps_per_epoch
     tokens, targets = train.stats.tokens, train.stats.target_tokens
@@ -97,5 +91,5 @@ def duration_of(plan: Plan) -> dict[str, Any] | None:
         "evaluations": times,
         "flops": training + evaluation,
         "flops_per_second": matmuls,
-        "measured": plan.target is None,
+        "measured": machine.measured,
     }

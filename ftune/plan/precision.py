@@ -26,9 +26,18 @@ from ftune.cache import cache_dir, publish, touch
 if TYPE_CHECKING:
     import torch
 
-    from ftune.plan.devices import Device
 
-__all__ = ["MARGIN", "bf16_speedup", "choose_dtype", "faster", "machine", "matmul_speed", "seconds_of"]
+__all__ = [
+    "DTYPES",
+    "MARGIN",
+    "bf16_speedup",
+    "choose_dtype",
+    "faster",
+    "machine",
+    "matmul_speed",
+    "seconds_of",
+    "takes_bfloat16",
+]
 
 CAPS = (
     "ATEN_CPU_CAPABILITY",
@@ -196,27 +205,22 @@ def _apple() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def choose_dtype(name: str, device: torch.device, target: Device | None = None) -> torch.dtype:
-    """The dtype to compute in: as the recipe says, or bfloat16 where it is faster on the device.
-
-    On a CPU that is measured (``bf16_speedup``); on a GPU it is whether it has instructions for bfloat16.
-
-    Args:
-        name: ``auto``, or a dtype of torch.
-        device: Where the model computes.
-        target: The CUDA device to plan for, when it is not the one here.
-    """
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as the recipe says, or with ``auto`` bfloat16 where it is faster on the device."""
     import torch
 
     if name != "auto":
         return cast("torch.dtype", getattr(torch, name))
-    if target is not None:
-        fast = target.bfloat16
-    elif device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = bf16_speedup(device) >= MARGIN
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if takes_bfloat16(device) else torch.float32
+
+
+def takes_bfloat16(device: torch.device) -> bool:
+    """Whether ``auto`` is bfloat16: on a CPU that is measured, on a GPU it is whether it has instructions for it."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bf16_speedup(device) >= MARGIN
 
 
 def bf16_speedup(device: torch.device) -> float:

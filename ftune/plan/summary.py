@@ -12,11 +12,9 @@ from ftune.plan.defaults import few_updates, usual_rate
 from ftune.plan.duration import duration_of
 
 if TYPE_CHECKING:
-    import torch
+    from ftune.plan.plan import Plan
 
-    from ftune.plan.resolve import Plan
-
-__all__ = ["device_name", "summary_of"]
+__all__ = ["summary_of"]
 
 
 def summary_of(plan: Plan) -> dict[str, Any]:
@@ -94,9 +92,9 @@ def summary_of(plan: Plan) -> dict[str, Any]:
         "memory": plan.memory.as_dict(),
         **({"ranks": _ranks(plan)} if plan.world_size > 1 else {}),
         "device": {
-            "type": "cuda" if plan.target else context.device.type,
-            "name": plan.target.name if plan.target else device_name(context.device),
-            "available": plan.available,
+            "type": plan.machine.device.type,
+            "name": plan.machine.name,
+            "available": plan.machine.available,
         },
         "budget": plan.budget,
         "fits": plan.fits,
@@ -128,17 +126,6 @@ def _advice(plan: Plan) -> list[str]:
     if plan.recipe.method.base_quantization is not None:
         return ["4-bit weights are made on the device, all of them, before they are shared out: take a larger device"]
     return ["--engine fsdp2 reads a base that is too large for one device through the host's memory"]
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def _warnings(plan: Plan) -> list[str]:

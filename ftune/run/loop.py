@@ -24,7 +24,7 @@ from ftune.data.batches import collate, epoch_order, length_step
 from ftune.errors import Interrupted, RunFailed
 from ftune.methods.documents import room_for
 from ftune.ops.lr import lr_scale
-from ftune.plan.resolve import Plan, Rows
+from ftune.plan.plan import Plan, Rows
 from ftune.run.checkpoint import Checkpoints
 from ftune.run.engines import Engine
 from ftune.run.events import EvalEnd, Event, Halved, Note, Saved, StepEnd, Vitals, Working

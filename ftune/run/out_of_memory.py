@@ -5,7 +5,7 @@ from __future__ import annotations
 from ftune.errors import RunFailed
 from ftune.human import bytes_text
 from ftune.memory.advice import savings
-from ftune.plan.resolve import Plan
+from ftune.plan.plan import Plan
 
 __all__ = ["is_out_of_memory", "out_of_memory"]
 
@@ -34,7 +34,7 @@ def out_of_memory(plan: Plan, step: int | None) -> RunFailed:
         changes.append("--auto-batch, if it was off: smaller micro-batches where memory runs out, the same result")
     return RunFailed(
         f"memory ran out {where}: the plan needs {bytes_text(plan.memory.total)}, and "
-        f"{bytes_text(plan.available)} were available at the start",
+        f"{bytes_text(plan.machine.available)} were available at the start",
         help="change one of these and train anew, or continue with --resume where more is free:\n    "
         + "\n    ".join(changes or ["take a smaller model or a larger device"]),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ftune.data.batches import deal, regroup, split
 
 if TYPE_CHECKING:
-    from ftune.plan.resolve import Plan
+    from ftune.plan.plan import Plan
 
 __all__ = ["Portions"]
 

@@ -20,7 +20,8 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import load_plain, load_tuned
 from ftune.errors import FtuneError, RunDirError
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
 from ftune.run.manifest import write_manifest
 
 CONFIG, WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
@@ -285,7 +286,7 @@ FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
 def test_a_checkpoint_with_checksums_that_fit_is_refused_all_the_same(
     forged: str, run: Path, finished: tuple[Path, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ftune.plan.resolve import build
+    from ftune.plan.build import build
     from ftune.run.checkpoint import Checkpoints
 
     step = interrupted(run)

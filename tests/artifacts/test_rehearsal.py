@@ -13,7 +13,8 @@ import tiny
 from ftune.artifacts.run_dir import RunDir
 from ftune.artifacts.training import _rehearse, train
 from ftune.errors import RunDirError, RunFailed
-from ftune.plan.resolve import build, resolve
+from ftune.plan.build import build
+from ftune.plan.resolve import resolve
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import ModelError
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 
 WORKS = [
     ("falcon", "dora"),  # adds to what a layer returned, in place
@@ -53,7 +54,7 @@ def test_or_is_refused_by_the_plan(
 @pytest.mark.parametrize(("architecture", "method", "told"), [("falcon_h1", "lora", 1), ("falcon_h1", "full", 0)])
 def test_the_plan_tells_what_all_linear_leaves_out(architecture: str, method: str, told: int, tmp_path: Path) -> None:
     base = causal_models.make(architecture, tmp_path / "model")
-    warnings = resolve(causal_models.recipe(base, method, tmp_path).recipe).summary()["warnings"]
+    warnings = summary_of(resolve(causal_models.recipe(base, method, tmp_path).recipe))["warnings"]
     found = [text for text in warnings if "mamba.out_proj" in text]
     assert len(found) == told
     assert all("leaves out 2 layers whose" in text and text.endswith("trains them") for text in found)

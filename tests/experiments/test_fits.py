@@ -11,12 +11,13 @@ from ftune.experiments.fits import Fit, fits, fits_table
 from ftune.methods import METHODS
 from ftune.plan.devices import find_device
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 
 
 def test_each_method_is_planned_as_a_recipe_of_its_own(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, "lora")
     found = {fit.method: fit for fit in fits(loaded, list(METHODS))}
-    summary = resolve(loaded.recipe).summary()
+    summary = summary_of(resolve(loaded.recipe))
     assert found["lora"].bytes == summary["memory"]["total"]
     assert found["lora"].rate == summary["training"]["learning_rate"] == 1e-2
     # Another method has its own rate, not the one that was given for the recipe's.

@@ -21,9 +21,11 @@ from ftune.memory.request import Request, stored_bytes
 from ftune.methods import METHODS, ModelShape
 from ftune.plan.devices import find_device
 from ftune.plan.lean import PER_DOCUMENT, make_lean
+from ftune.plan.machine import Machine
 from ftune.plan.recompute import blocks_of
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
+from ftune.plan.summary import summary_of
 from ftune.recipe.load import parse_recipe
 
 SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
@@ -343,11 +345,11 @@ def test_a_base_in_fp32_is_told_of_bfloat16_and_of_4_bits() -> None:
 
 def test_what_is_to_be_copied_is_taken_as_it_stands(tmp_path: Path) -> None:
     loaded = tiny.recipe(tmp_path, "galore", optimizer={"name": "adamw_8bit"})
-    plan = resolve(loaded.recipe, sizes=SHAPES / "llama-3-8b", target=find_device("28GiB"))
-    options = shlex.split(plan.summary()["advice"][-1].partition(": needs")[0])
+    plan = resolve(loaded.recipe, sizes=SHAPES / "llama-3-8b", machine=Machine.of(find_device("28GiB")))
+    options = shlex.split(summary_of(plan)["advice"][-1].partition(": needs")[0])
     assert "method.per_layer=true" in options
     again = parse_recipe(loaded.text, "recipe.yaml", options[1::2]).recipe
-    fitting = resolve(again, sizes=SHAPES / "llama-3-8b", target=find_device("28GiB"))
+    fitting = resolve(again, sizes=SHAPES / "llama-3-8b", machine=Machine.of(find_device("28GiB")))
     assert fitting.fits
     assert not fitting.tight
 

@@ -20,8 +20,10 @@ from ftune.methods.full import Full
 from ftune.methods.lora import Lora
 from ftune.plan.devices import DEVICES, find_device
 from ftune.plan.engine import EngineChoice
+from ftune.plan.machine import Machine
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
+from ftune.plan.summary import summary_of
 from ftune.plan.table import render_plan
 
 SHAPES = Path(__file__).parents[2] / "ftune/shapes"
@@ -108,7 +110,7 @@ def test_on_a_cpu_host_and_device_are_the_same(tmp_path: Path) -> None:
     )
     assert offloaded == sharded
     recipe = tiny.recipe(tmp_path, "full").recipe
-    here = resolve(recipe, world_size=2, engine=EngineChoice("fsdp2-offload")).summary()
+    here = summary_of(resolve(recipe, world_size=2, engine=EngineChoice("fsdp2-offload")))
     assert ("host_bytes" in here["ranks"]) == (here["device"]["type"] != "cpu")
 
 
@@ -119,8 +121,8 @@ def test_on_a_cpu_host_and_device_are_the_same(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_the_plan_does_not_advise_what_the_engine_refuses(engine: Any, refused: list[str], tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, "full", training={"gradient_checkpointing": False}).recipe
-    settings: dict[str, Any] = {"sizes": SHAPES / "llama-2-7b", "target": find_device("8GiB")}
-    advice = "\n".join(resolve(recipe, world_size=8, engine=EngineChoice(engine), **settings).summary()["advice"])
+    settings: dict[str, Any] = {"sizes": SHAPES / "llama-2-7b", "machine": Machine.of(find_device("8GiB"))}
+    advice = "\n".join(summary_of(resolve(recipe, world_size=8, engine=EngineChoice(engine), **settings))["advice"])
     for change in ("adamw_8bit", "method: qlora"):
         assert (change in advice) == (change not in refused)
 
@@ -219,8 +221,10 @@ def test_what_is_too_large_for_one_device_goes_through_the_host_or_does_not_fit(
 ) -> None:
     recipe = tiny.recipe(tmp_path, method, training={"max_steps": 2, "gradient_accumulation_steps": 1}).recipe
     target = find_device("h100-80g")
-    plan = resolve(recipe, world_size=8, sizes=SHAPES / "llama-65b", engine=EngineChoice(engine), target=target)
-    summary = plan.summary()
+    plan = resolve(
+        recipe, world_size=8, sizes=SHAPES / "llama-65b", engine=EngineChoice(engine), machine=Machine.of(target)
+    )
+    summary = summary_of(plan)
     # In bf16: 65,285,660,672 x 2 and more, of which an eighth or less stays.
     assert (plan.memory.loading > 2 * 65_285_660_672) == (method == "lora")
     assert (plan.through_host, plan.fits, summary["fits"]) == (through_host, fits, fits)
@@ -229,21 +233,23 @@ def test_what_is_too_large_for_one_device_goes_through_the_host_or_does_not_fit(
     assert ("read through the host's memory" in text) == through_host
     assert ("does not fit while it loads" in text) == (not fits)
     assert ("--engine fsdp2 reads a base" in text) == (not fits)
-    assert resolve(recipe, sizes=SHAPES / "llama-65b", target=target).memory.loading == 0
+    assert resolve(recipe, sizes=SHAPES / "llama-65b", machine=Machine.of(target)).memory.loading == 0
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("h100-80g", "bfloat16"), ("24GiB", "bfloat16"), ("t4-16g", "float32")])
 def test_a_plan_for_another_device_is_in_that_device_s_dtype(device: str, dtype: str, tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, model={"dtype": "auto"}, training={"max_steps": 2}).recipe
-    assert resolve(recipe, target=find_device(device)).summary()["model"]["dtype"] == dtype
+    assert summary_of(resolve(recipe, machine=Machine.of(find_device(device))))["model"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_says_who_holds_and_sends_what(width: int, tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, training={"max_steps": 2, "gradient_accumulation_steps": 1}).recipe
     target = find_device("h100-80g")
-    plan = resolve(recipe, world_size=8, sizes=SHAPES / "llama-2-7b", engine=EngineChoice("fsdp2"), target=target)
-    summary = plan.summary()
+    plan = resolve(
+        recipe, world_size=8, sizes=SHAPES / "llama-2-7b", engine=EngineChoice("fsdp2"), machine=Machine.of(target)
+    )
+    summary = summary_of(plan)
     assert summary["device"] == {"type": "cuda", "name": "h100-80g", "available": on_empty_gpu(target.memory)}
     assert summary["fits"]
     assert summary["ranks"]["engine"] == "fsdp2"
@@ -252,4 +258,4 @@ def test_the_table_says_who_holds_and_sends_what(width: int, tmp_path: Path) -> 
     assert max(map(len, ours)) <= width
     assert "8 of fsdp2" in text
     assert "all-gather" in text
-    assert "ranks" not in resolve(recipe).summary()
+    assert "ranks" not in summary_of(resolve(recipe))

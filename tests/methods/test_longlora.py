@@ -27,6 +27,7 @@ from ftune.plan.base_model import load_base
 from ftune.plan.recompute import enable_checkpointing
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
+from ftune.plan.summary import summary_of
 from ftune.recipe import require
 from ftune.recipe.schema import ModelSpec
 from ftune.run.objective import autocast
@@ -319,7 +320,7 @@ def test_rows_no_longer_than_a_group_are_refused_by_the_plan(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="no row is longer than a group: the longest has 75 tokens, a group 200"):
         resolve(loaded.recipe)
     few = tiny.recipe(tmp_path, "longlora", method={"group_size": 70}, data={"packing": False}).recipe
-    assert any("rows are longer than a group of 70 tokens" in line for line in resolve(few).summary()["warnings"])
+    assert any("rows are longer than a group of 70 tokens" in line for line in summary_of(resolve(few))["warnings"])
 
 
 def test_rows_no_longer_than_a_group_are_found_in_the_run(base: Path) -> None:

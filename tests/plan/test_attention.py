@@ -14,6 +14,7 @@ from ftune.plan.attention import settle_attention
 from ftune.plan.base_model import load_base
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import build_on_meta
+from ftune.plan.summary import summary_of
 from ftune.plan.table import render_plan
 from ftune.recipe.schema import ModelSpec
 
@@ -27,7 +28,7 @@ def test_where_there_is_no_sdpa_the_default_is_eager_and_the_plan_says_so(
     base = causal_models.make(architecture, tmp_path / "model")
     plan = resolve(causal_models.recipe(base, "lora", tmp_path).recipe)
     assert plan.recipe.model.attention == "eager"
-    assert f"attention eager ({why})" in " ".join(render_plan(plan.summary(), 200).split())
+    assert f"attention eager ({why})" in " ".join(render_plan(summary_of(plan), 200).split())
     model = load_base(plan.recipe.model, plan.recipe.method, torch.float32, torch.device("cpu"))
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ModelError, match=why) as refused:

@@ -13,7 +13,9 @@ from run.test_loop import train_until
 from ftune.artifacts.training import train
 from ftune.methods import METHODS
 from ftune.plan.defaults import choose_length, choose_rate, few_updates
-from ftune.plan.resolve import Plan, resolve
+from ftune.plan.plan import Plan
+from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe, TrainingSpec
 
@@ -108,7 +110,7 @@ def test_a_plan_says_what_was_chosen_and_the_written_recipe_makes_the_same_run(t
     assert chosen(plan) == {"gradient_accumulation_steps": 1, "epochs": 10, "learning_rate": 8.2e-4}
     assert len(plan.rows) == 6
     assert plan.total_steps == 60
-    assert plan.summary()["training"]["chosen"][2]["why"] == "lora's own 0.0002 x 4.1 for 60 updates"
+    assert summary_of(plan)["training"]["chosen"][2]["why"] == "lora's own 0.0002 x 4.1 for 60 updates"
     again = resolve(plan.recipe)
     assert again.choices == ()
     assert again.recipe == plan.recipe

@@ -17,6 +17,7 @@ from ftune.errors import ModelError
 from ftune.plan import documents
 from ftune.plan.documents import apart, keeps_documents_apart, packing_error
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.plan.table import render_plan
 from ftune.recipe.schema import ModelSpec
 
@@ -55,7 +56,7 @@ def test_auto_falls_back_by_itself_and_says_so(tmp_path: Path) -> None:
     assert not plan.may_lie_flat
     assert all(len(row) == 1 for row in plan.rows)
     line = "packing false (opt mixes documents that share a row)"
-    assert line in " ".join(render_plan(plan.summary(), 200).split())
+    assert line in " ".join(render_plan(summary_of(plan), 200).split())
     with pytest.raises(ModelError, match="opt does not keep documents apart") as refused:
         resolve(causal_models.recipe(base, "lora", tmp_path, data={"packing": True}).recipe)
     assert "data.packing" in str(refused.value.help)
@@ -74,6 +75,6 @@ def test_what_cannot_be_tried_is_not_packed_unless_asked_for(tmp_path: Path, mon
     monkeypatch.setattr(documents, "_known", {})
     plan = resolve(causal_models.recipe(base, "lora", tmp_path).recipe)
     assert plan.recipe.data.packing is False
-    assert "not tried" in render_plan(plan.summary(), 200)
+    assert "not tried" in render_plan(summary_of(plan), 200)
     asked = resolve(causal_models.recipe(base, "lora", tmp_path, data={"packing": True}).recipe)
     assert any(len(row) > 1 for row in asked.rows)

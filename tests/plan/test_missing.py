@@ -19,8 +19,10 @@ from ftune.methods.full import Full
 from ftune.methods.lora import Lora
 from ftune.methods.qlora import QLora
 from ftune.plan.base_model import check_weights, load_base
+from ftune.plan.build import build
 from ftune.plan.missing import require_whole
-from ftune.plan.resolve import build, resolve
+from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
@@ -132,7 +134,7 @@ def test_what_is_absent_rightly_is_no_refusal(tmp_path: Path) -> None:
 def test_tensors_that_the_model_does_not_use_are_told_once(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path).recipe
     edit(tmp_path / "base", lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}))
-    warnings = [line for line in resolve(recipe).summary()["warnings"] if "does not use" in line]
+    warnings = [line for line in summary_of(resolve(recipe))["warnings"] if "does not use" in line]
     assert len(warnings) == 1
     assert "1 tensor (`model.layers.2.mlp.up_proj.weight`)" in warnings[0]
 

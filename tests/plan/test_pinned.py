@@ -14,6 +14,7 @@ from ftune.data.sources import _commit
 from ftune.errors import DataError, ModelError
 from ftune.plan.pinned import pin_model, pins, repinned
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.recipe.schema import DataSource, ModelSpec
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -56,7 +57,7 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: Path, tmp_path: Path)
     assert plan.context.revision == OLD  # what PEFT's files and the card say
     run = RunDir(tmp_path)
     run.write(
-        {"pinned": pins(recipe, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": plan.summary()}
+        {"pinned": pins(recipe, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": summary_of(plan)}
     )
     assert json.loads(run.record_path.read_text())["pinned"]["model"] == {"asked": None, "commit": OLD}
 
@@ -99,7 +100,7 @@ def test_a_run_keeps_the_commit_of_its_data_or_is_refused(cached: Path, tmp_path
     assert plan.recipe.data.train.revision == OLD
     run = RunDir(tmp_path)
     run.write(
-        {"pinned": pins(asked, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": plan.summary()}
+        {"pinned": pins(asked, plan.recipe), "resolved": plan.recipe.model_dump(mode="json"), "plan": summary_of(plan)}
     )
     assert json.loads(run.record_path.read_text())["pinned"]["data.train"] == {"asked": None, "commit": OLD}
     assert resolve(run.as_begun(asked)).recipe.data.train.revision == OLD

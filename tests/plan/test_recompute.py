@@ -17,6 +17,7 @@ from ftune.memory.advice import MARGIN
 from ftune.methods import METHODS
 from ftune.plan.recompute import choose_blocks, enable_checkpointing, is_random, written
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 
 LAYERS = 3
 RECOMPUTABLE = [name for name, method in METHODS.items() if method.recomputable]
@@ -137,12 +138,12 @@ def test_the_plan_holds_the_run_to_the_recipe_s_memory(tmp_path: Path) -> None:
     )
     between = (all_kept + all_recomputed) / 2 / (1 - MARGIN)
     tight = planned(tmp_path, memory_gib=between)
-    summary = tight.summary()
+    summary = summary_of(tight)
     assert summary["training"]["recomputed_blocks"] == 1
     assert tight.context.recomputed_blocks == tight.recipe.training.gradient_checkpointing == 1
     assert summary["fits"]
     assert summary["budget"] == int(between * 2**30) < summary["device"]["available"]
-    hopeless = planned(tmp_path, memory_gib=0.1).summary()
+    hopeless = summary_of(planned(tmp_path, memory_gib=0.1))
     assert not hopeless["fits"]
     assert hopeless["training"]["recomputed_blocks"] == 2
 

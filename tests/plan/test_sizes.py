@@ -10,6 +10,7 @@ import tiny
 from ftune.errors import FtuneError
 from ftune.plan.resolve import resolve
 from ftune.plan.sizes import find_sizes, known_sizes
+from ftune.plan.summary import summary_of
 
 SHAPES = Path(__file__).parents[2] / "ftune/shapes"
 
@@ -18,8 +19,8 @@ def planned(where: Path, method: str, settings: dict[str, object], optimizer: st
     recipe = tiny.recipe(where, method, optimizer={"name": optimizer}).recipe
     changed = recipe.model_copy(update={"method": type(recipe.method)(**settings)})
     plan = resolve(changed, sizes=SHAPES / shape)
-    assert plan.summary()["model"]["id"].endswith(shape)
-    assert "sizes only" in plan.summary()["warnings"][0]
+    assert summary_of(plan)["model"]["id"].endswith(shape)
+    assert "sizes only" in summary_of(plan)["warnings"][0]
     return plan.memory.as_dict()
 
 
@@ -43,7 +44,7 @@ def test_galore_s_own_levers_are_named(tmp_path: Path) -> None:
     # Advice is given where a run does not fit; a large GPU has room for this one.
     recipe = tiny.recipe(tmp_path, "galore", training={"memory_gib": 16}).recipe
     recipe = recipe.model_copy(update={"method": type(recipe.method)(rank=1024)})
-    summary = resolve(recipe, sizes=SHAPES / "llama-2-7b").summary()
+    summary = summary_of(resolve(recipe, sizes=SHAPES / "llama-2-7b"))
     advice = "\n".join(summary["advice"])
     assert "method.weights: bfloat16, with model.dtype: bfloat16: saves" in advice
     assert "per_layer: true (with gradient_accumulation_steps: 1" in advice
@@ -52,7 +53,7 @@ def test_galore_s_own_levers_are_named(tmp_path: Path) -> None:
 
 def test_a_decay_that_reaches_nothing_is_said(tmp_path: Path) -> None:
     for name, said in (("ia3", True), ("lora", False)):
-        warnings = resolve(tiny.recipe(tmp_path, name, optimizer={"weight_decay": 0.1}).recipe).summary()["warnings"]
+        warnings = summary_of(resolve(tiny.recipe(tmp_path, name, optimizer={"weight_decay": 0.1}).recipe))["warnings"]
         assert any("weight_decay has no effect" in line for line in warnings) == said
 
 

@@ -16,12 +16,22 @@ from ftune.artifacts import training
 from ftune.artifacts.predict import predict
 from ftune.artifacts.training import train
 from ftune.artifacts.tuned import reading
-from ftune.plan import precision, slow
+from ftune.plan import precision
 from ftune.plan.devices import find_device
+from ftune.plan.machine import Machine
 from ftune.plan.resolve import resolve
 from ftune.plan.slow import slower_here
+from ftune.plan.summary import summary_of
 
 CPU = torch.device("cpu")
+
+
+def machine(speedup: float) -> Machine:
+    """A CPU that multiplies bfloat16 so many times faster than float32."""
+    flops = {"float32": 1e9, "bfloat16": 1e9 * speedup}
+    return Machine(CPU, "a CPU", 2**40, bfloat16=speedup >= precision.MARGIN, flops=flops)
+
+
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -43,48 +53,44 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
         (12.0, "auto", None),
     ],
 )
-def test_a_named_dtype_is_held_against_the_measurement(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speedup: float, dtype: str, said: str | None
+def test_a_named_dtype_is_compared_with_the_measurement(
+    tmp_path: Path, speedup: float, dtype: str, said: str | None
 ) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: speedup)
-    found = slower_here(tiny.recipe(tmp_path, model={"dtype": dtype}).recipe, CPU)
+    found = slower_here(tiny.recipe(tmp_path, model={"dtype": dtype}).recipe, machine(speedup))
     assert [said in text for text in found] == [True] if said else found == ()
 
 
-def test_what_dequantized_weights_are_multiplied_in_is_held_against_it_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
+def test_what_dequantized_weights_are_multiplied_in_is_compared_too(tmp_path: Path) -> None:
     method = {"name": "qlora", "quantization": {"compute_dtype": "bfloat16"}}
     recipe = tiny.recipe(tmp_path, model={"dtype": "auto"}, method=method).recipe
-    (found,) = slower_here(recipe, CPU)
+    (found,) = slower_here(recipe, machine(0.05))
     assert found.endswith("write `method.quantization.compute_dtype: auto`")
 
 
-def test_nothing_is_measured_for_a_recipe_that_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: pytest.fail("measured"))
-    assert slower_here(tiny.recipe(tmp_path, model={"dtype": "auto"}).recipe, CPU) == ()
-
-
 @pytest.mark.parametrize(("device", "slow_there"), [("t4-16g", True), ("v100-32g", True), ("h100-80g", False)])
-def test_of_a_device_that_is_not_here_it_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, slow_there: bool
-) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: pytest.fail("measured"))
+def test_of_a_device_that_is_not_here_it_is_known(tmp_path: Path, device: str, slow_there: bool) -> None:
     recipe = tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe
-    assert bool(slower_here(recipe, CPU, find_device(device))) is slow_there
+    assert bool(slower_here(recipe, Machine.of(find_device(device)))) is slow_there
 
 
-def test_the_plan_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
-    plan = resolve(tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe)
-    assert any("20 times slower" in text for text in plan.summary()["warnings"])
+def test_the_plan_says_it(tmp_path: Path) -> None:
+    plan = resolve(tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe, machine=machine(0.05))
+    assert any("20 times slower" in text for text in summary_of(plan)["warnings"])
+
+
+def test_a_plan_for_a_machine_asks_nothing_of_the_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matmul_speed", "bf16_speedup"):
+        monkeypatch.setattr(precision, name, lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("ftune.plan.machine.available_bytes", lambda *_, **__: pytest.fail("asked for free memory"))
+    recipe = tiny.recipe(tmp_path, model={"dtype": "auto"}).recipe
+    chosen = {speedup: resolve(recipe, machine=machine(speedup)).recipe.model.dtype for speedup in (0.5, 2.0)}
+    assert chosen == {0.5: "float32", 2.0: "bfloat16"}
 
 
 def test_of_a_run_it_is_said_without_advice_that_cannot_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slow, "bf16_speedup", lambda device: 0.05)
+    monkeypatch.setattr(precision, "matmul_speed", lambda dtype, device: {"float32": 20e9, "bfloat16": 1e9}[dtype])
     loaded = tiny.recipe(tmp_path, model={"dtype": "bfloat16"}, training={"max_steps": 2})
     with monkeypatch.context() as patched:
         patched.setattr(training, "write_card", lambda *_: 1 / 0)

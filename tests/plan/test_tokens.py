@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ftune.errors import ModelError
 from ftune.plan.resolve import resolve
+from ftune.plan.summary import summary_of
 from ftune.plan.tokens import require_rows
 
 
@@ -59,11 +60,11 @@ def test_a_head_that_is_smaller_than_the_embedding_counts(tmp_path: Path) -> Non
 
 def test_what_the_chat_template_writes_and_no_token_is_told(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path).recipe
-    assert not [line for line in resolve(recipe).summary()["warnings"] if "chat template writes" in line]
+    assert not [line for line in summary_of(resolve(recipe))["warnings"] if "chat template writes" in line]
     template = tmp_path / "other.jinja"
     template.write_text(tiny.CHATML.replace("<|im_start|>", "<|start_header_id|>"))
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": str(template)})})
-    told = [line for line in resolve(other).summary()["warnings"] if "chat template writes" in line]
+    told = [line for line in summary_of(resolve(other))["warnings"] if "chat template writes" in line]
     assert len(told) == 1
     assert "`<|start_header_id|>`" in told[0]
     assert "is 19 tokens of text" in told[0]

@@ -38,7 +38,7 @@ import torch
 from ftune.artifacts.training import train
 from ftune.errors import RunFailed
 from ftune.ops.sharded import whole
-from ftune.plan.resolve import Plan
+from ftune.plan.plan import Plan
 from ftune.recipe import load_checked
 from ftune.run.objective import Objective
 
