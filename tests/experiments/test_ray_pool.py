@@ -242,7 +242,7 @@ def test_a_study_keeps_what_the_nodes_compute_with(ray: Ray, tmp_path: Path, mon
         kept.append(now)
         raise FtuneError("enough")
 
-    monkeypatch.setattr(compare_module._Made, "require_agreement", require_agreement)
+    monkeypatch.setattr(compare_module.Worklist, "require_agreement", require_agreement)
     with pytest.raises(FtuneError, match="enough"):
         compare_module.compare(load_study(make_study(tmp_path, methods=["lora"])), ray=True)
     assert kept == [node]

@@ -271,7 +271,7 @@ def test_all_processes_take_the_same_and_a_run_what_it_began_with(
     objective: Any = SimpleNamespace(fused_pays=lambda positions, device: answer(pays))
     plan: Any = SimpleNamespace(
         context=SimpleNamespace(device=SimpleNamespace(type=device)),
-        memory=SimpleNamespace(arguments={"target_tokens": 100}),
+        memory=SimpleNamespace(request=SimpleNamespace(target_tokens=100)),
     )
     accelerator: Any = SimpleNamespace(device="cpu", gather=lambda mine: torch.cat([mine, torch.tensor([int(others)])]))
     assert artifacts_objective._takes_fused(objective, plan, accelerator, loss) == expected
