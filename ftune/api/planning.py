@@ -87,15 +87,19 @@ def plan(
     other = find_sizes(os.fspath(sizes)) if sizes is not None else None
     choice = choose_engine(engine, {})
     require_several(choice, num_processes)
-    target = find_device(device) if device else None
+    known = find_device(device) if device else None
     found = load(recipe, overrides)
     with quiet_libraries():
         from ftune.errors import LocatedDataError
+        from ftune.plan.machine import Machine
         from ftune.plan.resolve import resolve
+        from ftune.plan.summary import summary_of
+
+        machine = Machine.of(known) if known else None
 
         try:
-            made = resolve(found.values, sizes=other, world_size=num_processes, engine=choice, target=target)
-            summary = made.summary()
+            made = resolve(found.values, sizes=other, world_size=num_processes, engine=choice, machine=machine)
+            summary = summary_of(made)
         except LocatedDataError as error:
             raise at_fields(error, found.loaded) from error
     return Planned(
