@@ -47,6 +47,8 @@ class GaLore(Method):
     # Five times that of full fine-tuning: the root mean square of a projected update is scale * sqrt(r / S) of
     # AdamW's, an eighth at rank 128 of 576, but embeddings and norms take the rate as it is.
     default_learning_rate: ClassVar[float] = 1e-4
+    # By a study of 60 updates (docs/compare.md), where the best rate was 1.3e-3 or 4e-4, as good within the noise.
+    few_updates_factor: ClassVar[float] = 12.0
     artifact: ClassVar[Literal["adapter", "model"]] = "model"
     keeps_whole_state: ClassVar[bool] = True
     saved_as: ClassVar[Literal["peft", "transformers", "ftune"]] = "transformers"

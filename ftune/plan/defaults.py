@@ -32,6 +32,8 @@ SHORT_ROWS = 8
 MOST_EPOCHS = 10
 MANY_UPDATES = 1000
 """Updates from which on a method's own rate is taken as it is."""
+DOZENS = 40
+"""Updates up to which it is taken times the method's ``few_updates_factor``."""
 FEW_UPDATES = 30
 """Updates below which the plan says what to change."""
 
@@ -147,7 +149,9 @@ def few_updates(recipe: Recipe, total_steps: int, steps_per_epoch: int, *, packe
 
 
 def _factor(method: Method, updates: int) -> float:
-    return min(method.few_updates_factor, max(1.0, math.sqrt(MANY_UPDATES / updates)))
+    """A power of how many times fewer updates than many there are: a square root where the factor is 5."""
+    times_fewer = min(MANY_UPDATES / DOZENS, max(1.0, MANY_UPDATES / updates))
+    return method.few_updates_factor ** math.log(times_fewer, MANY_UPDATES / DOZENS)
 
 
 def _rows(count: int) -> str:
