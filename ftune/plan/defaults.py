@@ -151,7 +151,7 @@ def few_updates(recipe: Recipe, total_steps: int, steps_per_epoch: int, *, packe
 def _factor(method: Method, updates: int) -> float:
     """A power of how many times fewer updates than many there are: a square root where the factor is 5."""
     times_fewer = min(MANY_UPDATES / DOZENS, max(1.0, MANY_UPDATES / updates))
-    return method.few_updates_factor ** math.log(times_fewer, MANY_UPDATES / DOZENS)
+    return float(method.few_updates_factor ** math.log(times_fewer, MANY_UPDATES / DOZENS))
 
 
 def _rows(count: int) -> str:
