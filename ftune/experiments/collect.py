@@ -18,6 +18,7 @@ from ftune.experiments.study import BASE, REFERENCE, Candidate, LoadedStudy
 from ftune.experiments.trials import Trials, read_json
 from ftune.experiments.tuning import Outcome, Progress, Setting
 from ftune.experiments.verdict import judge
+from ftune.experiments.weights import again, size_of
 from ftune.run.files import write_json
 
 __all__ = ["collect"]
@@ -73,7 +74,7 @@ def collect(
             base=BASE,
             reference=REFERENCE,
             margin=study.margin / 100,
-            costs={m["label"]: m["costs"] for m in methods if m["label"] in matrices and all(m["costs"].values())},
+            costs={m["label"]: _known(m["costs"]) for m in methods if m["label"] in matrices},
             prefer=study.prefer,
             not_tuned=[m["label"] for m in methods if m["at_edge"]],
         ).as_json()
@@ -178,6 +179,7 @@ def _method(
         "tasks": compared({"base": of_base, "tuned": of_run}) if of_base and of_run else [],
         "trials": tried,
         "runs": runs,
+        "again": _again(trials, label, best.name) if best is not None else None,
     }
     return method, scores
 
@@ -188,13 +190,27 @@ def _costs(
     """Memory and time of a run, measured by a few steps in turns, and the bytes of what it leaves."""
     size = None
     if method["runs"]:
-        run = RunDir(trials.root / method["runs"][0]["run"])
-        size = sum(file.stat().st_size for file in run.artifact(run.recipe()).rglob("*.safetensors"))
+        size = size_of(trials, method["label"], Path(method["runs"][0]["run"]).name)
     return {
         "memory": speed["bytes"] if speed else None,
         "time": speed["seconds"] * settled.steps if speed else None,
         "size": size,
     }
+
+
+def _again(trials: Trials, label: str, name: str) -> dict[str, Any] | None:
+    """A run that was trained again when its weights were gone, with the held-out losses of both; None: it was not."""
+    run = again(trials, label, name)
+    now = read_json(run / "run.json")
+    if now.get("status") != "finished":
+        return None
+    then = read_json(trials.run(label, name) / "run.json")
+    losses = [one["measured"].get("held_out_loss") for one in (then, now)]
+    return {"run": _below(run, trials.root), "then": losses[0], "now": losses[1]}
+
+
+def _known(costs: Mapping[str, float | None]) -> dict[str, float]:
+    return {what: cost for what, cost in costs.items() if cost}
 
 
 def _at_work(trials: Trials, label: str, name: str) -> dict[str, Any]:
@@ -210,7 +226,7 @@ def _first_run(trials: Trials, method: Mapping[str, Any]) -> dict[str, Any]:
         return {"parameters": None, "exports": {}}
     run = RunDir(trials.root / method["runs"][0]["run"])
     recipe = run.recipe()
-    settings = read_json(run.artifact(recipe) / "adapter_config.json") or None
+    settings = read_json(run.root / recipe.method.artifact / "adapter_config.json") or None
     checked = trials.exports(method["label"], run.root.name)
     return {
         "parameters": run.read()["plan"]["method"]["trainable"],

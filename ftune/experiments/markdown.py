@@ -115,6 +115,12 @@ def paragraphs(result: Mapping[str, Any]) -> list[str]:
     said = ["No verdict: LoRA could not be trained." if verdict is None else str(verdict["sentence"])]
     for method in result["methods"]:
         said += [f"`{method['label']}` failed: {why}" for why in method["failures"]]
+        if again := method.get("again"):
+            said.append(
+                f"`{method['label']}`: tasks and rewinding, as far as they were asked for later, were measured on "
+                f"{again['run']}: the run was trained again, for the weights that were tested are gone. Its held-out "
+                f"loss was {again['then']:.4f} and is {again['now']:.4f}."
+            )
         if method["at_edge"] and method["label"] == REFERENCE:
             said.append(
                 "LoRA's best rate is still at the edge of its grid: what is better than it may only be better tuned. "

@@ -18,7 +18,9 @@ from typing import Any
 from ftune.experiments.document import Table
 from ftune.experiments.pool import Job
 from ftune.experiments.trials import Trials, read_json
+from ftune.experiments.weights import run_with_weights
 from ftune.methods import METHODS
+from ftune.run.checkpoint import FILES
 
 __all__ = ["MOST_POINTS", "best_point", "curve", "paused_steps", "rewind_jobs", "rewind_lines", "rewind_table"]
 
@@ -46,7 +48,7 @@ def paused_steps(steps: int) -> list[int]:
 
 
 def rewind_jobs(trials: Trials, label: str, method: str, name: str, steps: int) -> Iterator[Job]:
-    """What is still to be measured of a run that was trained to its end.
+    """What is still to be measured of a run that was trained to its end; its weights may be gone.
 
     Args:
         trials: The study's runs.
@@ -60,7 +62,7 @@ def rewind_jobs(trials: Trials, label: str, method: str, name: str, steps: int) 
         if found is None and trials.progress(label, job).failed is None:
             message = {
                 "kind": "rewind",
-                "run": str(trials.run(label, name)),
+                "run": str(run_with_weights(trials, label, name)),
                 "checkpoint": None if point.step == steps else str(point.step),
                 "scale": point.scale,
                 "out": str(_out(trials, label, name, point)),
@@ -84,7 +86,7 @@ def curve(trials: Trials, label: str, method: str, name: str, steps: int, margin
         (nats a token); ``best``, one of them, or None where there are none; ``command``, which makes that;
         ``merges``, whether the method has scales.
     """
-    run = trials.run(label, name)
+    run = run_with_weights(trials, label, name) or trials.run(label, name)
     walked = _walk(trials, label, method, name, steps)
     points = [{"step": point.step, "scale": point.scale, **found} for point, found in walked if found is not None]
     best, merges = best_point(points, margin), METHODS[method].mergeable
@@ -140,16 +142,15 @@ def rewind_table(result: Mapping[str, Any]) -> Table:
 def _walk(
     trials: Trials, label: str, method: str, name: str, steps: int
 ) -> Iterator[tuple[_Point, dict[str, Any] | None]]:
-    """Every point of a run that was measured, with what was found, or that can be: its weights are there.
+    """Every point of a run that was measured, with what was found, or that can be.
 
-    Where tuning paused; then parts of the end, and the end.
+    Where tuning paused, as far as checkpoints are there; then parts of the end, and the end.
     """
-    run = trials.run(label, name)
+    run = run_with_weights(trials, label, name) or trials.run(label, name)
     scales = (*SCALES, 1.0) if METHODS[method].mergeable else (1.0,)
     for point in (*(_Point(step, 1.0) for step in paused_steps(steps)), *(_Point(steps, scale) for scale in scales)):
         found = _measured(trials, label, name, point, steps)
-        weights = METHODS[method].artifact if point.step == steps else f"checkpoints/step-{point.step}"
-        if found is not None or (run / weights).is_dir():
+        if found is not None or point.step == steps or (run / f"checkpoints/step-{point.step}/{FILES[0]}").is_file():
             yield point, found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from ftune.artifacts.run_dir import RunDir
 from ftune.errors import RunInUse
 from ftune.experiments.trials import Trials
+from ftune.experiments.weights import again
 from ftune.run.lock import RunLock
 
 __all__ = ["delete_checkpoints"]
@@ -27,7 +28,7 @@ def delete_checkpoints(trials: Trials, label: str, chosen: str, keep: Collection
         chosen: Name of the chosen trial.
         keep: Its checkpoints that stay, by step.
     """
-    for run in sorted((trials.root / "runs" / label).iterdir()):
+    for run in (*sorted((trials.root / "runs" / label).iterdir()), again(trials, label, chosen)):
         checkpoints = RunDir(run).checkpoints
         wanted = run.name.startswith("seed-") and not trials.tested(label, run.name)
         if wanted or not checkpoints.is_dir() or trials.failure(label, run.name).is_file():

@@ -23,6 +23,7 @@ from ftune.artifacts.run_dir import RunDir
 from ftune.errors import FtuneError, Interrupted, RunInUse
 from ftune.experiments.pool import ended
 from ftune.experiments.trials import headline
+from ftune.experiments.weights import needs_new_start
 from ftune.run.files import write_json
 from ftune.run.imports import import_libraries, quiet_libraries
 from ftune.run.launch import end_with_parent
@@ -109,17 +110,25 @@ def _in_child(job: Mapping[str, Any]) -> dict[str, Any]:
     return {"failed": f"the process {ended(os.waitstatus_to_exitcode(status))}: see workers.log"}
 
 
-def _train(job: Mapping[str, Any]) -> dict[str, float]:
-    """Train a recipe, from where it is, up to a step or to its end."""
+def _train(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a recipe, from where it is, up to a step or to its end; from the beginning where its weights are gone.
+
+    One that begins pauses where it is told to, for what was measured there before is measured again.
+    """
     from ftune.artifacts.training import train
     from ftune.recipe import load_checked
 
     overrides = [f"output_dir={json.dumps(job['out'])}"] if "out" in job else []
     loaded, _ = load_checked(Path(job["recipe"]), overrides)
     run = Path(loaded.recipe.output_dir)
-    before = _spent(run)
-    train(loaded, resume=True, until=job["until"], progress=False)
-    return {what: max(0.0, seconds - before[what]) for what, seconds in _spent(run).items()}
+    gone = anew = needs_new_start(run)
+    before = dict.fromkeys(("training", "answering"), 0.0) if anew else _spent(run)
+    if anew or not RunDir(run).exists():
+        for step in job.get("pauses", ()):
+            train(loaded, resume=not anew, overwrite=anew, until=step, progress=False)
+            anew = False
+    train(loaded, resume=not anew, overwrite=anew, until=job["until"], progress=False)
+    return {"anew": gone, **{what: max(0.0, seconds - before[what]) for what, seconds in _spent(run).items()}}
 
 
 def _spent(run: Path) -> dict[str, float]:

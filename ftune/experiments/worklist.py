@@ -32,6 +32,7 @@ from ftune.experiments.tuning import (
     next_wants,
     steps_of_tuning,
 )
+from ftune.experiments.weights import again_job, has_weights, keep_size, run_with_weights
 from ftune.recipe import Loaded
 
 __all__ = ["Worklist"]
@@ -138,34 +139,51 @@ class Worklist:
     def _jobs_of(self, candidate: Candidate) -> list[Job]:
         label = candidate.label
         wants, outcome, _ = self._next(candidate)
-        jobs = []
-        for want in wants:
-            name, recipe = self.trials.trial(candidate, want.setting)
-            if want.until is None:
-                jobs.append(Job(label, name, {"kind": "evaluate", "run": str(self.trials.run(label, name))}))
-            else:
-                jobs.append(self._train_job(label, name, recipe, want.until))
+        jobs = [self._wanted(candidate, want) for want in wants]
         if outcome is not None and outcome.best is not None:
             for seed in self.seeds:
-                name, recipe = self.trials.trial(candidate, outcome.best, seed)
-                if self.trials.progress(label, name).failed:
-                    continue
-                if not self.trials.finished(label, name):
-                    jobs.append(self._train_job(label, name, recipe, self.settled.steps))
-                elif not self.trials.tested(label, name):
-                    # Of one run of each method: it takes as long as hundreds of answers.
-                    first = seed == self.settled.seed
-                    what = {"forgetting": self.loaded.study.forgetting and first, "exports": first}
-                    run = str(self.trials.run(label, name))
-                    jobs.append(self._test_job(label, name, {"run": run, **what}))
-                elif seed == self.settled.seed:
-                    jobs += self._task_jobs(label, name, {"run": str(self.trials.run(label, name))})
+                jobs += self._seed_jobs(candidate, outcome.best, seed)
             if self.trials.tested(label, outcome.best.name):  # which may measure the end's forgetting
-                rewind, steps = self.loaded.study.rewind, self.settled.steps
                 # Before any job reads them.
-                delete_checkpoints(self.trials, label, outcome.best.name, paused_steps(steps) if rewind else ())
-                if rewind:
-                    jobs += rewind_jobs(self.trials, label, candidate.method, outcome.best.name, steps)
+                keep = paused_steps(self.settled.steps) if self.loaded.study.rewind else ()
+                delete_checkpoints(self.trials, label, outcome.best.name, keep)
+                jobs += self._later_jobs(candidate, outcome.best.name)
+        return jobs
+
+    def _wanted(self, candidate: Candidate, want: Want) -> Job:
+        """What tuning wants of a trial."""
+        name, recipe = self.trials.trial(candidate, want.setting)
+        run = self.trials.run(candidate.label, name)
+        if want.until is None and has_weights(run):
+            return Job(candidate.label, name, {"kind": "evaluate", "run": str(run)})
+        return self._train_job(candidate.label, name, recipe, want.until or self.settled.steps)
+
+    def _seed_jobs(self, candidate: Candidate, best: Setting, seed: int) -> list[Job]:
+        """What is to be done for the chosen setting with one seed: it is trained, then tested."""
+        label = candidate.label
+        name, recipe = self.trials.trial(candidate, best, seed)
+        if self.trials.progress(label, name).failed:
+            return []
+        run = self.trials.run(label, name)
+        if self.trials.tested(label, name):
+            keep_size(self.trials, label, name)
+            return []
+        if not has_weights(run):
+            return [self._train_job(label, name, recipe, self.settled.steps)]
+        # Of one run of each method: it takes as long as hundreds of answers.
+        first = seed == self.settled.seed
+        what = {"forgetting": self.loaded.study.forgetting and first, "exports": first}
+        return [self._test_job(label, name, {"run": str(run), **what})]
+
+    def _later_jobs(self, candidate: Candidate, name: str) -> list[Job]:
+        """Tasks and rewinding of a tested run: they may be asked for when its weights are gone."""
+        label, steps = candidate.label, self.settled.steps
+        run = run_with_weights(self.trials, label, name)
+        jobs = self._task_jobs(label, name, {"run": str(run)})
+        if self.loaded.study.rewind:
+            jobs += rewind_jobs(self.trials, label, candidate.method, name, steps)
+        if run is None and jobs:
+            return [job] if (job := again_job(self.trials, label, name, paused_steps(steps))) else []
         return jobs
 
     def _next(self, candidate: Candidate) -> tuple[list[Want], Outcome | None, dict[Setting, Progress]]:
@@ -229,7 +247,8 @@ class Worklist:
                 self.trials.fail(job.label, what, str(why))
                 tell(f"{job.label} {job.name}: failed: {str(why).splitlines()[0]}")
             else:
-                tell(f"{job.label} {job.name}: {self._said(job)}")
+                anew = ", from the beginning: its weights were not there" if result.get("anew") else ""
+                tell(f"{job.label} {job.name}: {self._said(job)}{anew}")
 
         return done
 
@@ -240,6 +259,8 @@ class Worklist:
             return f"{speed['seconds']:.2f} s a step" if speed else "measured"
         if kind == "train":
             until = job.message["until"] or self.settled.steps
+            if out := job.message.get("out"):
+                return f"trained again in {out}, for the weights of the tested run are gone"
             loss = progress.losses.get(until)
             return f"{until} of {self.settled.steps} steps" + ("" if loss is None else f", held-out loss {loss:.4f}")
         if kind == "evaluate":
@@ -264,7 +285,9 @@ class Worklist:
 
     def _train_job(self, label: str, name: str, recipe: Path, until: int) -> Job:
         whole = until >= self.settled.steps
-        return Job(label, name, {"kind": "train", "recipe": str(recipe), "until": None if whole else until})
+        pauses = [step for step in paused_steps(self.settled.steps) if step < until] if "seed-" not in name else []
+        message = {"kind": "train", "recipe": str(recipe), "until": None if whole else until, "pauses": pauses}
+        return Job(label, name, message)
 
     def _test_job(self, label: str, name: str, what: Mapping[str, Any]) -> Job:
         out = self.trials.test(label, name)
