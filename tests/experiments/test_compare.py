@@ -239,3 +239,39 @@ def test_a_job_that_breaks_is_a_failure_and_not_the_end(tmp_path: Path) -> None:
         pool.do(lambda: list(waiting), done)
     assert "unknown" in results["a"]
     assert "no such recipe" in results["b"]
+
+
+def test_a_study_goes_on_without_its_weights(tmp_path: Path) -> None:
+    first = compare(load_study(make_study(tmp_path, methods=["lora"])))
+    assert first is not None
+    written = (tmp_path / "study/compare.json").read_bytes()
+    for weights in (tmp_path / "study").rglob("*.safetensors"):
+        weights.unlink()
+    told: list[str] = []
+    assert compare(load_study(tmp_path / "study.yaml"), tell=told.append) == first
+    assert not told
+    assert (tmp_path / "study/compare.json").read_bytes() == written
+
+    both = compare(load_study(make_study(tmp_path, methods=["lora", "ia3"])), tell=told.append)
+    assert both is not None
+    assert not [line for line in told if line.startswith("lora") and "speed" not in line], "nothing of it is trained"
+    of = {method["label"]: method for method in both["methods"]}
+    assert of["lora"]["runs"] == first["methods"][0]["runs"]
+    assert of["lora"]["costs"]["size"] == first["methods"][0]["costs"]["size"]
+    assert len(of["ia3"]["runs"]) == 2
+
+
+def test_what_is_asked_for_later_is_measured_on_a_run_trained_again(tmp_path: Path) -> None:
+    first = compare(load_study(make_study(tmp_path, methods=["lora"])))
+    assert first is not None
+    for weights in (tmp_path / "study").rglob("*.safetensors"):
+        weights.unlink()
+    told: list[str] = []
+    again = compare(load_study(make_study(tmp_path, methods=["lora"], rewind=True)), tell=told.append)
+    assert again is not None
+    (method,) = again["methods"]
+    assert sum("trained again in" in line for line in told) == 1
+    assert method["runs"] == first["methods"][0]["runs"], "what was tested stays"
+    assert method["again"]["then"] == pytest.approx(method["again"]["now"], rel=1e-4)
+    assert len(method["rewind"]["points"]) > 1
+    assert "was trained again" in markdown(again, "ftune compare study.yaml")

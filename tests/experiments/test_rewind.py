@@ -23,6 +23,7 @@ from ftune.experiments.page import page
 from ftune.experiments.rewind import best_point, curve, rewind_jobs, rewind_lines
 from ftune.experiments.study import load_study
 from ftune.experiments.trials import Trials
+from ftune.run.checkpoint import FILES
 
 
 def point(step: int, scale: float, quality: float, forgetting: float) -> dict[str, Any]:
@@ -64,8 +65,11 @@ def test_what_is_missing_is_measured_and_the_command_makes_the_best(tmp_path: Pa
     trials = Trials(tmp_path, cast(Any, None), {}, {}, "f1", 7)
     run = tmp_path / "runs/lora/r"
     (run / "checkpoints/step-10").mkdir(parents=True)
+    (run / "checkpoints/step-10" / FILES[0]).write_text("")
     (run / "checkpoints/step-13").mkdir()  # of an interruption
     (run / "adapter").mkdir()
+    (run / "adapter/adapter_model.safetensors").write_text("")
+    (run / "run.json").write_text('{"status": "finished", "plan": {"method": {"artifact": "adapter"}}}')
     (tmp_path / "recipes/lora").mkdir(parents=True)
 
     def measured(out: Path, quality: float, forgetting: float) -> None:
