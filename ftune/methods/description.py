@@ -40,7 +40,7 @@ class Description(BaseModel):
     default_learning_rate: ClassVar[float] = 2e-4
     """The peak rate of a run of a thousand updates or more."""
     few_updates_factor: ClassVar[float] = 5.0
-    """How many times that rate a run of 40 updates or fewer bears: found by its recipe in ``recipes/``, or by a study."""
+    """How many times that rate 40 updates or fewer bear: found by the recipe in ``recipes/``, or by a study."""
     mergeable: ClassVar[bool] = True
     not_mergeable_because: ClassVar[str] = ""
     quantizable: ClassVar[bool] = False
