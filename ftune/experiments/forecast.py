@@ -20,6 +20,11 @@ __all__ = ["Forecast", "fitted", "make_forecast"]
 FEWEST_STEPS = 20
 """Steps of a run below which a study is not cut to fit a budget."""
 
+FORGETTING_TOKENS = 2 * 14_000
+"""Tokens of the neutral texts and questions (``ftune.artifacts.forgetting``), which the base reads too."""
+READING = 0.7
+"""What reading a token costs of a step's time for one, by the quickest method: 0.8 in a study of a 135M model."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -91,6 +96,9 @@ def make_forecast(
         answers += len(labels) * MOST_POINTS * validation
     spread, comparisons = Spread.assumed(), max(1, len(labels))  # the others and the base against LoRA
     besides = answers * reading + jobs * times(trials.root)["job"]
+    if study.forgetting and speeds:
+        a_token = min(speed["seconds"] for speed in speeds.values()) / settled.tokens_a_step
+        besides += len(labels) * FORGETTING_TOKENS * READING * a_token
     return Forecast(
         settled=settled,
         labels=labels,

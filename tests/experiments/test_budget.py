@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import tiny
+import yaml
 
 from ftune.errors import FtuneError
-from ftune.experiments.forecast import fitted
+from ftune.experiments.forecast import FORGETTING_TOKENS, READING, fitted, make_forecast
+from ftune.experiments.study import load_study
+from ftune.experiments.trials import Trials
 
 
 @pytest.mark.parametrize(
@@ -26,3 +31,24 @@ def test_what_is_left_for_steps(budget: str, steps: int | None) -> None:
             fitted(forecast, budget)
     else:
         assert fitted(forecast, budget) == steps
+
+
+def test_forgetting_is_counted_in_what_a_study_takes(tmp_path: Path) -> None:
+    settled: Any = SimpleNamespace(
+        steps=40,
+        tokens_a_step=200.0,
+        priors={"lora": 1e-3, "ia3": 1e-2},
+        counts={"validation": 8, "test": 8},
+        test_items=8,
+    )
+    trials = Trials(tmp_path, cast(Any, None), {}, {}, "f1", 7)
+    speeds = {"lora": {"seconds": 2.0, "bytes": 1.0}, "ia3": {"seconds": 1.0, "bytes": 1.0}}
+    found = {}
+    for forgetting in (True, False):
+        study = {"recipe": str(tiny.recipe_to_compare(tmp_path)), "methods": ["lora", "ia3"], "forgetting": forgetting}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        loaded = load_study(tmp_path / "study.yaml")
+        found[forgetting] = make_forecast(loaded, settled, trials, speeds, begun=False)
+    more = 2 * FORGETTING_TOKENS * READING * 1.0 / 200
+    assert found[True].seconds - found[False].seconds == pytest.approx(more)
+    assert found[True].besides - found[False].besides == pytest.approx(more), "shorter runs do not save it"
