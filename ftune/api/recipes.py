@@ -119,9 +119,9 @@ def load(recipe: Source, overrides: Overrides = (), *, color: bool = False) -> R
     return _of(loaded)
 
 
-def checked(recipe: Source, overrides: Overrides = ()) -> Recipe:
+def checked(recipe: Source, overrides: Overrides = (), *, color: bool = False) -> Recipe:
     """``load``, of which a recipe that was written in Python names the file that its run will keep it in."""
-    found = load(recipe, overrides)
+    found = load(recipe, overrides, color=color)
     if found.loaded.positions.source.fields:
         return _of(replace(found.loaded, path=found.output_dir / "recipe.yaml"))
     return found

@@ -13,6 +13,7 @@ from typing import Any
 from ftune.api.recipes import Overrides, Recipe, Source, checked
 from ftune.api.runs import Run
 from ftune.errors import FtuneError, Interrupted, RunFailed
+from ftune.recipe import warnings
 from ftune.run.events import Event, RunStart, Sink
 from ftune.run.files import write_text
 from ftune.run.imports import import_libraries, quiet_libraries
@@ -37,6 +38,7 @@ def train(
     tell: Callable[[str], None] | None = None,
     progress: bool = True,
     show_plan: Callable[[dict[str, Any]], None] | None = None,
+    color: bool = False,
 ) -> Run:
     """Train a recipe into its output_dir, which keeps the recipe in ``recipe.yaml``.
 
@@ -57,6 +59,7 @@ def train(
         tell: Takes notes and warnings, a line each. Default: standard error.
         progress: Whether progress may be written to standard error.
         show_plan: Takes the plan as plain data, before any weights are loaded.
+        color: Whether reports of the recipe have ANSI colours.
 
     Raises:
         RecipeError: The recipe or an override is wrong; names every mistake.
@@ -70,8 +73,8 @@ def train(
     alone = {"accept_changed_data": accept_changed_data, "accept_changed_model": accept_changed_model}
     alone |= {"auto_batch": auto_batch, "until": until is not None}
     here = {"sinks": bool(sinks), "tell": tell is not None, "show_plan": show_plan is not None}
-    found = checked(recipe, overrides)
-    for line in found.warnings:
+    found = checked(recipe, overrides, color=color)
+    for line in warnings(found.loaded, color=color):
         (tell or _print)(line)
     if num_workers is not None:
         _refuse(alone | here | {"num_processes": num_processes is not None}, 'engine="ray"')
@@ -148,9 +151,14 @@ def _in_processes(recipe: Recipe, processes: int, options: list[str]) -> Run:
     from ftune.run.launch import launch, require_launchable
 
     require_launchable(processes)
+    loaded = recipe.loaded
     with tempfile.TemporaryDirectory(prefix="ftune-recipe-") as scratch:
-        path = Path(scratch) / "recipe.yaml"
-        write_text(path, recipe.text)
+        path = loaded.path
+        if loaded.positions.source.fields:  # there is no file yet
+            path = Path(scratch) / "recipe.yaml"
+            write_text(path, recipe.text)
+        else:
+            options = [*options, *(part for option in loaded.overrides for part in ("--set", option))]
         code = launch(processes, ["train", str(path), *options])
     if code > 128:
         raise Interrupted("the run was stopped", signal_number=code - 128, help="resume=True continues it")

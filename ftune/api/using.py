@@ -61,7 +61,7 @@ def evaluate(
         from ftune.artifacts.evaluate import evaluate as measure
 
         if forgetting and found.run is None:
-            raise FtuneError("`forgetting` compares a run with its base, and there is no run yet")
+            raise FtuneError("--forgetting compares a run with its base, and there is no run yet")
         ready = load_tasks(names, limit=limit, shots=shots) if names else None
         data = measure(found, base=base, forgetting=forgetting, tasks=ready)
     return Evaluation(data.get("tuned"), data.get("base"), tuple(data["notes"]), data)
@@ -163,7 +163,8 @@ def convert(run: RunOrRecipe, out: str | os.PathLike[str] | None = None, *, rank
 def _reading(target: RunOrRecipe, checkpoint: str | int | None, scale: float) -> Iterator[Target]:
     """A run or a recipe, kept from being trained meanwhile."""
     with quiet_libraries():
-        import_libraries(peft=True)
+        if not isinstance(target, (Recipe, Mapping)):
+            _import_for(Path(target).expanduser())
         from ftune.artifacts.tuned import reading, scaled
 
         if isinstance(target, (Recipe, Mapping)):
@@ -178,16 +179,22 @@ def _reading(target: RunOrRecipe, checkpoint: str | int | None, scale: float) ->
 def _run(run: RunOrRecipe) -> Iterator[RunDir]:
     """A run's directory, kept from being trained meanwhile."""
     with quiet_libraries():
-        import_libraries(peft=True)
         from ftune.artifacts.run_dir import RunDir
 
         if isinstance(run, (Recipe, Mapping)):
             root = load(run).output_dir
         else:
             root = Path(run).expanduser()
-            root = load(root).output_dir if root.is_file() else root
+            _import_for(root)
+            root = load(root).output_dir if root.suffix in (".yaml", ".yml") and root.is_file() else root
         with RunDir(root).reading():
             yield RunDir(root)
+
+
+def _import_for(target: Path) -> None:
+    """Import at once what a run or a recipe needs; not where it will only be said that there is none."""
+    if target.exists():
+        import_libraries(peft=True)
 
 
 def _path(path: str | os.PathLike[str] | None) -> Path | None:

@@ -10,7 +10,7 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import AsJson, Checkpoint, RunOrRecipe, RunPath, Scale, home
-from ftune.cli.output import import_for, print_json, width
+from ftune.cli.output import print_json
 from ftune.errors import FtuneError
 from ftune.run.imports import quiet_libraries
 
@@ -41,26 +41,22 @@ def evaluate(
     Every answer and its scores are kept in RUN/predictions.jsonl, those of --tasks in RUN/tasks.jsonl. Of a run that
     has not ended, the newest checkpoint is measured; of a recipe that was not trained yet, its base model.
     """
-    from ftune.artifacts.report import evaluation_table
-    from ftune.artifacts.tasks import check_names, load_tasks
+    from ftune.api.using import evaluate as measure
 
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
-    if tasks is not None:
-        check_names(names)
-    elif limit is not None or shots is not None:
+    if tasks is None and (limit is not None or shots is not None):
         raise FtuneError(f"{'--limit' if limit is not None else '--shots'} is of --tasks, and there are none")
-    with quiet_libraries():
-        import_for(target)
-        from ftune.artifacts.evaluate import evaluate as measure
-        from ftune.artifacts.tuned import reading, scaled
-
-        with reading(target, checkpoint, unfinished=True) as found:
-            found = scaled(found, scale)
-            if forgetting and found.run is None:
-                raise FtuneError("--forgetting compares a run with its base, and there is no run yet")
-            ready = load_tasks(names, limit=limit, shots=shots) if names else None
-            result = measure(found, base=base, forgetting=forgetting, tasks=ready)
-    print_json(result) if as_json else print(evaluation_table(result, width()))
+    found = measure(
+        target,
+        base=base,
+        forgetting=forgetting,
+        tasks=names,
+        limit=limit,
+        shots=shots,
+        checkpoint=checkpoint,
+        scale=scale,
+    )
+    print_json(found.data) if as_json else print(found)
 
 
 @app.command()
@@ -125,16 +121,10 @@ def merge(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise FtuneError(f"--dtype {dtype}: not a dtype that can be merged to", help="float32 or bfloat16")
-    from ftune.artifacts.report import merge_summary
+    from ftune.api.using import merge as merge_run
 
-    with quiet_libraries():
-        import_for(run)
-        from ftune.artifacts.merge import merge as merge_run
-        from ftune.artifacts.run_dir import RunDir
-
-        with RunDir(run).reading():
-            report = merge_run(RunDir(run), out, dtype, by_shard, checkpoint=checkpoint, scale=scale)
-    print_json(report) if as_json else print(merge_summary(report))
+    made = merge_run(run, out, dtype=dtype, by_shard=by_shard, checkpoint=checkpoint, scale=scale)
+    print_json(made.data) if as_json else print(made)
 
 
 @app.command()
@@ -151,12 +141,7 @@ def convert(
     It is read back from the disk and compared with the tuned model on real text. A method whose update is no
     low-rank matrix is refused with the reason, or approximated and the error printed.
     """
-    from ftune.artifacts.report import convert_summary
+    from ftune.api.using import convert as convert_run
 
-    with quiet_libraries():
-        from ftune.artifacts.convert import to_lora
-        from ftune.artifacts.run_dir import RunDir
-
-        with RunDir(run).reading():
-            report = to_lora(RunDir(run), out, rank)
-    print_json(report) if as_json else print(convert_summary(report))
+    made = convert_run(run, out, rank=rank)
+    print_json(made.data) if as_json else print(made)

@@ -10,9 +10,8 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import AsJson, Overrides, RecipePath
-from ftune.cli.output import color_of, load, print_json, print_plan, width
+from ftune.cli.output import color_of, print_json, print_plan
 from ftune.errors import FtuneError
-from ftune.run.imports import quiet_libraries
 from ftune.streams import outlive_reader
 
 __all__ = ["train"]
@@ -99,34 +98,26 @@ def train(
         flags += ["--until", str(until)] if until is not None else []
         settings = [part for override in overrides or () for part in ("--set", override)]
         raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
-    loaded = load(recipe, overrides)
-    with quiet_libraries(), outlive_reader():
-        if num_workers is not None:
-            from ftune.artifacts.ray_engine import train_on_ray
+    from ftune.api.training import train as run_recipe
 
-            record = train_on_ray(loaded, num_workers=num_workers, resume=resume, overwrite=overwrite)
-        else:
-            from ftune.run.imports import import_libraries
-
-            import_libraries(peft=loaded.recipe.method.saved_as == "peft")
-            from ftune.artifacts.training import train as run_recipe
-
-            record = run_recipe(
-                loaded,
-                resume=resume,
-                overwrite=overwrite,
-                accept_changed_data=accept_changed_data,
-                accept_changed_model=accept_changed_model,
-                engine=engine,
-                auto_batch=auto_batch,
-                until=until,
-                show_plan=lambda summary: print_plan(summary, sys.stderr if as_json else sys.stdout),
-            )
+    with outlive_reader():
+        run = run_recipe(
+            recipe,
+            overrides or (),
+            resume=resume,
+            overwrite=overwrite,
+            accept_changed_data=accept_changed_data,
+            accept_changed_model=accept_changed_model,
+            engine=engine,
+            num_workers=num_workers,
+            auto_batch=auto_batch,
+            until=until,
+            show_plan=None if num_workers else lambda plan: print_plan(plan, sys.stderr if as_json else sys.stdout),
+            color=color_of(sys.stderr),
+        )
         if os.environ.get("RANK", "0") != "0":
             return
         if as_json:
-            print_json({key: value for key, value in record.items() if key != "recipe"})
-            return
-        from ftune.artifacts.report import training_summary
-
-        print(training_summary(record, loaded.recipe.output_dir, width()))
+            print_json({key: value for key, value in run.record.items() if key != "recipe"})
+        else:
+            print(run)
