@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,3 +41,27 @@ def test_the_page_names_what_there_is() -> None:
     errors = {name for name in ftune.__all__ if isinstance(getattr(ftune, name), type)}
     errors = {name for name in errors if issubclass(getattr(ftune, name), ftune.FtuneError)}
     assert {name for name in errors if f"`{name}`" not in PAGE} <= {"FtuneError", "LocatedDataError"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in order, in one namespace; what a cell ends with is shown as a notebook would show it."""
+    monkeypatch.chdir(tmp_path)
+    book = json.loads((Path(__file__).parents[2] / "docs/python.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in book["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, cell["id"], "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), cell["id"], "eval"), names)
+            shown += [value._repr_html_()] if hasattr(value, "_repr_html_") else []
+    assert [type(names[name]) for name in ("recipe", "run")] == [ftune.Recipe, ftune.Run]
+    assert len(shown) == 6
+    assert all(text.startswith("<pre>") for text in shown)
+    losses = names["losses"]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
