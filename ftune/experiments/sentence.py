@@ -1,17 +1,70 @@
-"""A verdict in one sentence of plain English."""
+"""A verdict as a value, and in one sentence of plain English."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from ftune.artifacts.paired import Difference
-from ftune.experiments.against import related
+from ftune.experiments.against import Comparison, related
 
-if TYPE_CHECKING:
-    from ftune.experiments.verdict import Verdict
+__all__ = ["Cost", "Kind", "Verdict", "sentence"]
 
-__all__ = ["sentence"]
+Kind = Literal["better", "tied", "not enough data"]
+Cost = Literal["memory", "time", "size"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says; differences are shares of 1.
+
+    Attributes:
+        kind: The form of the verdict.
+        take: The method to take; None where that is not known.
+        group: Those it was chosen from, best first: the best and those not told apart from it, or those that tie.
+        scope: Whether it is about the methods or, where one was run with one seed, about these runs.
+        reference: What the methods were compared with.
+        base: The name of the base.
+        margin: The least difference that matters.
+        prefer: What decided between the methods of the group; None where no costs were known.
+        items: Test items.
+        comparisons: Every other method against the reference, the base included.
+        beats_base: Methods that are better than the base, for certain, best first.
+        not_tuned: Methods that are not ranked.
+        ties: Groups of ranked methods that are not told apart, best first.
+        detectable: The difference from the reference that this study could show with 80 % power, by the noise that
+            was measured: the largest over the ranked methods but the base. None where there are none.
+        more_items: Items besides those there are that would settle what is open, to two digits; None where items would
+            not.
+        more_seeds: Seeds besides those there are that would, where items would not.
+    """
+
+    kind: Kind
+    take: str | None
+    group: tuple[str, ...]
+    scope: Literal["the methods", "these runs"]
+    reference: str
+    base: str
+    margin: float
+    prefer: Cost | None
+    items: int
+    comparisons: dict[str, Comparison]
+    beats_base: tuple[str, ...]
+    not_tuned: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    detectable: float | None
+    more_items: int | None
+    more_seeds: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dict, the same on every machine."""
+        return {**asdict(self), "sentence": self.sentence()}
+
+    def sentence(self) -> str:
+        """The verdict in one sentence."""
+        return sentence(self)
+
 
 _LEAST = {"memory": "takes the least memory", "time": "takes the least time", "size": "is the smallest on disk"}
 

@@ -92,7 +92,8 @@ def _same_norm(module: nn.Module, forward: Callable[..., Tensor], dtype: torch.d
     """Whether a norm of one input computes the same, in the dtype of its gain and in that of the model."""
     import torch
 
-    from ftune.ops.kernels import EAGER, using
+    from ftune.ops.eager import EAGER
+    from ftune.ops.kernels import using
 
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 1 or _eps(module) is None or not _takes_one(module):
@@ -138,7 +139,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 def _same_gate(module: Any, dtype: torch.dtype) -> bool:
     import torch
 
-    from ftune.ops.kernels import EAGER, TRIAL_TOKENS, using
+    from ftune.ops.eager import EAGER
+    from ftune.ops.kernels import TRIAL_TOKENS, using
 
     # What differs between training and evaluation would not show: the trial is without dropout.
     if not _takes_one(module) or any("dropout" in name for name in (*vars(module), *dict(module.named_children()))):
@@ -218,7 +220,8 @@ def _same_rotary(original: Callable[..., Any]) -> bool:
     """Whether a function turns as ``_rotary`` does, to the bit."""
     import torch
 
-    from ftune.ops.kernels import EAGER, using
+    from ftune.ops.eager import EAGER
+    from ftune.ops.kernels import using
 
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (

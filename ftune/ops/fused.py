@@ -1,4 +1,4 @@
-"""The kernels of ``ftune.ops.kernels``, and the softmax of the loss, each as one pass over its tensors, on CUDA.
+"""The kernels of ``ftune.ops.eager``, and the softmax of the loss, each as one pass over its tensors, on CUDA.
 
 Eager, a norm is eight operations that read and write fp32 copies of its input; beside the products of an 8B model on
 an H100 norms and gates then take a third of the time. Written in Triton they read and write every element once. They
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftune.ops.kernels import EAGER, Activation, Kernels
+from ftune.ops.eager import EAGER, Activation, Kernels
 
 __all__ = ["FUSED", "softmax_minus_target", "works"]
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftune.ops.kernels import Activation, Kernels, current
+from ftune.ops.eager import Activation, Kernels
+from ftune.ops.kernels import current
 
 __all__ = ["Activation", "Kept", "gated", "keep", "kept_again", "rms_norm"]
 

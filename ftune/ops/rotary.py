@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftune.ops.kernels import Kernels, current
+from ftune.ops.eager import Kernels
+from ftune.ops.kernels import current
 
 __all__ = ["rotate"]
 

@@ -9,8 +9,9 @@ import pytest
 from experiments_studies import study
 from numpy.typing import NDArray
 
+from ftune.experiments.sentence import Verdict
 from ftune.experiments.ties import holm, tie_groups
-from ftune.experiments.verdict import Verdict, judge
+from ftune.experiments.verdict import judge
 
 ITEMS = 1000
 

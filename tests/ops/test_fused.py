@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ftune.ops.cross_entropy import linear_cross_entropy
-from ftune.ops.kernels import EAGER, has_fused
+from ftune.ops.eager import EAGER
+from ftune.ops.kernels import has_fused
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

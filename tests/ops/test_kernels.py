@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from ftune.ops.kernels import EAGER, Kernels, current, plain, using
+from ftune.ops.eager import EAGER, Kernels
+from ftune.ops.kernels import current, plain, using
 from ftune.ops.linear import Adapted, low_rank_linears
 from ftune.ops.recompute import gated, rms_norm
 from ftune.ops.rotary import rotate

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ftune.ops.kernels import EAGER, using
+from ftune.ops.eager import EAGER
+from ftune.ops.kernels import using
 from ftune.ops.linear import Adapted, cast_linear, low_rank_linears, low_rank_update, scale_directions
 from ftune.ops.recompute import Activation, gated, rms_norm
 from ftune.ops.rotary import rotate
