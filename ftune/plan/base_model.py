@@ -93,7 +93,7 @@ def gguf_path(located: Located) -> Path:
 
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration, a fresh copy at every call; no weights are read."""
-    return copy.deepcopy(_read_config(spec))
+    return copy.deepcopy(_read_config(spec, _state(spec)))
 
 
 def configured(spec: ModelSpec, method: Method) -> Any:
@@ -104,8 +104,8 @@ def configured(spec: ModelSpec, method: Method) -> Any:
 
 
 @functools.cache
-def _read_config(spec: ModelSpec) -> Any:
-    """Read once a process: a GGUF file's header alone takes seconds."""
+def _read_config(spec: ModelSpec, state: tuple[int, ...]) -> Any:
+    """Read once a process, unless the file changes: a GGUF file's header alone takes seconds."""
     from transformers import AutoConfig
 
     located = locate_model(spec)
@@ -126,12 +126,22 @@ def check_causal(spec: ModelSpec) -> None:
     Raises:
         ModelError: One does.
     """
-    require_causal(_small_leaks(spec), spec.id)
+    require_causal(_small_leaks(spec, _state(spec)), spec.id)
 
 
 @functools.cache
-def _small_leaks(spec: ModelSpec) -> bool | None:
-    return None if spec.trust_remote_code else small_sees_later_tokens(_read_config(spec))
+def _small_leaks(spec: ModelSpec, state: tuple[int, ...]) -> bool | None:
+    return None if spec.trust_remote_code else small_sees_later_tokens(_read_config(spec, state))
+
+
+def _state(spec: ModelSpec) -> tuple[int, ...]:
+    """Tells a local configuration from another under the same name: a notebook writes a model anew, or moves."""
+    path = Path(spec.id).expanduser()
+    try:
+        found = (path / "config.json" if path.is_dir() else path).stat()
+    except OSError:  # on the hub, in a package, or a directory of GGUF files
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> Any:
@@ -269,7 +279,7 @@ def load_base(spec: ModelSpec, method: Method, dtype: torch.dtype, device: torch
     if not packed:
         # The device only: a cast would round buffers that must stay fp32 (RoPE's frequencies).
         model.to(device)
-    if _small_leaks(spec) is None:
+    if _small_leaks(spec, _state(spec)) is None:
         require_causal(sees_later_tokens(model), spec.id)
     return cast("nn.Module", model.train())
 

@@ -212,3 +212,10 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any]
     with pytest.raises(ftune.FtuneError, match=said):
         ftune.train(fields(tmp_path), **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+    given = fields(tmp_path)
+    before = ftune.plan(given).summary["model"]["parameters"]
+    tiny.model_dir(tmp_path / "base", num_hidden_layers=3)
+    assert ftune.plan(given).summary["model"]["parameters"] > before
