@@ -3,7 +3,7 @@
 ::
 
     RUN/run.json          recipe as written and as resolved, plan, measured, vitals, versions, device, status
-    RUN/recipe.yaml       the recipe with what was overridden, of a run that was started from Python
+    RUN/recipe.yaml       the recipe, overrides applied: what trains the same again
     RUN/metrics.jsonl     one event a line
     RUN/checkpoints/      step-N/, each complete
     RUN/adapter/          a PEFT adapter (or model/, a transformers model, for full fine-tuning)
