@@ -82,18 +82,15 @@ def train(
         # A mistake is told before anything starts; what is only doubtful, by the main process.
         checked = load_checked(recipe, overrides or (), color=color_of(sys.stderr))[0]
         engine_for(checked.recipe, engine, os.environ, auto_batch=auto_batch)
-        flags = [
-            flag
-            for flag, on in (
-                ("--resume", resume),
-                ("--overwrite", overwrite),
-                ("--accept-changed-data", accept_changed_data),
-                ("--accept-changed-model", accept_changed_model),
-                ("--auto-batch", auto_batch),
-                ("--json", as_json),
-            )
-            if on
-        ]
+        given = {
+            "--resume": resume,
+            "--overwrite": overwrite,
+            "--accept-changed-data": accept_changed_data,
+            "--accept-changed-model": accept_changed_model,
+            "--auto-batch": auto_batch,
+            "--json": as_json,
+        }
+        flags = [flag for flag, on in given.items() if on]
         flags += ["--engine", engine] if engine is not None else []
         flags += ["--until", str(until)] if until is not None else []
         settings = [part for override in overrides or () for part in ("--set", override)]
