@@ -1,4 +1,4 @@
-"""The C library's heap as training on a CPU wants it, which has to be said before a process begins.
+"""Allocators as training wants them: the C library's on a CPU, of which a process is told before it begins; PyTorch's.
 
 PyTorch asks for blocks aligned to 64 bytes. glibc cuts each out of a larger one and keeps the two scraps, of up to a
 hundred bytes, in the lists that it serves small requests from. There they are not joined with the block again once that
@@ -15,10 +15,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["begin_again", "tuned"]
+__all__ = ["begin_again", "expand_segments", "tuned"]
 
 _VARIABLE = "GLIBC_TUNABLES"
 _TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_OF_TORCH = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")
 
 
@@ -32,6 +33,15 @@ def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
     if not _is_glibc() or "LD_PRELOAD" in environment or "glibc.malloc" in found or any(map(os.path.exists, _GPUS)):
         return None
     return {**environment, _VARIABLE: f"{found}:{_TUNABLES}" if found else _TUNABLES}
+
+
+def expand_segments() -> None:
+    """Have PyTorch's allocator on a GPU let its segments grow: rows of many lengths would cut memory into pieces.
+
+    Read when the first tensor goes there; later it has no effect. What the user says of the allocator stays.
+    """
+    if not any(name in os.environ for name in _OF_TORCH):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def begin_again() -> None:

@@ -132,3 +132,13 @@ def test_a_real_process_keeps_its_number_and_only_train_begins_again(
     done = subprocess.run(["sh", "-c", shell], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", expected]
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_says_otherwise(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {} if own is None else {own: "max_split_size_mb:64"}
+    monkeypatch.setattr(os, "environ", environment)
+    heap.expand_segments()
+    assert environment == {
+        own or "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64" if own else "expandable_segments:True"
+    }

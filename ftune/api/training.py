@@ -13,6 +13,7 @@ from typing import Any
 from ftune.api.recipes import Overrides, Recipe, Source, checked
 from ftune.api.runs import Run
 from ftune.errors import FtuneError, Interrupted, RunFailed
+from ftune.heap import expand_segments
 from ftune.recipe import warnings
 from ftune.run.events import Event, RunStart, Sink
 from ftune.run.files import write_text
@@ -89,6 +90,7 @@ def train(
         options += ["--engine", engine] if engine is not None else []
         options += ["--until", str(until)] if until is not None else []
         return _in_processes(found, num_processes, options)
+    expand_segments()
     with quiet_libraries():
         import_libraries(peft=found.method.saved_as == "peft")
         from ftune.artifacts.training import train as train_recipe

@@ -5,7 +5,6 @@ Only typer, pydantic and yaml are imported here; a command imports what it needs
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
@@ -16,7 +15,7 @@ from ftune.cli import recipes, training, studies, runs, talk, about
 # isort: on
 from ftune.cli.app import app
 from ftune.cli.ending import run
-from ftune.heap import begin_again
+from ftune.heap import begin_again, expand_segments
 from ftune.run.signals import Interruptible
 
 __all__ = ["about", "app", "main", "recipes", "runs", "studies", "talk", "training"]
@@ -27,9 +26,7 @@ def main() -> NoReturn:
 
     Exits 0, 1 (failed), 2 (the user's mistake), 3 (a plan that does not fit), or 128 + a signal's number (interrupted).
     """
-    # Rows of many lengths would cut a GPU's memory into pieces. Read when the first tensor goes there.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    expand_segments()
     if sys.argv[1:2] == ["train"]:
         begin_again()
     with Interruptible() as signals:

@@ -14,7 +14,6 @@ app = typer.Typer(
     name="ftune",
     help="Fine-tune a language model from a recipe; evaluate, merge and talk to what comes out.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
