@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.api.recipes import Recipe, Source, load
 from ftune.api.results import Conversion, Evaluation, Generation, Merge
 from ftune.errors import FtuneError
-from ftune.run.imports import import_libraries, quiet_libraries
+from ftune.run.imports import quiet_libraries
 
 if TYPE_CHECKING:
     from ftune.artifacts.run_dir import RunDir
@@ -194,6 +194,8 @@ def _run(run: RunOrRecipe) -> Iterator[RunDir]:
 def _import_for(target: Path) -> None:
     """Import at once what a run or a recipe needs; not where it will only be said that there is none."""
     if target.exists():
+        from ftune.run.imports import import_libraries
+
         import_libraries(peft=True)
 
 
