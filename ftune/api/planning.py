@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftune.api.bounds import at_least
 from ftune.api.recipes import Overrides, Recipe, Source, load
 from ftune.api.shown import Shown, width
 
@@ -84,6 +85,7 @@ def plan(
     from ftune.recipe import at_fields
     from ftune.run.imports import quiet_libraries
 
+    at_least(1, num_processes=num_processes)
     other = find_sizes(os.fspath(sizes)) if sizes is not None else None
     choice = choose_engine(engine, {})
     require_several(choice, num_processes)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftune.api.bounds import at_least
 from ftune.api.recipes import Overrides, Recipe, Source, checked
 from ftune.api.runs import Run
 from ftune.errors import FtuneError, Interrupted, RunFailed
@@ -69,6 +70,7 @@ def train(
         Interrupted: A signal stopped it; the message says what was kept.
     """
     _require_together(resume, overwrite, accept_changed_data, accept_changed_model)
+    at_least(1, until=until, num_processes=num_processes, num_workers=num_workers)
     if (engine == "ray") != (num_workers is not None):
         raise FtuneError('engine="ray" and num_workers go together', help='engine="ray", num_workers=2')
     alone = {"accept_changed_data": accept_changed_data, "accept_changed_model": accept_changed_model}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftune.api.bounds import at_least
 from ftune.api.recipes import Recipe, Source, load
 from ftune.api.results import Conversion, Evaluation, Generation, Merge
 from ftune.errors import FtuneError
@@ -52,6 +53,8 @@ def evaluate(
     """
     from ftune.artifacts.tasks import check_names, load_tasks
 
+    at_least(1, limit=limit)
+    at_least(0, shots=shots)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if names:
         check_names(names)
@@ -94,8 +97,9 @@ def generate(
         FtuneError: There is no such run, or a prompt leaves no room for an answer.
     """
     asked = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if max_new_tokens < 1 or temperature < 0:
-        raise FtuneError("`max_new_tokens` is at least 1, `temperature` at least 0")
+    at_least(1, max_new_tokens=max_new_tokens)
+    if temperature < 0:
+        raise FtuneError(f"temperature={temperature:g}: at least 0")
     with _reading(target, checkpoint, scale) as found:
         from ftune.artifacts.chat import Chat
 
@@ -150,8 +154,7 @@ def convert(run: RunOrRecipe, out: str | os.PathLike[str] | None = None, *, rank
     Raises:
         FtuneError: There is no such run, or its update is no low-rank matrix and no rank was asked for.
     """
-    if rank is not None and rank < 1:
-        raise FtuneError(f"rank {rank}: at least 1")
+    at_least(1, rank=rank)
     with _run(run) as found:
         from ftune.artifacts.convert import to_lora
 

@@ -219,3 +219,22 @@ def test_a_model_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     before = ftune.plan(given).summary["model"]["parameters"]
     tiny.model_dir(tmp_path / "base", num_hidden_layers=3)
     assert ftune.plan(given).summary["model"]["parameters"] > before
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda recipe: ftune.plan(recipe, num_processes=0), "num_processes=0: at least 1"),
+        (lambda recipe: ftune.train(recipe, num_processes=-2), "num_processes=-2: at least 1"),
+        (lambda recipe: ftune.train(recipe, until=0), "until=0: at least 1"),
+        (lambda recipe: ftune.train(recipe, engine="ray", num_workers=0), "num_workers=0: at least 1"),
+        (lambda recipe: ftune.evaluate(recipe, tasks=["hellaswag"], limit=0), "limit=0: at least 1"),
+        (lambda recipe: ftune.evaluate(recipe, tasks=["hellaswag"], shots=-1), "shots=-1: at least 0"),
+        (lambda recipe: ftune.generate(recipe, "Hi.", max_new_tokens=0), "max_new_tokens=0: at least 1"),
+        (lambda recipe: ftune.generate(recipe, "Hi.", temperature=-1.0), "temperature=-1: at least 0"),
+        (lambda recipe: ftune.convert(recipe, rank=0), "rank=0: at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(call: Any, said: str) -> None:
+    with pytest.raises(ftune.FtuneError, match=said):
+        call({"model": "none", "method": "lora", "data": "none.jsonl", "output_dir": "none"})
