@@ -23,7 +23,7 @@ from ftune.plan.plan import Plan
 from ftune.plan.positions import context_of_model
 from ftune.plan.shapes import read_shape
 from ftune.recipe.schema import Recipe
-from ftune.run.loop import held_out_loss
+from ftune.run.evaluation import held_out_loss
 from ftune.run.objective import Objective
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Checkpoints: saved whole, verified when written and when read, enough to resume bit for bit.
 
 A checkpoint holds the trained parameters, the optimizer's state, what the method adds, and the step. Random
-state and the position in the data are pure functions of the step (see ``ftune.run.loop``), so neither is stored.
+state and the position in the data are pure functions of the step (see ``ftune.run.steps``), so neither is stored.
 No pickle is trusted: parameters are safetensors, the optimizer's state is read with ``weights_only=True``.
 
 A damaged one is never deleted and never counted: it is renamed to ``step-N.damaged``, and the one before is used.

@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_measures_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Loop, "_gradients", fail)
+        patched.setattr(Loop, "_backward", fail)
         with pytest.raises(Interrupted):
             train(tiny.recipe(tmp_path))
     record = train(tiny.recipe(tmp_path), resume=True)

@@ -14,7 +14,7 @@ from ftune.memory.kernels import KEPT, KERNEL_BYTES, OF_HEAD, UPDATES, Batching,
 from ftune.methods import METHODS
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import read_shape
-from ftune.run import loop
+from ftune.run import micro_batches
 
 SHAPES = Path(__file__).parents[2] / "ftune" / "shapes"
 SIZES: dict[str, Any] = {
@@ -66,7 +66,7 @@ def test_every_shape_of_a_run_is_foreseen(
         targets.append(batch.target_tokens)
         return batch
 
-    monkeypatch.setattr(loop, "collate", watching)
+    monkeypatch.setattr(micro_batches, "collate", watching)
     train(loaded)
     foreseen = resolve(loaded.recipe).memory.request
     assert foreseen.row_shapes == len(seen) > (0 if packing else 1)

@@ -78,9 +78,9 @@ class Spoilt(torch.autograd.Function):
     def backward(context, gradient):
         return gradient * float("nan")
 
-def spoiling(self, step, mine, targets, wrapped):
+def spoiling(self, step, targets, wrapped, mine):
     bad = step == 2 and rank == "1"
-    return backward(self, step, mine, targets, (lambda batch: Spoilt.apply(wrapped(batch))) if bad else wrapped)
+    return backward(self, step, targets, (lambda batch: Spoilt.apply(wrapped(batch))) if bad else wrapped, mine)
 
 def stopped(loaded, error, **settings):
     try:
