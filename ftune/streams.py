@@ -1,14 +1,26 @@
-"""Standard output and error of a command that must not end because nobody reads them any more."""
+"""Standard output and error: how wide they are, and that nothing ends because nobody reads them any more."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-__all__ = ["outlive_reader"]
+__all__ = ["outlive_reader", "tell", "terminal_width"]
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def tell(line: str) -> None:
+    """Print a line for the user to standard error; whoever closed the stream stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class _Outliving:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ftune.api.bounds import at_least
-from ftune.api.recipes import Overrides, Recipe, Source, load
-from ftune.api.shown import Shown, width
+from ftune.api.recipes import Overrides, Recipe, Source, load, recipe_of
+from ftune.api.shown import Shown
+from ftune.recipe import located
+from ftune.run.imports import quiet_libraries
+from ftune.streams import terminal_width
 
-__all__ = ["Memory", "Planned", "plan"]
+if TYPE_CHECKING:
+    from ftune.memory.estimate import MemoryEstimate
+    from ftune.plan.devices import Device
+    from ftune.plan.engine import EngineChoice
+    from ftune.recipe.load import Loaded
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted bytes at the peak, by what takes them; ``total`` is their sum."""
-
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    buffers: int
-    runtime: int
-    total: int
+__all__ = ["Planned", "plan", "planned"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +29,7 @@ class Planned(Shown):
 
     Attributes:
         recipe: What was planned.
-        memory: Predicted bytes at the peak.
+        memory: Predicted bytes at the peak, by what takes them; ``total`` is their sum.
         budget: Bytes that the run may take.
         fits: Whether it does.
         steps: Optimizer updates in all.
@@ -43,7 +38,7 @@ class Planned(Shown):
     """
 
     recipe: Recipe
-    memory: Memory
+    memory: MemoryEstimate
     budget: int
     fits: bool
     steps: int
@@ -53,7 +48,7 @@ class Planned(Shown):
     def __str__(self) -> str:
         from ftune.plan.table import render_plan
 
-        return render_plan(self.summary, width())
+        return render_plan(self.summary, terminal_width())
 
 
 def plan(
@@ -82,31 +77,46 @@ def plan(
     from ftune.plan.devices import find_device
     from ftune.plan.engine import choose_engine, require_several
     from ftune.plan.sizes import find_sizes
-    from ftune.recipe import at_fields
-    from ftune.run.imports import quiet_libraries
 
     at_least(1, num_processes=num_processes)
     other = find_sizes(os.fspath(sizes)) if sizes is not None else None
     choice = choose_engine(engine, {})
     require_several(choice, num_processes)
     known = find_device(device) if device else None
-    found = load(recipe, overrides)
-    with quiet_libraries():
-        from ftune.errors import LocatedDataError
+    loaded = load(recipe, overrides).loaded
+    return planned(loaded, sizes=other, num_processes=num_processes, engine=choice, target=known)
+
+
+def planned(
+    loaded: Loaded,
+    *,
+    sizes: Path | None,
+    num_processes: int,
+    engine: EngineChoice,
+    target: Device | None,
+    color: bool = False,
+) -> Planned:
+    """Plan a checked recipe.
+
+    Args:
+        loaded: The recipe.
+        sizes: A directory with the config.json of a model to plan for.
+        num_processes: Processes that share an update.
+        engine: How they do.
+        target: Plan for this device.
+        color: Whether the message of an error has ANSI colours.
+    """
+    with quiet_libraries(), located(loaded, color=color):
         from ftune.plan.machine import Machine
         from ftune.plan.resolve import resolve
         from ftune.plan.summary import summary_of
 
-        machine = Machine.of(known) if known else None
-
-        try:
-            made = resolve(found.values, sizes=other, world_size=num_processes, engine=choice, machine=machine)
-            summary = summary_of(made)
-        except LocatedDataError as error:
-            raise at_fields(error, found.loaded) from error
+        machine = Machine.of(target) if target else None
+        made = resolve(loaded.recipe, sizes=sizes, world_size=num_processes, engine=engine, machine=machine)
+        summary = summary_of(made)
     return Planned(
-        found,
-        Memory(**summary["memory"]),
+        recipe_of(loaded),
+        made.memory,
         summary["budget"],
         summary["fits"],
         summary["training"]["steps"],

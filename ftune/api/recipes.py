@@ -16,7 +16,7 @@ from ftune.recipe.written import options_of, parse_fields, recipe_text
 if TYPE_CHECKING:
     from ftune.recipe import schema
 
-__all__ = ["Overrides", "Recipe", "Source", "checked", "load"]
+__all__ = ["Overrides", "Recipe", "Source", "checked", "load", "recipe_of"]
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """``{"training.max_steps": 20}``, or what ``--set`` takes: ``["training.max_steps=20"]``."""
@@ -69,7 +69,7 @@ class Recipe(Shown):
         return self.text.rstrip()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _of, (self.loaded,)
+        return recipe_of, (self.loaded,)
 
     @property
     def text(self) -> str:
@@ -116,14 +116,14 @@ def load(recipe: Source, overrides: Overrides = (), *, color: bool = False) -> R
     else:
         loaded = load_recipe(Path(recipe).expanduser(), options_of(overrides), color=color)
     require(loaded, color=color)
-    return _of(loaded)
+    return recipe_of(loaded)
 
 
 def checked(recipe: Source, overrides: Overrides = (), *, color: bool = False) -> Recipe:
     """``load``, of which a recipe that was written in Python names the file that its run will keep it in."""
     found = load(recipe, overrides, color=color)
     if found.loaded.positions.source.fields:
-        return _of(replace(found.loaded, path=found.output_dir / "recipe.yaml"))
+        return recipe_of(replace(found.loaded, path=found.output_dir / "recipe.yaml"))
     return found
 
 
@@ -135,7 +135,8 @@ def _again(loaded: Loaded, options: tuple[str, ...], *, color: bool) -> Loaded:
     return replace(made, path=loaded.path)
 
 
-def _of(loaded: Loaded) -> Recipe:
+def recipe_of(loaded: Loaded) -> Recipe:
+    """A recipe that was read."""
     made = Recipe.__new__(Recipe)
     _keep(made, loaded)
     return made

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftune.api.shown import Shown, width
+from ftune.api.shown import Shown
+from ftune.streams import terminal_width
 
 __all__ = ["Conversion", "Evaluation", "Generation", "Merge"]
 
@@ -31,7 +32,7 @@ class Evaluation(Shown):
     def __str__(self) -> str:
         from ftune.artifacts.report import evaluation_table
 
-        return evaluation_table(self.data, width())
+        return evaluation_table(self.data, terminal_width())
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ftune.api.results import Conversion, Evaluation, Generation, Merge
-from ftune.api.shown import Shown, width
+from ftune.api.shown import Shown
 from ftune.api.using import convert, evaluate, generate, merge
 from ftune.run.events import EvalEnd, StepEnd
+from ftune.streams import terminal_width
 
 __all__ = ["Metrics", "Run"]
 
@@ -56,7 +57,7 @@ class Run(Shown):
         from ftune.artifacts.report import training_summary
 
         if self.status in ("finished", "paused"):
-            return training_summary(self.record, str(self.path), width())
+            return training_summary(self.record, str(self.path), terminal_width())
         return f"{self.path}: {self.status}"
 
     @property

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-import shutil
 
-__all__ = ["Shown", "width"]
+__all__ = ["Shown"]
 
 
 class Shown:
@@ -20,8 +19,3 @@ class Shown:
     def _repr_html_(self) -> str:
         """The same in a notebook, in a font of one width."""
         return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def width() -> int:
-    """Columns to wrap texts to."""
-    return shutil.get_terminal_size((100, 24)).columns

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,8 @@ from ftune.recipe import warnings
 from ftune.run.events import Event, RunStart, Sink
 from ftune.run.files import write_text
 from ftune.run.imports import import_libraries, quiet_libraries
+from ftune.run.launch import as_flags
+from ftune.streams import tell as print_line
 
 __all__ = ["train"]
 
@@ -84,14 +84,8 @@ def train(
         return _on_ray(found, num_workers, resume=resume, overwrite=overwrite)
     if num_processes is not None and num_processes > 1:
         _refuse(here, f"num_processes={num_processes}: it trains in processes of its own")
-        flags = {"--resume": resume, "--overwrite": overwrite, "--auto-batch": auto_batch}
-        flags |= {
-            f"--{name.replace('_', '-')}": alone[name] for name in ("accept_changed_data", "accept_changed_model")
-        }
-        options = [flag for flag, on in flags.items() if on]
-        options += ["--engine", engine] if engine is not None else []
-        options += ["--until", str(until)] if until is not None else []
-        return _in_processes(found, num_processes, options)
+        options = alone | {"until": until, "resume": resume, "overwrite": overwrite, "engine": engine}
+        return _in_processes(found, num_processes, as_flags(options))
     expand_segments()
     with quiet_libraries():
         import_libraries(peft=found.method.saved_as == "peft")
@@ -173,6 +167,5 @@ def _in_processes(recipe: Recipe, processes: int, options: list[str]) -> Run:
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        if os.environ.get("RANK", "0") == "0":
-            print(line, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print_line(line)

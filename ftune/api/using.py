@@ -13,7 +13,7 @@ from ftune.api.bounds import at_least
 from ftune.api.recipes import Recipe, Source, load
 from ftune.api.results import Conversion, Evaluation, Generation, Merge
 from ftune.errors import FtuneError
-from ftune.run.imports import quiet_libraries
+from ftune.run.imports import import_for, quiet_libraries
 
 if TYPE_CHECKING:
     from ftune.artifacts.run_dir import RunDir
@@ -167,7 +167,7 @@ def _reading(target: RunOrRecipe, checkpoint: str | int | None, scale: float) ->
     """A run or a recipe, kept from being trained meanwhile."""
     with quiet_libraries():
         if not isinstance(target, (Recipe, Mapping)):
-            _import_for(Path(target).expanduser())
+            import_for(Path(target).expanduser())
         from ftune.artifacts.tuned import reading, scaled
 
         if isinstance(target, (Recipe, Mapping)):
@@ -188,18 +188,10 @@ def _run(run: RunOrRecipe) -> Iterator[RunDir]:
             root = load(run).output_dir
         else:
             root = Path(run).expanduser()
-            _import_for(root)
+            import_for(root)
             root = load(root).output_dir if root.suffix in (".yaml", ".yml") and root.is_file() else root
         with RunDir(root).reading():
             yield RunDir(root)
-
-
-def _import_for(target: Path) -> None:
-    """Import at once what a run or a recipe needs; not where it will only be said that there is none."""
-    if target.exists():
-        from ftune.run.imports import import_libraries
-
-        import_libraries(peft=True)
 
 
 def _path(path: str | os.PathLike[str] | None) -> Path | None:

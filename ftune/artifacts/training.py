@@ -39,7 +39,7 @@ from ftune.plan.pinned import pins
 from ftune.plan.plan import Plan
 from ftune.plan.resolve import resolve
 from ftune.plan.shapes import auto_class
-from ftune.plan.slow import slower_here
+from ftune.plan.slow import slower_on
 from ftune.plan.summary import summary_of
 from ftune.recipe.load import Loaded
 from ftune.recipe.schema import Recipe
@@ -58,6 +58,7 @@ from ftune.run.sinks.jsonl import JsonlSink, truncate_after
 from ftune.run.sinks.progress import ProgressSink
 from ftune.run.sinks.tracker import TRACKED, TrackerSink, flatten
 from ftune.run.through_host import block_by_block, move_beside_base
+from ftune.streams import tell as print_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +145,7 @@ def train(
             auto_batch,
             until,
             sinks,
-            tell or _tell,
+            tell or print_line,
         )
         return _train(loaded, run, accelerator, choice, asked)
 
@@ -163,7 +164,7 @@ def _train(
     else:
         plan = resolve(recipe, world_size=world, engine=choice)
     if began is not None:
-        plan = replace(plan, slower=slower_here(began, plan.machine, of_run=True))
+        plan = replace(plan, slower=slower_on(plan.machine, began, of_run=True))
     # What a resumed run is in: its number of processes may have changed, and with it how an update is split.
     resolved = plan.recipe
     if began is not None and before is not None and plan.global_batch == before["plan"]["training"]["global_batch"]:
@@ -426,12 +427,6 @@ def _trackers(recipe: Recipe, run: RunDir, tell: Callable[[str], None]) -> list[
         for name in recipe.tracking
         if name not in _LOCAL_SINKS
     ]
-
-
-def _tell(line: str) -> None:
-    """Print a line for the user; whoever closed the stream does not stop the training."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _require_at_work(recipe: Recipe, vitals: dict[str, float]) -> None:

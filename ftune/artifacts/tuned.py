@@ -15,7 +15,6 @@ from ftune.errors import FtuneError, RunDirError
 from ftune.methods import Context
 from ftune.methods.scaled import interpolated, scale_adapter
 from ftune.plan.base_model import choose_device, load_base, load_config
-from ftune.plan.machine import Machine
 from ftune.plan.plan import Plan
 from ftune.plan.precision import choose_dtype
 from ftune.plan.quantized import as_stored
@@ -188,7 +187,7 @@ def reading(path: Path | Recipe, checkpoint: str | None = None, *, unfinished: b
         held = contextlib.nullcontext() if root is None else RunDir(root).reading()
     with held:
         found = find_target(path, checkpoint, unfinished=unfinished)
-        slower = slower_here(found.recipe, Machine.here(), of_run=found.run is not None)
+        slower = slower_here(found.recipe, choose_device(), of_run=found.run is not None)
         yield replace(found, notes=(*found.notes, *slower))
 
 

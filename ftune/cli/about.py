@@ -8,7 +8,8 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import AsJson
-from ftune.cli.output import print_json, width
+from ftune.cli.output import print_json
+from ftune.streams import terminal_width
 
 __all__ = ["methods", "schema"]
 
@@ -24,7 +25,7 @@ def methods(
     if as_json:
         print_json(method_rows() if name is None else method_row(name))
     else:
-        print(method_table(width()) if name is None else method_card(name, width()))
+        print(method_table(terminal_width()) if name is None else method_card(name, terminal_width()))
 
 
 @app.command()

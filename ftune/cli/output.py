@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftune.errors import FtuneError, LocatedDataError
+from ftune.errors import FtuneError
+from ftune.streams import terminal_width
 
 if TYPE_CHECKING:
     from ftune.recipe import Loaded
@@ -20,14 +18,11 @@ if TYPE_CHECKING:
 __all__ = [
     "color_of",
     "command_line",
-    "import_for",
     "load",
-    "located",
     "method_names",
     "paint",
     "print_json",
     "print_plan",
-    "width",
 ]
 
 
@@ -41,11 +36,6 @@ def paint(text: str) -> str:
 def color_of(stream: Any) -> bool:
     """Whether what is written there may have colours."""
     return bool(stream.isatty()) and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
-def width() -> int:
-    """Columns of the terminal."""
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def print_json(data: Any) -> None:
@@ -62,25 +52,6 @@ def load(path: Path, overrides: list[str] | None) -> Loaded:
         for warning in warnings:
             print(warning, file=sys.stderr)
     return loaded
-
-
-@contextlib.contextmanager
-def located(loaded: Loaded) -> Iterator[None]:
-    """Show what the data says of fields of the recipe at the fields."""
-    from ftune.recipe import at_fields
-
-    try:
-        yield
-    except LocatedDataError as error:
-        raise at_fields(error, loaded, color=color_of(sys.stderr)) from error
-
-
-def import_for(target: Path) -> None:
-    """Import at once what a command on a run or a recipe uses; not where it will only say that there is none."""
-    if target.exists():
-        from ftune.run.imports import import_libraries
-
-        import_libraries(peft=True)
 
 
 def method_names(text: str) -> list[str]:
@@ -105,7 +76,7 @@ def print_plan(summary: dict[str, Any], stream: Any = None) -> None:
     """Print the table of a plan."""
     from ftune.plan.table import render_plan
 
-    print(render_plan(summary, width()), file=stream or sys.stdout, flush=True)
+    print(render_plan(summary, terminal_width()), file=stream or sys.stdout, flush=True)
 
 
 def command_line() -> str:

@@ -13,9 +13,10 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import DOES_NOT_FIT, AsJson, Overrides, RecipePath, home
-from ftune.cli.output import color_of, load, located, method_names, print_json, print_plan, width
+from ftune.cli.output import color_of, load, method_names, print_json, print_plan
 from ftune.errors import FtuneError
 from ftune.run.imports import quiet_libraries
+from ftune.streams import terminal_width
 
 __all__ = ["init", "plan", "validate"]
 
@@ -110,11 +111,13 @@ def validate(
     """Check a recipe and its data: all mistakes at once, each with its place."""
     if data is False and row:
         raise FtuneError("--row needs the data: leave out --no-data")
+    from ftune.recipe import located
+
     loaded = load(recipe, overrides)
     checked = {"valid": True, "recipe": loaded.recipe.model_dump(mode="json")}
     name = f"{recipe}: valid ({loaded.recipe.method.name} on {loaded.recipe.model.id})"
     if data is not False:
-        with quiet_libraries(), located(loaded):
+        with quiet_libraries(), located(loaded, color=color_of(sys.stderr)):
             from ftune.artifacts.validation import validated
 
             said = validated(loaded.recipe, rows=row or (), examples=3 if data else 0, color=color_of(sys.stdout))
@@ -172,24 +175,15 @@ def plan(
             from ftune.experiments.fits import fits, fits_table
 
             found = fits(loaded, method_names(methods), sizes=other, target=target)
-        print_json([asdict(fit) for fit in found]) if as_json else print(fits_table(found, width()))
+        print_json([asdict(fit) for fit in found]) if as_json else print(fits_table(found, terminal_width()))
         if not any(fit.verdict in ("fits", "may just fit") for fit in found):
             raise typer.Exit(DOES_NOT_FIT)
         return
-    with quiet_libraries(), located(loaded):
-        from ftune.plan.machine import Machine
-        from ftune.plan.resolve import resolve
-        from ftune.plan.summary import summary_of
+    from ftune.api.planning import planned
 
-        summary = summary_of(
-            resolve(
-                loaded.recipe,
-                sizes=other,
-                world_size=num_processes,
-                engine=choice,
-                machine=Machine.of(target) if target else None,
-            )
-        )
+    summary = planned(
+        loaded, sizes=other, num_processes=num_processes, engine=choice, target=target, color=color_of(sys.stderr)
+    ).summary
     print_json(summary) if as_json else print_plan(summary)
     if not summary["fits"]:
         raise typer.Exit(DOES_NOT_FIT)

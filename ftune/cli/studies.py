@@ -11,9 +11,10 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import DOES_NOT_FIT, AsJson, Overrides, RecipePath, home, homes
-from ftune.cli.output import color_of, command_line, load, method_names, print_json, width
+from ftune.cli.output import color_of, command_line, load, method_names, print_json
 from ftune.errors import FtuneError
 from ftune.run.imports import quiet_libraries
+from ftune.streams import terminal_width
 
 __all__ = ["compare", "leaderboard", "recommend", "report"]
 
@@ -94,7 +95,7 @@ def compare(
         from ftune.run.files import write_text
 
         def agreed(forecast: Forecast) -> bool:
-            print(forecast_text(forecast, width()), file=sys.stderr if as_json else sys.stdout, flush=True)
+            print(forecast_text(forecast, terminal_width()), file=sys.stderr if as_json else sys.stdout, flush=True)
             if plan or yes or loaded.study.budget is not None or forecast.begun:
                 return not plan
             if not sys.stdin.isatty():
@@ -113,7 +114,7 @@ def compare(
         command = command_line()
         write_text(loaded.root / "compare.md", markdown(result, command))
         write_text(loaded.root / "compare.html", page(result, loaded.root, command))
-    print_json(result) if as_json else print(summary(result, str(loaded.root), width()))
+    print_json(result) if as_json else print(summary(result, str(loaded.root), terminal_width()))
 
 
 def _numbers(devices: str | None) -> list[int]:
@@ -153,7 +154,7 @@ def report(
     for head, rows in (overview(result), costs(result)):
         print(table(head, rows, right=range(2, len(head))), end="\n\n")
     for said in statements(result):
-        print(textwrap.fill(said, width(), break_on_hyphens=False))
+        print(textwrap.fill(said, terminal_width(), break_on_hyphens=False))
     print(f"written: {output_dir}/report.html, report.md, report.json")
 
 
@@ -180,7 +181,7 @@ def leaderboard(
         found = gather(directory)
         if out is not None:
             write_output(out, leaderboard_page(found, out.parent), "--out")
-    print_json(found) if as_json else print(leaderboard_text(found, width()))
+    print_json(found) if as_json else print(leaderboard_text(found, terminal_width()))
 
 
 @app.command()
@@ -229,7 +230,7 @@ def recommend(
 
         found = fits(loaded, method_names("all"), target=find_device(device) if device else None)
         made = recommended(loaded.recipe, found, seconds, Path("studies"))
-    print_json(asdict(made)) if as_json else print(recommendation_text(made, seconds, width()))
+    print_json(asdict(made)) if as_json else print(recommendation_text(made, seconds, terminal_width()))
     if not made.methods:
         raise typer.Exit(DOES_NOT_FIT)
     if out is not None:

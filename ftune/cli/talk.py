@@ -10,9 +10,8 @@ import typer
 
 from ftune.cli.app import app
 from ftune.cli.options import Checkpoint, RunOrRecipe
-from ftune.cli.output import import_for
 from ftune.errors import FtuneError
-from ftune.run.imports import quiet_libraries
+from ftune.run.imports import import_for, quiet_libraries
 
 __all__ = ["chat"]
 

@@ -53,7 +53,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its output_dir."""
-    from ftune.run.launch import follow_launcher, launch, require_launchable
+    from ftune.run.launch import as_flags, follow_launcher, launch, require_launchable
 
     follow_launcher()
     if resume and overwrite:
@@ -83,18 +83,17 @@ def train(
         checked = load_checked(recipe, overrides or (), color=color_of(sys.stderr))[0]
         engine_for(checked.recipe, engine, os.environ, auto_batch=auto_batch)
         given = {
-            "--resume": resume,
-            "--overwrite": overwrite,
-            "--accept-changed-data": accept_changed_data,
-            "--accept-changed-model": accept_changed_model,
-            "--auto-batch": auto_batch,
-            "--json": as_json,
+            "resume": resume,
+            "overwrite": overwrite,
+            "accept_changed_data": accept_changed_data,
+            "accept_changed_model": accept_changed_model,
+            "auto_batch": auto_batch,
+            "json": as_json,
+            "engine": engine,
+            "until": until,
         }
-        flags = [flag for flag, on in given.items() if on]
-        flags += ["--engine", engine] if engine is not None else []
-        flags += ["--until", str(until)] if until is not None else []
         settings = [part for override in overrides or () for part in ("--set", override)]
-        raise typer.Exit(launch(num_processes, ["train", str(recipe), *flags, *settings]))
+        raise typer.Exit(launch(num_processes, ["train", str(recipe), *as_flags(given), *settings]))
     from ftune.api.training import train as run_recipe
 
     with outlive_reader():

@@ -139,10 +139,6 @@ class Trials:
         why = failure.read_text().strip() if failure.is_file() else None
         return Progress(losses, why, measured)
 
-    def finished(self, label: str, name: str) -> bool:
-        """Whether a run was trained to its end."""
-        return bool(read_json(self.run(label, name) / "run.json").get("status") == "finished")
-
     def tested(self, label: str, name: str) -> bool:
         """Whether a run was measured on the test rows."""
         return (self.test(label, name) / "predictions.jsonl").is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ftune.available import available_bytes, least_of_all, on_empty_gpu
 from ftune.plan import precision
@@ -62,7 +62,7 @@ class Machine:
             name=_device_name(device),
             available=least_of_all(available_bytes(device.type, processes=processes), device),
             bfloat16=precision.takes_bfloat16(device),
-            flops={dtype: precision.matmul_speed(dtype, device) for dtype in precision.DTYPES},
+            flops=precision.matmul_speeds(device),
             fused_loss=on_cpu or has_fused(),
         )
 
@@ -82,10 +82,7 @@ class Machine:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype to compute in: as the recipe says, or with ``auto`` what is faster."""
-        import torch
-
-        chosen = ("bfloat16" if self.bfloat16 else "float32") if name == "auto" else name
-        return cast("torch.dtype", getattr(torch, chosen))
+        return precision.choose_dtype(name, self.device, self.bfloat16)
 
 
 def _device_name(device: torch.device) -> str:

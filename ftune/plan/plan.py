@@ -20,7 +20,7 @@ from ftune.plan.machine import Machine
 from ftune.plan.recompute import Recomputed
 from ftune.recipe.schema import Recipe, TrainingSpec
 
-__all__ = ["Plan", "Rows", "make_rows", "row_lengths", "tokens_at_once"]
+__all__ = ["Plan", "Rows", "budget_of", "make_rows", "row_lengths", "tokens_at_once"]
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a split: each the indices of the examples that share it."""
@@ -88,8 +88,7 @@ class Plan:
     @property
     def budget(self) -> int:
         """Bytes that the run may take: what the recipe says, or what the device has free."""
-        gib = self.recipe.training.memory_gib
-        return self.machine.available if gib is None else int(gib * 2**30)
+        return budget_of(self.recipe, self.machine)
 
     @property
     def through_host(self) -> bool:
@@ -119,6 +118,12 @@ class Plan:
     def micro_batch_tokens(self) -> int:
         """Tokens in a forward pass where rows are concatenated; no less than the longest row has."""
         return tokens_at_once(self.recipe.training, self.row_lengths)
+
+
+def budget_of(recipe: Recipe, machine: Machine) -> int:
+    """Bytes that a run may take: what the recipe says, or what the device has free."""
+    gib = recipe.training.memory_gib
+    return machine.available if gib is None else int(gib * 2**30)
 
 
 def row_lengths(split: Split, rows: Rows) -> list[int]:

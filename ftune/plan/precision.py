@@ -35,6 +35,7 @@ __all__ = [
     "faster",
     "machine",
     "matmul_speed",
+    "matmul_speeds",
     "seconds_of",
     "takes_bfloat16",
 ]
@@ -205,13 +206,20 @@ def _apple() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as the recipe says, or with ``auto`` bfloat16 where it is faster on the device."""
+def choose_dtype(name: str, device: torch.device, bfloat16: bool | None = None) -> torch.dtype:
+    """The dtype to compute in: as the recipe says, or with ``auto`` bfloat16 where it is faster on the device.
+
+    Args:
+        name: ``auto``, or a dtype of torch.
+        device: Where the model computes.
+        bfloat16: Whether ``auto`` takes it; None: as ``takes_bfloat16`` finds.
+    """
     import torch
 
-    if name != "auto":
-        return cast("torch.dtype", getattr(torch, name))
-    return torch.bfloat16 if takes_bfloat16(device) else torch.float32
+    if name == "auto":
+        fast = takes_bfloat16(device) if bfloat16 is None else bfloat16
+        name = "bfloat16" if fast else "float32"
+    return cast("torch.dtype", getattr(torch, name))
 
 
 def takes_bfloat16(device: torch.device) -> bool:
@@ -233,6 +241,11 @@ def matmul_speed(dtype: str, device: torch.device) -> float:
     """Floating-point operations a second of matmuls in a dtype, float32 or bfloat16; 0 where torch cannot."""
     seconds, flops = _matmul_seconds(device)
     return flops / seconds[dtype]
+
+
+def matmul_speeds(device: torch.device) -> dict[str, float]:
+    """``matmul_speed`` of every dtype."""
+    return {dtype: matmul_speed(dtype, device) for dtype in DTYPES}
 
 
 def _matmul_seconds(device: torch.device) -> tuple[dict[str, float], float]:

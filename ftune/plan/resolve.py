@@ -30,12 +30,12 @@ from ftune.plan.fingerprint import Text, fingerprint, text_fingerprint
 from ftune.plan.generation import check_generation
 from ftune.plan.machine import Machine
 from ftune.plan.pinned import pin_data, pin_model
-from ftune.plan.plan import Plan, Rows, make_rows, row_lengths, tokens_at_once
+from ftune.plan.plan import Plan, Rows, budget_of, make_rows, row_lengths, tokens_at_once
 from ftune.plan.positions import beyond_context, check_positions
 from ftune.plan.quantized import as_stored
 from ftune.plan.recompute import choose_blocks, written
 from ftune.plan.shapes import build_on_meta, shape_of
-from ftune.plan.slow import slower_here
+from ftune.plan.slow import slower_on
 from ftune.plan.tokens import markers_without_token, require_rows
 from ftune.recipe.locate import locate_model
 from ftune.recipe.schema import Recipe
@@ -114,7 +114,7 @@ def resolve(
     require_engine(recipe, engine)
     machine = machine or Machine.here()
     dtype = machine.dtype(recipe.model.dtype)
-    slower = slower_here(recipe, machine)
+    slower = slower_on(machine, recipe)
     base = _read_base(recipe, dtype, sizes, engine)
     data = _read_data(base)
     length = _choose_length(data, world_size)
@@ -133,19 +133,13 @@ def resolve(
     flat = not (dtype.itemsize == 4 and machine.device.type == "cuda")
     flat = flat and needs_no_mask(recipe, base.shape, longest=max(map(len, examples)))
     flat = flat and may_keep_apart(base.config, recipe)
-    request = replace(
-        _memory_request(recipe, base.shape, data, length.total_steps, world_size=world_size, flat=flat),
-        dtype_bytes=dtype.itemsize,
-        device_type=machine.device.type,
-        engine=engine.name,
-        fused_loss=machine.fused_loss,
-    )
-    gib = recipe.training.memory_gib
+    request = _memory_request(recipe, base.shape, data, context, flat=flat)
+    request = replace(request, engine=engine.name, fused_loss=machine.fused_loss)
     recomputed = choose_blocks(
         recipe.training.gradient_checkpointing,
         base.shape.layers,
         needed=lambda blocks: estimate(replace(request, recomputed_blocks=blocks)).total,
-        budget=certain(machine.available if gib is None else int(gib * 2**30)),
+        budget=certain(budget_of(recipe, machine)),
         recomputable=recipe.method.recomputable,
     )
     training = recipe.training.model_copy(update={"gradient_checkpointing": written(recomputed)})
@@ -247,23 +241,21 @@ def _choose_length(data: _Data, world_size: int) -> _Length:
     )
 
 
-def _memory_request(
-    recipe: Recipe, shape: ModelShape, data: _Data, total_steps: int, *, world_size: int, flat: bool
-) -> Request:
-    """The memory of the run's largest micro-batch, on one process; device and dtype are the caller's.
+def _memory_request(recipe: Recipe, shape: ModelShape, data: _Data, context: Context, *, flat: bool) -> Request:
+    """The memory of the run's largest micro-batch, on one process of DDP.
 
     flat: Whether the rows of a micro-batch are concatenated.
     """
     training, lengths, targets = recipe.training, data.lengths, data.targets
     batching = Batching(
-        steps=total_steps,
-        global_batch=training.micro_batch_size * training.accumulation * world_size,
+        steps=context.total_steps,
+        global_batch=training.micro_batch_size * training.accumulation * context.world_size,
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=tokens_at_once(training, lengths),
         flat=flat,
         by_length=not (recipe.packing or flat),
         seed=training.seed,
-        world=world_size,
+        world=context.world_size,
     )
     shapes = shapes_of(lengths, targets, batching)
     longest = padded_length(max(lengths))
@@ -275,15 +267,15 @@ def _memory_request(
         method=recipe.method,
         shape=shape,
         optimizer=recipe.optimizer.name,
-        dtype_bytes=4,
+        dtype_bytes=context.dtype.itemsize,
         rows=1 if concatenated else training.micro_batch_size,
         length=concatenated or longest,
         target_tokens=shapes.most_targets or concatenated or training.micro_batch_size * max(targets),
         recomputed_blocks=0,
         attention=recipe.model.attention,
-        device_type="cpu",
+        device_type=context.device.type,
         packed=any(len(row) > 1 for row in data.rows),
-        processes=world_size,
+        processes=context.world_size,
         row_shapes=shapes.different,
         longest=longest if flat else None,
     )

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ftune.errors import LocatedDataError, RecipeError
@@ -32,6 +33,7 @@ __all__ = [
     "load_recipe",
     "locate_data",
     "locate_model",
+    "located",
     "parse_recipe",
     "require",
     "warnings",
@@ -52,6 +54,15 @@ def at_fields(error: LocatedDataError, loaded: Loaded, *, color: bool = False) -
     """What the data says of fields of the recipe, at the lines where they are written."""
     problems = [Problem(path, message, help) for path, message, help in error.places]
     return fail(from_problems(problems, loaded.positions), loaded.positions.source, color=color)
+
+
+@contextlib.contextmanager
+def located(loaded: Loaded, *, color: bool = False) -> Iterator[None]:
+    """Show what the data says of fields of the recipe at the fields."""
+    try:
+        yield
+    except LocatedDataError as error:
+        raise at_fields(error, loaded, color=color) from error
 
 
 def warnings(loaded: Loaded, *, color: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 from ftune.errors import RecipeError
 from ftune.recipe.places import TAB, Mistake, Source, Span
 from ftune.scrub import scrub
+from ftune.streams import terminal_width
 
 __all__ = ["MAX_REPORTS", "fail", "printable", "render"]
 
@@ -36,9 +37,7 @@ def render(
         width: Columns of the terminal, to which source lines are trimmed. Default: this terminal's.
     """
     if width is None:
-        from shutil import get_terminal_size
-
-        width = get_terminal_size((100, 24)).columns
+        width = terminal_width()
     hue = _RED if level == "error" else _YELLOW
 
     def paint(text: str, code: str) -> str:

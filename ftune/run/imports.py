@@ -10,9 +10,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["import_libraries", "quiet_libraries"]
+__all__ = ["import_for", "import_libraries", "quiet_libraries"]
 
 
 @contextlib.contextmanager
@@ -58,6 +59,12 @@ def import_libraries(*, peft: bool) -> None:
     finally:
         if collecting:
             gc.enable()
+
+
+def import_for(target: Path) -> None:
+    """Import at once what a run or a recipe needs; not where it will only be said that there is none."""
+    if target.exists():
+        import_libraries(peft=True)
 
 
 @contextlib.contextmanager

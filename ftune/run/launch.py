@@ -23,6 +23,7 @@ from ftune.errors import FtuneError
 
 __all__ = [
     "Failure",
+    "as_flags",
     "end_with_parent",
     "first_cause",
     "follow_launcher",
@@ -60,6 +61,15 @@ class Failure:
     code: int
     time: float
     message: str | None = None
+
+
+def as_flags(options: Mapping[str, bool | int | str | None]) -> list[str]:
+    """Options by their name in Python, as the command line takes them; what is False or None is left out."""
+    flags: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 def require_launchable(processes: int, environment: Mapping[str, str] = os.environ) -> None:

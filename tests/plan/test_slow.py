@@ -20,7 +20,7 @@ from ftune.plan import precision
 from ftune.plan.devices import find_device
 from ftune.plan.machine import Machine
 from ftune.plan.resolve import resolve
-from ftune.plan.slow import slower_here
+from ftune.plan.slow import slower_here, slower_on
 from ftune.plan.summary import summary_of
 
 CPU = torch.device("cpu")
@@ -56,21 +56,26 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 def test_a_named_dtype_is_compared_with_the_measurement(
     tmp_path: Path, speedup: float, dtype: str, said: str | None
 ) -> None:
-    found = slower_here(tiny.recipe(tmp_path, model={"dtype": dtype}).recipe, machine(speedup))
+    found = slower_on(machine(speedup), tiny.recipe(tmp_path, model={"dtype": dtype}).recipe)
     assert [said in text for text in found] == [True] if said else found == ()
 
 
 def test_what_dequantized_weights_are_multiplied_in_is_compared_too(tmp_path: Path) -> None:
     method = {"name": "qlora", "quantization": {"compute_dtype": "bfloat16"}}
     recipe = tiny.recipe(tmp_path, model={"dtype": "auto"}, method=method).recipe
-    (found,) = slower_here(recipe, machine(0.05))
+    (found,) = slower_on(machine(0.05), recipe)
     assert found.endswith("write `method.quantization.compute_dtype: auto`")
+
+
+def test_nothing_is_measured_for_a_recipe_that_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "matmul_speed", lambda *_: pytest.fail("measured"))
+    assert slower_here(tiny.recipe(tmp_path, model={"dtype": "auto"}).recipe, CPU) == ()
 
 
 @pytest.mark.parametrize(("device", "slow_there"), [("t4-16g", True), ("v100-32g", True), ("h100-80g", False)])
 def test_of_a_device_that_is_not_here_it_is_known(tmp_path: Path, device: str, slow_there: bool) -> None:
     recipe = tiny.recipe(tmp_path, model={"dtype": "bfloat16"}).recipe
-    assert bool(slower_here(recipe, Machine.of(find_device(device)))) is slow_there
+    assert bool(slower_on(Machine.of(find_device(device)), recipe)) is slow_there
 
 
 def test_the_plan_says_it(tmp_path: Path) -> None:
