@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,12 +169,7 @@ def test_the_ladder_test_sees_a_ladder(source: str) -> None:
 @pytest.fixture(scope="module")
 def structure() -> Any:
     """The figures that scripts/structure.py prints."""
-    spec = importlib.util.spec_from_file_location("structure", ROOT.parent / "scripts/structure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["structure"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT.parent / "scripts/structure.py")))
 
 
 def test_no_circle_of_imports_and_no_private_module_of_another_package(structure: Any) -> None:

@@ -12,8 +12,10 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from ftune.methods import METHODS, Context, Method
+from ftune.memory.request import Request
+from ftune.methods import METHODS, Context, Method, ModelShape
 from ftune.recipe.load import Loaded, parse_recipe
+from ftune.run.events import Event
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -178,3 +180,33 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's ``metrics.jsonl``."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def request(method: Method, shape: ModelShape, **changes: Any) -> Request:
+    """What the memory estimate is asked, with nothing recomputed on CUDA in bf16 where a test says no more."""
+    settings: dict[str, Any] = {
+        "optimizer": "adamw",
+        "dtype_bytes": 2,
+        "rows": 1,
+        "length": 1024,
+        "target_tokens": 1,
+        "recomputed_blocks": 0,
+        "attention": "sdpa",
+        "device_type": "cuda",
+        "packed": False,
+    }
+    return Request(method, shape, **settings | changes)
+
+
+class Heard:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.closed = False
+
+    def receive(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.closed = True

@@ -13,27 +13,12 @@ import tiny
 
 import ftune
 from ftune.recipe import load_recipe
-from ftune.run.events import Event
 
 
 def fields(where: Path, **blocks: Any) -> dict[str, Any]:
     """A recipe as someone would write it in Python."""
     made: dict[str, Any] = json.loads(json.dumps(tiny.recipe(where, **blocks).raw))
     return made
-
-
-class Heard:
-    """A sink."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.closed = False
-
-    def receive(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +102,7 @@ def test_a_plan(tmp_path: Path) -> None:
 
 
 def test_training_leaves_a_recipe_that_trains_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, told = Heard(), list[str]()
+    heard, told = tiny.Heard(), list[str]()
     given = fields(tmp_path)
     capsys.readouterr()
     run = ftune.train(given, {"training.max_steps": 3}, sinks=[heard], tell=told.append, progress=False)
@@ -205,7 +190,7 @@ def test_answers(run: ftune.Run) -> None:
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"accept_changed_data": True}, "accept_changed_data goes with resume"),
         ({"engine": "ray"}, "go together"),
-        ({"num_processes": 2, "sinks": [Heard()]}, "sinks: not with num_processes=2"),
+        ({"num_processes": 2, "sinks": [tiny.Heard()]}, "sinks: not with num_processes=2"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any], said: str) -> None:

@@ -17,7 +17,7 @@ from ftune.available import available_bytes
 from ftune.human import bytes_text
 from ftune.memory.advice import MARGIN, what_to_change
 from ftune.memory.estimate import MemoryEstimate, estimate
-from ftune.memory.request import Request, stored_bytes
+from ftune.memory.request import stored_bytes
 from ftune.methods import METHODS, ModelShape
 from ftune.plan.devices import find_device
 from ftune.plan.lean import PER_DOCUMENT, make_lean
@@ -37,18 +37,8 @@ def shape_named(name: str) -> ModelShape:
 
 
 def estimated(method: str = "lora", shape: ModelShape | None = None, **changes: Any) -> MemoryEstimate:
-    settings: dict[str, Any] = {
-        "optimizer": "adamw",
-        "dtype_bytes": 2,
-        "rows": 1,
-        "length": 1024,
-        "target_tokens": 512,
-        "recomputed_blocks": 0,
-        "attention": "sdpa",
-        "device_type": "cuda",
-        "packed": False,
-    }
-    return estimate(Request(METHODS[method](), shape or shape_named("smollm2-135m"), **settings | changes))
+    changes = {"target_tokens": 512} | changes
+    return estimate(tiny.request(METHODS[method](), shape or shape_named("smollm2-135m"), **changes))
 
 
 # --- activations against what autograd keeps -------------------------------------------------------------
@@ -102,19 +92,9 @@ def ratio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> float:
     method = tiny.method(name)
     shape = read_shape(config)
     packed = method.packable and attention == "sdpa"
-    request = Request(
-        method,
-        shape,
-        optimizer="adamw",
-        dtype_bytes=dtype.itemsize,
-        rows=1,
-        length=TOKENS,
-        target_tokens=1,
-        recomputed_blocks=0,
-        attention=attention,
-        device_type="cuda",  # without a heap
-        packed=packed,
-    )
+    request = tiny.request(
+        method, shape, dtype_bytes=dtype.itemsize, length=TOKENS, attention=attention, packed=packed
+    )  # on CUDA: without a heap
     prediction = estimate(request)
     kept, masks = kept_by_autograd(config, name, dtype)
     predicted_masks = shape.layers * method.mask_cells(TOKENS + method.virtual_positions, packed) * dtype.itemsize

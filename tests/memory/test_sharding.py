@@ -35,21 +35,8 @@ def shape_of(name: str) -> ModelShape:
 
 
 def request(method: Method, shape: ModelShape, engine: str, processes: int) -> Request:
-    return Request(
-        method,
-        shape,
-        optimizer="adamw",
-        dtype_bytes=2,
-        rows=1,
-        length=2048,
-        target_tokens=2048,
-        recomputed_blocks=shape.layers,
-        attention="sdpa",
-        device_type="cuda",
-        packed=False,
-        engine=engine,
-        processes=processes,
-    )
+    settings = {"length": 2048, "target_tokens": 2048, "recomputed_blocks": shape.layers}
+    return tiny.request(method, shape, engine=engine, processes=processes, **settings)
 
 
 def planned(method: Method, shape: ModelShape, engine: str, processes: int) -> MemoryEstimate:

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ftune.artifacts.training import train
 from ftune.errors import ModelError, RunFailed
 from ftune.memory.estimate import estimate
-from ftune.memory.request import Request
 from ftune.methods import METHODS, Method, OptimizerSpec, _galore_optimizer
 from ftune.methods._galore_optimizer import GaLoreAdamW
 from ftune.plan.shapes import read_shape, shape_of
@@ -350,19 +349,7 @@ def test_the_plan_counts_what_the_settings_save() -> None:
     shape = read_shape(AutoConfig.from_pretrained(SHAPES / "llama-2-7b"))
 
     def items(**settings: Any) -> Any:
-        request = Request(
-            galore(rank=1024, **settings),
-            shape,
-            optimizer="adamw",
-            dtype_bytes=2,
-            rows=1,
-            length=512,
-            target_tokens=1,
-            recomputed_blocks=shape.layers,
-            attention="sdpa",
-            device_type="cuda",
-            packed=False,
-        )
+        request = tiny.request(galore(rank=1024, **settings), shape, length=512, recomputed_blocks=shape.layers)
         return estimate(request)
 
     whole, half, layer = items(), items(weights="bfloat16"), items(per_layer=True)

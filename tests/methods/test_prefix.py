@@ -18,7 +18,6 @@ from ftune.artifacts.training import train
 from ftune.errors import ModelError, RecipeError
 from ftune.memory.advice import what_to_change
 from ftune.memory.estimate import estimate
-from ftune.memory.request import Request
 from ftune.methods import OptimizerSpec
 from ftune.ops.prefix import solve_last_layer
 from ftune.plan.shapes import read_shape
@@ -129,19 +128,15 @@ def test_a_cache_that_forgets_the_start_is_refused() -> None:
 def test_the_plan_does_not_advise_what_is_refused(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, "prefix").recipe
     settings: dict[str, Any] = {
-        "optimizer": "adamw",
         "dtype_bytes": 4,
         "rows": 4,
         "length": 4096,
         "target_tokens": 64,
-        "recomputed_blocks": 0,
-        "attention": "sdpa",
         "device_type": "cpu",
-        "packed": False,
     }
     advice = {
         name: "\n".join(
-            what_to_change(estimate(Request(tiny.method(name), read_shape(tiny.config()), **settings)), 1, recipe)
+            what_to_change(estimate(tiny.request(tiny.method(name), read_shape(tiny.config()), **settings)), 1, recipe)
         )
         for name in ("prefix", "prompt")
     }

@@ -347,21 +347,11 @@ def test_what_does_not_fit_is_refused_by_the_plan(
 @BOTH
 def test_the_plan_counts_rows_as_long_as_they_are(name: str) -> None:
     from ftune.memory.estimate import estimate
-    from ftune.memory.request import Request
 
-    settings: dict[str, Any] = {
-        "optimizer": "adamw",
-        "dtype_bytes": 4,
-        "rows": 1,
-        "target_tokens": 1,
-        "recomputed_blocks": 0,
-        "attention": "sdpa",
-        "device_type": "cpu",
-        "packed": False,
-    }
+    settings: dict[str, Any] = {"dtype_bytes": 4, "device_type": "cpu"}
     shape = read_shape(tiny.config())
     short, long = (
-        estimate(Request(virtual(name, virtual_tokens=v), shape, length=80 + 20 - v, **settings)) for v in (1, 20)
+        estimate(tiny.request(virtual(name, virtual_tokens=v), shape, length=80 + 20 - v, **settings)) for v in (1, 20)
     )
     assert short.activations == long.activations
     assert math.isclose(long.adapters, 20 * short.adapters)

@@ -14,7 +14,7 @@ import tiny
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from ftune.artifacts.training import train
-from ftune.run.events import Event, RunStart, Saved, StepEnd
+from ftune.run.events import RunStart, Saved, StepEnd
 from ftune.run.sinks.guarded import Guarded
 from ftune.run.sinks.jsonl import JsonlSink, read_events
 from ftune.run.sinks.progress import ProgressSink
@@ -169,18 +169,7 @@ def test_a_terminal_that_is_gone_stops_nothing(error: Exception, live: bool) -> 
 def test_a_sink_that_is_passed_in_gets_what_metrics_jsonl_gets_and_notes_go_where_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Keep:
-        def __init__(self) -> None:
-            self.events: list[Event] = []
-            self.closed = False
-
-        def receive(self, event: Event) -> None:
-            self.events.append(event)
-
-        def close(self) -> None:
-            self.closed = True
-
-    kept, told = Keep(), list[str]()
+    kept, told = tiny.Heard(), list[str]()
     loaded = tiny.recipe(tmp_path, data={"eval": None})
     capsys.readouterr()  # what libraries say as they write the tiny model
     train(loaded, sinks=[kept], tell=told.append, progress=False)
